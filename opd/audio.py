@@ -1,0 +1,91 @@
+"""Decode, validate and resample clips: soundfile reads, torchaudio resamples."""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+SILENCE = 1e-4  # peak below -80 dBFS: nothing that a model could hear
+SHORTEST_S = 0.05
+
+
+class BadAudio(ValueError):
+    """A clip that cannot be used; the message says why and what was expected."""
+
+
+def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
+    """Decode a clip (wav, flac, mp3, ogg; any sample rate; mono or more channels) to mono float32 at `rate` Hz.
+
+    Returns [samples] in [-1, 1]. Raises BadAudio for a missing, empty, truncated, silent, non-finite, too short or
+    too long clip, or a file that is no audio.
+    """
+    import soundfile
+
+    if not Path(path).is_file():
+        raise BadAudio(f"{path}: no such audio file")
+    if Path(path).stat().st_size == 0:
+        raise BadAudio(f"{path}: the file is empty (0 bytes)")
+    try:
+        with soundfile.SoundFile(path) as f:
+            declared, source_rate = f.frames, f.samplerate
+            if declared > max_seconds * source_rate:
+                raise BadAudio(f"{path}: {declared / source_rate:.1f} s long, at most {max_seconds:g} s expected")
+            wave = f.read(dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as e:
+        raise BadAudio(f"{path}: not readable as audio (wav, flac, mp3 or ogg expected): {e.error_string}") from e
+    _check_whole(path, declared, len(wave))
+    wave = wave.mean(axis=1)
+    check(wave, source_rate, path)
+    return resample(wave, source_rate, rate)
+
+
+def check(wave: np.ndarray, rate: int, name: str) -> None:
+    """Raise BadAudio unless `wave` [samples] is finite, long enough and audible."""
+    if len(wave) < SHORTEST_S * rate:
+        raise BadAudio(f"{name}: {len(wave) / rate:.3f} s of sound, at least {SHORTEST_S} s expected")
+    if not np.isfinite(wave).all():
+        raise BadAudio(f"{name}: contains NaN or infinite samples")
+    if np.abs(wave).max() < SILENCE:
+        raise BadAudio(f"{name}: silent (peak {np.abs(wave).max():.1e}, at least {SILENCE:g} expected)")
+
+
+def resample(wave: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
+    """Resample [samples] by torchaudio's windowed-sinc kernel."""
+    if source_rate == rate:
+        return np.ascontiguousarray(wave, dtype=np.float32)
+    import torch
+    import torchaudio
+
+    return torchaudio.functional.resample(torch.from_numpy(wave), source_rate, rate).numpy()
+
+
+def to_base64_wav(wave: np.ndarray, rate: int) -> str:
+    """A float32 WAV in base64: the server decodes exactly the samples that the learner sees."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, format="WAV", subtype="FLOAT")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _check_whole(path: str, declared: int, decoded: int) -> None:
+    """libsndfile trusts the file's size over a WAV header: compare with the header ourselves."""
+    if decoded < declared:
+        raise BadAudio(f"{path}: truncated: {declared} frames declared, {decoded} found")
+    promised = _riff_bytes(path)
+    if promised is not None and promised > Path(path).stat().st_size:
+        raise BadAudio(f"{path}: truncated: {promised} bytes declared, {Path(path).stat().st_size} found")
+
+
+@lru_cache(maxsize=1024)
+def _riff_bytes(path: str) -> int | None:
+    with open(path, "rb") as f:
+        head = f.read(8)
+    if head[:4] != b"RIFF":
+        return None
+    size = int.from_bytes(head[4:8], "little")
+    return None if size in (0, 0xFFFFFFFF, 0xFFFFFFF7) else size + 8  # unknown lengths of streamed files

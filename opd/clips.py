@@ -1,0 +1,72 @@
+"""Waveforms of a step's prompts; bad records are skipped, counted, listed, and too many end the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from opd import audio
+from opd.config import Config, UserError
+from opd.types import Prompt
+from opd.views import audio_paths
+
+
+class ClipLoader:
+    """Decodes the clips of prompts and keeps the account of bad records."""
+
+    def __init__(self, config: Config, rate: int, records: int, bad_before: int = 0) -> None:
+        """records: in the training manifest, bad ones included; bad_before: found bad when it was read."""
+        self.config, self.rate, self.records = config, rate, records
+        self.bad: dict[str, str] = {}  # place -> reason
+        self.bad_before = bad_before
+
+    def load(self, prompt: Prompt) -> dict[str, np.ndarray] | None:
+        """Waveforms by path; None, and an entry in bad_records.jsonl, when one of them cannot be used.
+
+        Raises UserError when more than data.max_bad_share of the manifest's records are bad.
+        """
+        if prompt.place in self.bad:
+            return None
+        try:
+            limit = self.config.data.max_audio_seconds
+            return {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
+        except audio.BadAudio as e:
+            self._count(prompt, str(e))
+            return None
+
+    def load_batch(
+        self, batch: list[tuple[int, Prompt]], spare: list[Prompt]
+    ) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
+        """Clips of a batch; a bad record's place is taken by the next usable one of `spare`, in manifest order."""
+        kept, clips = [], {}
+        for position, prompt in batch:
+            found = self.load(prompt)
+            start = next((i for i, p in enumerate(spare) if p.place == prompt.place), 0)
+            for offset in range(1, len(spare)):
+                if found is not None:
+                    break
+                prompt = spare[(start + offset) % len(spare)]
+                found = self.load(prompt)
+            if found is None:
+                raise UserError(f"{self.config.data.train}: no usable record is left")
+            kept.append((position, prompt))
+            clips.update(found)
+        return kept, clips
+
+    def _count(self, prompt: Prompt, reason: str) -> None:
+        self.bad[prompt.place] = reason
+        line = json.dumps({"place": prompt.place, "id": prompt.id, "reason": reason})
+        with open(Path(self.config.run.dir, "bad_records.jsonl"), "a") as f:
+            f.write(line + "\n")
+        check_share(self.config, len(self.bad) + self.bad_before, self.records, f"{prompt.place}: {reason}")
+
+
+def check_share(config: Config, bad: int, records: int, example: str) -> None:
+    """Raise UserError when more than data.max_bad_share of the records are bad."""
+    if bad > config.data.max_bad_share * records:
+        raise UserError(
+            f"{bad} of {records} records are bad, more than data.max_bad_share={config.data.max_bad_share:g} allows; "
+            f"such as {example}; mend or remove them, or raise data.max_bad_share"
+        )

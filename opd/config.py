@@ -1,0 +1,271 @@
+"""Recipes: strict pydantic models, YAML files, dotted overrides. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: printed as one line, exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+
+class RunConfig(Section):
+    dir: str = Field(description="run folder; an unfinished run there is resumed by the same command")
+    stage: str = Field("xopd", description="name of what this run makes; its last evaluation carries it")
+    seed: NonNegativeInt = 0
+    overwrite: bool = Field(False, description="delete an existing run folder of another configuration first")
+
+
+class StudentConfig(Section):
+    path: str = Field(description="checkpoint folder, hub id, or a run folder (its newest checkpoint)")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class TeacherConfig(Section):
+    kind: Literal["local", "server"] = "local"
+    path: str = Field(description="checkpoint folder or hub id of the text LLM")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    urls: list[str] = Field([], description="kind server: base URLs; empty: the launcher starts one")
+    batch_tokens: PositiveInt = Field(16384, description="padded tokens in one forward pass or request")
+
+
+class DataConfig(Section):
+    train: str = Field(description="manifest (JSONL, or anything `datasets` reads as JSON or Parquet)")
+    max_audio_seconds: PositiveFloat = 30.0
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="the run fails when more of the records are bad")
+    check: NonNegativeInt = Field(256, description="records decoded before training starts; 0 decodes all")
+
+
+class ServerConfig(Section):
+    """How the launcher starts a vLLM server; ignored when URLs are given."""
+
+    max_model_len: PositiveInt = 512
+    max_num_seqs: PositiveInt = 256
+    kv_cache_gib: PositiveInt = Field(1, description="VLLM_CPU_KVCACHE_SPACE, CPU only")
+    threads: NonNegativeInt = Field(0, description="OpenMP threads of the server, CPU only; 0: all cores")
+    args: list[str] = Field([], description="further arguments of the vLLM server")
+
+
+class RolloutConfig(Section):
+    source: Literal["student", "teacher", "dataset"] = "student"
+    n: PositiveInt = Field(4, description="responses per prompt and view (source: student)")
+    temperature: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 512
+    urls: list[str] = Field([], description="base URLs of running servers; empty: the launcher starts one")
+    timeout_s: PositiveFloat = 300.0
+    concurrency: PositiveInt = 256
+    max_mismatch: PositiveFloat = Field(0.5, description="mean |learner - sampler| log-prob that stops the run")
+    transfer_dir: str = Field("/dev/shm", description="folder that learner and servers share, for new weights")
+    server: ServerConfig = ServerConfig()
+
+
+class ObjectiveConfig(Section):
+    name: Literal["xopd", "kd"] = "xopd"
+    lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="weight of the text view; 1 - lambda: speech")
+    average: Literal["response", "token"] = Field("response", description="per-response mean, or one mean over tokens")
+    advantage_clip: PositiveFloat | None = Field(None, description="xopd: A is clipped to +- this")
+    ratio_max: PositiveFloat = Field(2.0, description="xopd: importance ratios are truncated here")
+    mu: float = Field(0.5, ge=0, description="kd: weight of the KL term")
+    tau: PositiveFloat = Field(2.0, description="kd: temperature of the KL term")
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat = 2e-6
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr_share: float = Field(0.1, ge=0, le=1, description="of lr, at the last step")
+    grad_clip: PositiveFloat = 1.0
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    prompts_per_step: PositiveInt = 256
+    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward and backward pass")
+    gradient_checkpointing: bool = True
+    deepspeed: str = Field("deepspeed_configs/zero3.json", description="ZeRO stage, offload and buckets only")
+    checkpoint_every: PositiveInt = 50
+    keep_checkpoints: PositiveInt = 2
+    samples_per_step: NonNegativeInt = Field(2, description="rollouts per view and step written to samples.jsonl")
+    timeout_s: PositiveInt = Field(1800, description="a collective that waits longer ends the run")
+
+
+class EvalConfig(Section):
+    test: str | None = Field(None, description="manifest of held-out questions with answers")
+    retention: str | None = Field(None, description="manifest of a skill that training must not cost")
+    limit: PositiveInt | None = Field(None, description="records of each manifest; all by default")
+    kl_limit: PositiveInt = Field(128, description="records for misalignment, forgetting and reverse KL")
+    start: str | None = Field(None, description="name of an evaluation before the first step; none: no evaluation")
+    end: bool = Field(True, description="evaluate after the last step, under the name run.stage")
+
+
+class LaunchConfig(Section):
+    processes: PositiveInt = Field(2, description="learner processes on this machine")
+    threads: NonNegativeInt = Field(0, description="OpenMP threads of a learner process, CPU only; 0: share the cores")
+    health_timeout_s: PositiveInt = 600
+
+
+class MetricsConfig(Section):
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="beside metrics.jsonl")
+    project: str = "opd"
+
+
+class Config(Section):
+    """A recipe. Every key is here; unknown ones are refused."""
+
+    run: RunConfig
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    train: TrainConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    launch: LaunchConfig = LaunchConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        name, source = self.objective.name, self.rollout.source
+        if name == "xopd" and source != "student":
+            raise ValueError(f"objective.name xopd needs rollout.source student, found {source}")
+        if name == "kd" and source == "student":
+            raise ValueError("objective.name kd needs rollout.source teacher or dataset, found student")
+        if name == "kd" and self.teacher.kind != "local":
+            raise ValueError("objective.name kd reads full vocabulary rows: teacher.kind must be local, found server")
+        if self.train.prompts_per_step < self.launch.processes:
+            raise ValueError(
+                f"train.prompts_per_step ({self.train.prompts_per_step}) must be at least "
+                f"launch.processes ({self.launch.processes}): every learner process needs a prompt"
+            )
+        return self
+
+
+def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML recipe and apply dotted overrides such as `optim.lr=1e-4`.
+
+    Raises UserError that names the file and key, what was expected and what was found.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        raise UserError(f"{recipe}: no such recipe file")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as e:
+        raise UserError(f"{recipe}: not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, dict):
+        raise UserError(f"{recipe}: expected a mapping of sections, found {type(raw).__name__}")
+    for item in overrides:
+        _override(raw, item)
+    try:
+        return Config.model_validate(_numbers(raw))
+    except ValidationError as e:
+        raise UserError(f"{recipe}: " + "; ".join(_explain(err) for err in e.errors())) from e
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """Plain dict of a config, in the spelling of a recipe."""
+    return config.model_dump(by_alias=True)
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, eq, value = item.partition("=")
+    if not eq or not all(key.split(".")):
+        raise UserError(f"override {item!r}: expected key.path=value, such as optim.lr=1e-4")
+    *parents, last = key.split(".")
+    node = raw
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {item!r}: {name} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as e:
+        raise UserError(f"override {item!r}: the value is not valid YAML") from e
+
+
+_FLOATS = {"lr", "eps", "weight_decay", "betas", "temperature", "max_mismatch", "advantage_clip"}
+
+
+def _numbers(node: Any, key: str = "") -> Any:
+    """YAML 1.1 reads 1e-4 as a string: make those numbers where a number is meant."""
+    if isinstance(node, dict):
+        return {k: _numbers(v, str(k)) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_numbers(v, key) for v in node]
+    if key in _FLOATS and isinstance(node, str):
+        try:
+            return float(node)
+        except ValueError:
+            return node
+    return node
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(p) for p in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where}{_suggest(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{where} is required"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["loc"]:
+        return f"{where}: {message}, found {json.dumps(error['input'], default=str)[:80]}"
+    return message
+
+
+def _suggest(loc: tuple[Any, ...]) -> str:
+    import difflib
+
+    model: Any = Config
+    for name in loc[:-1]:
+        model = model.model_fields[name].annotation if name in getattr(model, "model_fields", {}) else None
+    names = [f.alias or n for n, f in getattr(model, "model_fields", {}).items()]
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known here: {', '.join(names)})"
+
+
+def resolve_model(path: str) -> str:
+    """A checkpoint folder as it is; a run folder becomes its newest checkpoint's `model/`; else a hub id.
+
+    Raises UserError when a run folder holds no finished checkpoint, or a local-looking path does not exist.
+    """
+    p = Path(path)
+    if (p / "checkpoints").is_dir():
+        found = checkpoints(p)
+        if not found:
+            raise UserError(f"{path}: a run folder without a finished checkpoint; run its recipe first")
+        return str(found[-1] / "model")
+    if (p / "config.json").is_file():
+        return path
+    if p.exists() or path.startswith((".", "/", "~", "runs/", "recipes/")) or path.count("/") > 1:
+        raise UserError(f"{path}: expected a checkpoint folder with config.json or a run folder, found neither")
+    return path
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    found = [p for p in Path(run_dir, "checkpoints").glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))

@@ -1,0 +1,209 @@
+"""Accuracy by modality, misalignment and forgetting (SALAD, arXiv 2510.13632), retention, reverse KL.
+
+Every rank measures its share of the records; sums meet in one all-reduce, so all ranks return the same numbers.
+Shape legend in opd/types.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.batch import all_reduce, make_samples
+from opd.clips import ClipLoader
+from opd.config import Config, UserError
+from opd.learner import Learner
+from opd.metrics import mean_stderr, ratio_stderr
+from opd.models.base import Family
+from opd.objectives import divergence
+from opd.rollout import VllmSampler, gold_ids
+from opd.teacher import LocalTeacher, ServerTeacher
+from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
+
+CHUNK = 64  # records whose clips are in memory at a time
+PAIRS = 8  # records of one forward pass in the divergences
+
+Estimate = dict[str, float | int | None]
+
+
+def correct(prompt: Prompt, text: str, truncated: bool) -> bool:
+    """Whether a response gives the prompt's answer; one that never ended is wrong whatever it says.
+
+    match exact: equal after trimming white space; regex: `re.fullmatch` of the trimmed response.
+    """
+    if truncated or prompt.answer is None:
+        return False
+    if prompt.match == "regex":
+        return re.fullmatch(prompt.answer, text.strip()) is not None
+    return text.strip() == prompt.answer.strip()
+
+
+@dataclass
+class Evaluator:
+    """Measures a student through its live server (accuracy) and its learner (divergences)."""
+
+    config: Config
+    family: Family
+    learner: Learner
+    teacher: LocalTeacher | ServerTeacher
+    sampler: VllmSampler
+    clips: ClipLoader
+    test: list[Prompt]
+    retention: list[Prompt]
+    say: Callable[[str], None] = lambda _: None
+    _teacher_right: list[float] | None = None  # the teacher is frozen: asked once
+
+    def run(self) -> dict[str, Any]:
+        """All metrics that the manifests allow, by the names of the design."""
+        out: dict[str, Any] = {}
+        if self.test:
+            self.say("the teacher's answers")
+            right = {"teacher": self._teacher()}
+            for view in VIEWS:
+                self.say(f"answers in the {view} view")
+                right[view] = self._accuracy(self.test, view, "test")
+            for name, values in right.items():
+                out[f"accuracy/{name}"] = mean_stderr(values)
+            for view in VIEWS:
+                out[f"drop/{view}"] = drop(right[view], right["teacher"])
+            out["groups"] = {v: self._groups(right[v]) for v in VIEWS}
+            self.say("misalignment, forgetting, reverse KL")
+            out |= self._divergences() | self._reverse_kl()
+        if self.retention:
+            self.say("retention")
+            out["retention"] = mean_stderr(self._accuracy(self.retention, "speech", "retention"))
+        return out
+
+    # ---- accuracy -------------------------------------------------------------------------------------------------
+
+    def _accuracy(self, prompts: list[Prompt], view: View, name: str) -> list[float]:
+        right = torch.zeros(len(prompts), dtype=torch.float64)
+        for chunk in self._mine(prompts, CHUNK):
+            clips = self._load(chunk) if view == "speech" else {}
+            jobs = [(p, view, f"{name}/{i}") for i, p in chunk]
+            for (i, p), r in zip(chunk, self.sampler.sample(jobs, clips, 1, 0.0), strict=True):
+                right[i] = correct(p, decode(self.family, r.token_ids), r.truncated)
+        return all_reduce(right, "sum").tolist()
+
+    def _teacher(self) -> list[float]:
+        if self._teacher_right is None:
+            right = torch.zeros(len(self.test), dtype=torch.float64)
+            for chunk in self._mine(self.test, CHUNK):
+                replies = self.teacher.respond([p for _, p in chunk], self.config.rollout.max_tokens)
+                for (i, p), (ids, truncated) in zip(chunk, replies, strict=True):
+                    right[i] = correct(p, decode(self.family, ids), truncated)
+            self._teacher_right = all_reduce(right, "sum").tolist()
+        return self._teacher_right
+
+    def _groups(self, right: list[float]) -> dict[str, Estimate]:
+        groups: dict[str, list[float]] = {}
+        for p, r in zip(self.test, right, strict=True):
+            groups.setdefault(p.group or "all", []).append(r)
+        return {g: mean_stderr(v) for g, v in sorted(groups.items())}
+
+    # ---- divergences ----------------------------------------------------------------------------------------------
+
+    def _divergences(self) -> dict[str, Estimate]:
+        """Misalignment KL(student|text || student|speech), forgetting KL(teacher|text || student|text), in nats per
+        token of the gold response. Forgetting needs the teacher's full rows: absent with a teacher on a server."""
+        prompts = self.test[: self.config.eval.kl_limit]
+        sums = torch.zeros(3, len(prompts), dtype=torch.float64)  # misalignment, forgetting, tokens
+        for chunk in self._in_step(prompts):
+            clips = self._load([c for c in chunk if c[0] >= 0] or chunk)
+            speech, text = (self._gold(chunk, v, clips) for v in VIEWS)
+            mb, logits = self.learner.eval_logits(text, clips)
+            student = torch.log_softmax(logits, -1)
+            kl = [divergence(student, torch.log_softmax(self.learner.eval_logits(speech, clips)[1], -1))]
+            if isinstance(self.teacher, LocalTeacher):
+                rows = self.teacher.logits(mb.samples, logits.shape[1])
+                kl.append(divergence(torch.log_softmax(rows, -1), student))
+            for row, values in enumerate(kl):
+                self._gather(sums[row], chunk, (values * mb.mask).sum(-1))
+            self._gather(sums[2], chunk, mb.mask.sum(-1))
+        sums = all_reduce(sums, "sum")
+        names = ["misalignment", "forgetting"] if isinstance(self.teacher, LocalTeacher) else ["misalignment"]
+        return {n: ratio_stderr(sums[i].tolist(), sums[2].tolist()) for i, n in enumerate(names)}
+
+    def _reverse_kl(self) -> dict[str, Estimate]:
+        """KL(student || teacher) per token on the student's own samples at temperature 1, by view: over the full
+        vocabulary with a local teacher, else the sampled tokens' estimate of it."""
+        out = {}
+        for view in VIEWS:
+            prompts = self.test[: self.config.eval.kl_limit]
+            sums = torch.zeros(2, len(prompts), dtype=torch.float64)
+            for chunk in self._in_step(prompts):
+                clips = self._load([c for c in chunk if c[0] >= 0] or chunk)
+                jobs = [(p, view, f"reverse_kl/{i}") for i, p in chunk]
+                own = self.sampler.sample(jobs, clips, 1, 1.0)
+                scored = self._scored(own)
+                mb, logits = self.learner.eval_logits(make_samples(scored, clips, self.family), clips)
+                student = torch.log_softmax(logits, -1)
+                if isinstance(self.teacher, LocalTeacher):
+                    rows = self.teacher.logits(mb.samples, logits.shape[1])
+                    kl = divergence(student, torch.log_softmax(rows, -1))
+                else:
+                    kl = student.gather(-1, mb.targets[..., None])[..., 0] - mb.teacher_logp
+                self._gather(sums[0], chunk, (kl * mb.mask).sum(-1))
+                self._gather(sums[1], chunk, mb.mask.sum(-1))
+            sums = all_reduce(sums, "sum")
+            out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist())
+        return out
+
+    def _scored(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        if isinstance(self.teacher, ServerTeacher):
+            return self.teacher.score(rollouts)
+        return [ScoredRollout(r, None) for r in rollouts]
+
+    def _gold(self, chunk: list[tuple[int, Prompt]], view: View, clips: dict[str, np.ndarray]) -> list[Sample]:
+        limit = self.config.rollout.max_tokens
+        gold = [ScoredRollout(Rollout(p, view, *gold_ids(self.family, p, limit)), None) for _, p in chunk]
+        return make_samples(gold, clips, self.family)
+
+    def _gather(self, into: torch.Tensor, chunk: list[tuple[int, Prompt]], values: torch.Tensor) -> None:
+        for (i, _), v in zip(chunk, values.tolist(), strict=True):
+            if i >= 0:
+                into[i] += v
+
+    # ---- sharing --------------------------------------------------------------------------------------------------
+
+    def _mine(self, prompts: list[Prompt], size: int) -> list[list[tuple[int, Prompt]]]:
+        mine = list(enumerate(prompts))[self.learner.rank :: self.learner.world]
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def _in_step(self, prompts: list[Prompt]) -> list[list[tuple[int, Prompt]]]:
+        """This rank's chunks, as many on every rank: (-1, prompt) fills up and counts for nothing."""
+        mine = self._mine(prompts, PAIRS)
+        most = -(-len(prompts) // self.learner.world)
+        calls = -(-most // PAIRS)
+        return mine + [[(-1, prompts[0])] for _ in range(calls - len(mine))]
+
+    def _load(self, chunk: list[tuple[int, Prompt]]) -> dict[str, np.ndarray]:
+        clips: dict[str, np.ndarray] = {}
+        for _, p in chunk:
+            found = self.clips.load(p)
+            if found is None:
+                raise UserError(f"{p.place}: a held-out record is bad: {self.clips.bad[p.place]}; mend or remove it")
+            clips.update(found)
+        return clips
+
+
+def drop(right: list[float], teacher: list[float]) -> Estimate:
+    """Mean relative drop below the teacher in percent, 100 * (1 - student / teacher), with its standard error.
+
+    Both answered the same records: the delta method over paired records.
+    """
+    ratio = ratio_stderr(right, teacher)
+    if ratio["mean"] is None:
+        return {"mean": None, "stderr": None}
+    stderr = ratio["stderr"]
+    return {"mean": 100.0 * (1.0 - float(ratio["mean"])), "stderr": None if stderr is None else 100.0 * float(stderr)}
+
+
+def decode(family: Family, ids: tuple[int, ...]) -> str:
+    """Readable text of a response: end-of-turn and other special tokens left out."""
+    return family.tokenizer.decode([i for i in ids if i not in family.eos_ids], skip_special_tokens=True)

@@ -1,0 +1,108 @@
+"""HTTP to vLLM servers: one client per server, deliberate retries, errors that name the server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import httpx
+
+from opd.config import UserError
+
+RETRIES = 2  # of a request that never reached the server
+
+
+class ServerError(RuntimeError):
+    """A server failed or answered nonsense in mid-run; the message names its URL and the request."""
+
+
+class Server:
+    """One vLLM server. Blocking calls for control, an async one for many requests at a time."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        self._client = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+
+    def get(self, path: str) -> Any:
+        """GET `path`; parsed JSON."""
+        return self._checked(self._retry("GET", path), path)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """POST `body` to `path`; parsed JSON, None for an empty answer."""
+        return self._checked(self._retry("POST", path, json=body), path)
+
+    def model_root(self) -> str:
+        """The path or hub id of the model that the server holds. UserError when it cannot be reached."""
+        try:
+            return self._checked(self._client.get("/v1/models"), "/v1/models")["data"][0]["root"]
+        except httpx.HTTPError as e:
+            raise UserError(
+                f"{self.url}: no vLLM server answers there ({type(e).__name__}); start it, mend the URL in the recipe, "
+                "or leave the list empty and let `opd launch` start one"
+            ) from e
+        except (KeyError, IndexError, TypeError) as e:
+            raise UserError(f"{self.url}: answers, but not as a vLLM server does (/v1/models has no model)") from e
+
+    def _retry(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        for attempt in range(RETRIES + 1):
+            try:
+                return self._client.request(method, path, **kwargs)
+            except httpx.ConnectError as e:
+                if attempt == RETRIES:
+                    raise ServerError(f"{self.url}{path}: the server is gone ({e})") from e
+                time.sleep(0.5 * 2**attempt)
+            except httpx.HTTPError as e:
+                raise ServerError(f"{self.url}{path}: {type(e).__name__} after up to {self.timeout_s:g} s") from e
+        raise AssertionError("unreachable")
+
+    def _checked(self, response: httpx.Response, path: str) -> Any:
+        return parse(response, self.url + path)
+
+
+def parse(response: httpx.Response, where: str) -> Any:
+    """JSON of a successful answer (None when empty); ServerError names `where` otherwise."""
+    if response.status_code >= 400:
+        raise ServerError(f"{where}: HTTP {response.status_code}: {response.text[:400]}")
+    if not response.content:
+        return None
+    try:
+        return response.json()
+    except ValueError as e:
+        raise ServerError(f"{where}: expected JSON, found {response.text[:80]!r}") from e
+
+
+def post_all(requests: list[tuple[str, str, dict[str, Any]]], concurrency: int, timeout_s: float) -> list[Any]:
+    """POST (base URL, path, body) requests at once, at most `concurrency` in flight; answers in order.
+
+    The first failure cancels the rest and travels as ServerError.
+    """
+    return asyncio.run(_post_all(requests, concurrency, timeout_s))
+
+
+async def _post_all(requests: list[tuple[str, str, dict[str, Any]]], concurrency: int, timeout_s: float) -> list[Any]:
+    gate = asyncio.Semaphore(concurrency)
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    async with httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False) as client:
+
+        async def one(url: str, path: str, body: dict[str, Any]) -> Any:
+            where = url.rstrip("/") + path
+            for attempt in range(RETRIES + 1):
+                try:
+                    async with gate:
+                        return parse(await client.post(where, json=body), where)
+                except httpx.ConnectError as e:
+                    if attempt == RETRIES:
+                        raise ServerError(f"{where}: the server is gone ({e})") from e
+                except httpx.HTTPError as e:
+                    raise ServerError(f"{where}: {type(e).__name__} after up to {timeout_s:g} s") from e
+                await asyncio.sleep(0.5 * 2**attempt)
+            raise AssertionError("unreachable")
+
+        calls: list[Awaitable[Any]] = [asyncio.ensure_future(one(*r)) for r in requests]
+        try:
+            return list(await asyncio.gather(*calls))
+        finally:
+            for c in calls:
+                c.cancel()  # type: ignore[attr-defined]

@@ -1,0 +1,273 @@
+"""The learner: DeepSpeed ZeRO around one speech LLM. Shape legend in opd/types.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd.batch import MicroBatch, all_reduce, collate
+from opd.config import Config, UserError
+from opd.models.base import Family, SpeechLM
+from opd.objectives import kd, xopd
+from opd.types import VIEWS, Batch, Sample
+
+CLIPS_PER_CALL = 8  # of the frozen tower
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TeacherLogits = Callable[[list[Sample], int], Tensor]  # samples, T -> [B, T, V]
+
+
+class Learner:
+    """Forward, backward and step of the student; knows nothing of servers, teachers or data."""
+
+    def __init__(self, config: Config, family: Family, model_path: str) -> None:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        self.config, self.family = config, family
+        self.advantages: dict[int, list[float]] = {}  # by id() of the newest step's samples, for samples.jsonl
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(get_accelerator().current_device_name())
+        settings = deepspeed_settings(config)
+        model = _load(family, config, settings)
+        if config.train.gradient_checkpointing:
+            model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        params = [p for p in model.parameters() if p.requires_grad]
+        if not params:
+            raise UserError(f"student.train {config.student.train}: {model_path} has no parameter there")
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=_optimizer(config, params, settings), config=settings
+        )
+        self.model: SpeechLM = self.engine.module
+        self.model.train()
+        silent = np.zeros(family.sampling_rate // 2, np.float32)
+        self._silent_clip = family.features([silent])
+        self._silence: Tensor | None = None
+        if self.model.adapter_trained and not self.model.tower_trained:
+            self._silence = self._engine_call(features=self._silent_clip)[0][:1]
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, step: int, teacher_logits: TeacherLogits | None = None) -> dict[str, float]:
+        """One gradient step on the batches of all ranks; returns the metrics of the step, the same on every rank."""
+        lr = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        audio = self.encode(batch.clips, batch.samples)
+        stats = Sums()
+        last = len(batch.micro_batches) - 1
+        for i, samples in enumerate(batch.micro_batches):
+            mb = self._to_device(collate(samples))
+            loss = self._loss(mb, self.logits(mb, audio, batch.clips), stats, teacher_logits)
+            self.engine.set_gradient_accumulation_boundary(i == last)
+            self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages over ranks: we mean the sum
+            self.engine.step()
+        metrics = stats.reduce()
+        return metrics | {"lr": lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
+
+    def _loss(self, mb: MicroBatch, logits: Tensor, stats: Sums, teacher_logits: TeacherLogits | None) -> Tensor:
+        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+        o = self.config.objective
+        counted = mb.mask * (mb.weights > 0)
+        with torch.no_grad():
+            stats.add("entropy", entropy_from_logits(logits.detach()), counted)
+        if o.name == "kd":
+            assert teacher_logits is not None
+            rows = teacher_logits(mb.samples, mb.targets.shape[1]).to(logits.device)
+            terms = kd(logits, rows, mb.targets, o.mu, o.tau)
+            stats.add("kd/ce", terms.ce, counted)
+            stats.add("kd/kl", terms.kl, counted)
+            loss = terms.loss
+        else:
+            temperature = self.config.rollout.temperature
+            ratio_logp = selective_log_softmax(logits / temperature, mb.targets)
+            logp = ratio_logp if temperature == 1.0 else selective_log_softmax(logits, mb.targets)
+            xo = xopd(logp, mb.teacher_logp, ratio_logp, mb.sampler_logp, o.advantage_clip, o.ratio_max)
+            self._keep_advantages(mb, xo.advantage)
+            stats.add("advantage/mean", xo.advantage, counted)
+            stats.add("ratio/mean", xo.ratio, counted)
+            stats.add("ratio/clipped", (xo.ratio > o.ratio_max).float(), counted)
+            stats.add("mismatch/logprob", (ratio_logp.detach() - mb.sampler_logp).abs(), counted)
+            for view in VIEWS:
+                of_view = torch.tensor([s.scored.rollout.view == view for s in mb.samples], device=counted.device)
+                stats.add(f"reverse_kl/{view}", -xo.advantage, counted * of_view[:, None])
+            loss = xo.loss
+        weighted = (loss * mb.weights).sum()
+        stats.total("loss", weighted)
+        return weighted
+
+    def _keep_advantages(self, mb: MicroBatch, advantage: Tensor) -> None:
+        for s, row in zip(mb.samples, advantage.tolist(), strict=True):
+            if s.weight > 0:
+                self.advantages[id(s)] = row[: len(s.response_ids)]
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    def encode(self, clips: dict[str, np.ndarray], samples: list[Sample]) -> dict[str, Tensor]:
+        """Run what is frozen of the audio path once per clip; the same number of calls on every rank."""
+        self.advantages = {}
+        if self.model.tower_trained:
+            return {}
+        keys = sorted({k for s in samples for k in s.clips}, key=lambda k: len(clips[k]))
+        chunks = [keys[i : i + CLIPS_PER_CALL] for i in range(0, len(keys), CLIPS_PER_CALL)]
+        calls = int(all_reduce(torch.tensor(float(len(chunks))), "max"))
+        audio: dict[str, Tensor] = {}
+        for chunk in chunks:
+            audio.update(zip(chunk, self._engine_call(features=self.family.features([clips[k] for k in chunk]))))
+        for _ in range(calls - len(chunks)):
+            self._engine_call(features=self._silent_clip)
+        return audio
+
+    def logits(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> Tensor:
+        """Logits [B, T, V] of a micro-batch's response tokens; every rank runs the same modules."""
+        keys = [k for s in mb.samples for k in s.clips]
+        inputs: dict[str, Any] = {}
+        if self.model.tower_trained:
+            inputs["features"] = self.family.features([clips[k] for k in keys]) if keys else self._silent_clip
+        elif keys:
+            inputs["audio"] = torch.cat([audio[k] for k in keys])
+        elif self._silence is not None:
+            inputs["audio"] = self._silence
+        return self._engine_call(ids=mb.ids, attention_mask=mb.attention_mask, positions=mb.positions, **inputs)
+
+    @torch.no_grad()
+    def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
+        """One micro-batch and its logits without gradient; every rank calls it as often as every other."""
+        self.model.eval()
+        mb = self._to_device(collate(samples))
+        logits = self.logits(mb, self.encode(clips, samples), clips)
+        self.model.train()
+        return mb, logits
+
+    def _engine_call(self, **inputs: Any) -> Any:
+        if inputs.get("features") is not None:
+            inputs["features"] = {k: v.to(self.device) for k, v in inputs["features"].items()}
+        return self.engine(**inputs)
+
+    def _to_device(self, mb: MicroBatch) -> MicroBatch:
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in vars(mb).items()}
+        return MicroBatch(**moved)
+
+    # ---- weights --------------------------------------------------------------------------------------------------
+
+    def gathered(self, trainable_only: bool = True) -> Iterator[tuple[str, Tensor | None]]:
+        """(Hugging Face name, full tensor on rank 0, None elsewhere), one parameter at a time.
+
+        A collective: every rank must exhaust it.
+        """
+        import deepspeed
+
+        for name, p in self.model.hf.named_parameters():
+            if trainable_only and not p.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([p]):
+                value = p.data.detach().cpu().clone() if self.rank == 0 else None
+            yield name, value
+
+
+class Sums:
+    """Token-weighted means of a step, summed over micro-batches and then over ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+        self.totals: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        pair = self.sums.setdefault(name, [0.0, 0.0])
+        pair[0] += float((values.detach() * mask).sum())
+        pair[1] += float(mask.sum())
+
+    def total(self, name: str, value: Tensor) -> None:
+        self.totals[name] = self.totals.get(name, 0.0) + float(value.detach())
+
+    def reduce(self) -> dict[str, float]:
+        """Means and totals over all ranks; a name that nothing was counted for is left out."""
+        names = list(self.sums)
+        flat = [x for n in names for x in self.sums[n]] + list(self.totals.values())
+        out = all_reduce(torch.tensor(flat, dtype=torch.float64), "sum").tolist()
+        means = {n: out[2 * i] / out[2 * i + 1] for i, n in enumerate(names) if out[2 * i + 1] > 0}
+        return means | dict(zip(self.totals, out[2 * len(names) :], strict=True))
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of a step (0-based): linear warm-up, then constant, linear or cosine down to final_lr_share."""
+    o = config.optim
+    warm = min(1.0, (step + 1) / o.warmup_steps) if o.warmup_steps else 1.0
+    progress = step / max(1, config.train.steps - 1)
+    decay = {
+        "constant": 1.0,
+        "linear": 1.0 - (1.0 - o.final_lr_share) * progress,
+        "cosine": o.final_lr_share + (1.0 - o.final_lr_share) * 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[o.schedule]
+    return o.lr * warm * decay
+
+
+RECIPE_OWNS = {
+    "train_batch_size": "train.prompts_per_step",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    "gradient_clipping": "optim.grad_clip",
+    "bf16": "student.dtype",
+    "fp16": "student.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config: ZeRO from the JSON file, everything else from the recipe.
+
+    An accelerate config's `deepspeed_config_file` (in the environment that `accelerate launch` sets) comes first.
+    Raises UserError when the file sets what the recipe owns, naming both.
+    """
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or config.train.deepspeed
+    if not Path(path).is_file():
+        raise UserError(f"train.deepspeed: {path}: no such file")
+    try:
+        settings: dict[str, Any] = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"train.deepspeed: {path}: not valid JSON: {e}") from e
+    for key, owner in RECIPE_OWNS.items():
+        if settings.get(key, "auto") != "auto":
+            raise UserError(f"{path}: sets {key} to {settings[key]}; that is the recipe's {owner}: take it out")
+        settings.pop(key, None)
+    return settings | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": config.student.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig(settings)  # while it lives, from_pretrained shards as it loads (ZeRO-3)
+    try:
+        hf = family.load(DTYPES[config.student.dtype], config.student.attention)
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+    return SpeechLM(hf, family, list(config.student.train))
+
+
+def _optimizer(config: Config, params: list[Any], settings: dict[str, Any]) -> Any:
+    o = config.optim
+    options = {"lr": o.lr, "betas": (o.betas[0], o.betas[1]), "eps": o.eps, "weight_decay": o.weight_decay}
+    if settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(params, **options)
+    return torch.optim.AdamW(params, **options)

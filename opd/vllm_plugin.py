@@ -1,0 +1,74 @@
+"""Loaded by vLLM in each of its processes (entry point `vllm.general_plugins`): registers our weight transport.
+
+The transport `opd_file` reads safetensors files from a folder that learner and server share, such as /dev/shm.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+BACKEND = "opd_file"
+
+
+def register() -> None:
+    """Register `opd_file` with vLLM's factory, once per process."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, _engine_class())
+
+
+def _engine_class() -> type[Any]:
+    import torch
+    from safetensors import safe_open
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class FileInitInfo(WeightTransferInitInfo):
+        folder: str  # the only one that updates may be read from
+
+    @dataclass
+    class FileUpdateInfo(WeightTransferUpdateInfo):
+        name: str  # of a safetensors file in that folder
+
+    def stream(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+        with safe_open(path, "pt") as f:
+            for key in f.keys():  # noqa: SIM118 - not a dict
+                yield key, f.get_tensor(key)
+
+    class FileEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+        """Weights in checkpoint format through vLLM's layerwise reload, which undoes and redoes its weight packing."""
+
+        init_info_cls = FileInitInfo
+        update_info_cls = FileUpdateInfo
+
+        def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+            self.folder = os.path.realpath(init_info.folder)
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            self.receive_weights(self.parse_update_info(update_info))
+
+        def receive_weights(self, update_info: FileUpdateInfo) -> None:
+            path = os.path.realpath(os.path.join(self.folder, update_info.name))
+            if os.path.dirname(path) != self.folder:
+                raise ValueError(f"{update_info.name}: outside the transfer folder {self.folder}")
+            self.model.load_weights(stream(path))
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    return FileEngine
