@@ -45,7 +45,7 @@ def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -
 
 
 def save_model(learner: Learner, folder: Path) -> None:
-    """Write the whole student as Hugging Face files: gathered one parameter at a time, held by rank 0 in host memory."""
+    """Write the whole student as Hugging Face files: gathered one parameter at a time, held by rank 0."""
     state: dict[str, torch.Tensor] = {}
     for name, value in learner.gathered(trainable_only=False):
         if value is not None:

@@ -39,7 +39,8 @@ class Learner:
         settings = deepspeed_settings(config)
         model = _load(family, config, settings)
         if config.train.gradient_checkpointing:
-            model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf: Any = model.hf
+            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         params = [p for p in model.parameters() if p.requires_grad]
         if not params:
             raise UserError(f"student.train {config.student.train}: {model_path} has no parameter there")
@@ -122,7 +123,8 @@ class Learner:
         calls = int(all_reduce(torch.tensor(float(len(chunks))), "max"))
         audio: dict[str, Tensor] = {}
         for chunk in chunks:
-            audio.update(zip(chunk, self._engine_call(features=self.family.features([clips[k] for k in chunk]))))
+            outputs = self._engine_call(features=self.family.features([clips[k] for k in chunk]))
+            audio.update(zip(chunk, outputs, strict=True))
         for _ in range(calls - len(chunks)):
             self._engine_call(features=self._silent_clip)
         return audio
@@ -154,7 +156,7 @@ class Learner:
         return self.engine(**inputs)
 
     def _to_device(self, mb: MicroBatch) -> MicroBatch:
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in vars(mb).items()}
+        moved: dict[str, Any] = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in vars(mb).items()}
         return MicroBatch(**moved)
 
     # ---- weights --------------------------------------------------------------------------------------------------
@@ -265,7 +267,12 @@ def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
 
 def _optimizer(config: Config, params: list[Any], settings: dict[str, Any]) -> Any:
     o = config.optim
-    options = {"lr": o.lr, "betas": (o.betas[0], o.betas[1]), "eps": o.eps, "weight_decay": o.weight_decay}
+    options: dict[str, Any] = {
+        "lr": o.lr,
+        "betas": (o.betas[0], o.betas[1]),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+    }
     if settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

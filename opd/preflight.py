@@ -14,7 +14,7 @@ from opd.views import audio_paths
 
 
 def check(config: Config) -> list[str]:
-    """Check a recipe without a server or GPU; returns one line per thing checked. Raises UserError at the first fault."""
+    """Check a recipe without a server or GPU: one line per thing checked. Raises UserError at the first fault."""
     from transformers import AutoTokenizer
 
     from opd.learner import deepspeed_settings

@@ -166,10 +166,11 @@ class VllmSampler:
         heard = [len(clips[k]) for k in audio_paths(prompt)] if view == "speech" else []
         expected, found = self.family.prompt_ids(render(prompt, view), heard), answer["prompt_token_ids"]
         if found != expected:
-            at = next((i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+            same = min(len(expected), len(found))
+            at = next((i for i in range(same) if expected[i] != found[i]), same)
             raise ServerError(
-                f"prompt {prompt.id} ({view} view): the server reads {len(found)} token ids, the learner {len(expected)}; "
-                f"first difference at {at}: {found[at : at + 5]} against {expected[at : at + 5]}"
+                f"prompt {prompt.id} ({view} view): the server reads {len(found)} ids, the learner {len(expected)}; "
+                f"first difference at {at}: {found[at : at + 5]}, {expected[at : at + 5]}"
             )
 
     def _rollout(self, prompt: Prompt, view: View, seed: int, choice: dict[str, Any], n: int) -> Rollout:

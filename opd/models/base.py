@@ -30,6 +30,10 @@ class Family(ABC):
     processor: Any
 
     @abstractmethod
+    def __init__(self, path: str) -> None:
+        """Read config, tokenizer and processor of the checkpoint; no weights."""
+
+    @abstractmethod
     def load(self, dtype: torch.dtype, attention: str) -> nn.Module:
         """The Hugging Face model of this checkpoint."""
 
@@ -120,7 +124,8 @@ class SpeechLM(nn.Module):
         embedding) so that every rank runs the same modules; it then counts for nothing.
         Returns [B, T, V] in float32.
         """
-        embeds = self.hf.get_input_embeddings()(ids)
+        embed: Any = self.hf.get_input_embeddings
+        embeds = embed()(ids)
         if self.tower_trained:
             assert features is not None
             audio = torch.cat(self.family.run_tower(self.hf, features))

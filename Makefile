@@ -1,0 +1,33 @@
+# The virtual environment's tools go first on PATH: DeepSpeed looks there for ninja.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VLLM_NO_USAGE_STATS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint unit clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## create .venv with the pinned CPU stack (quick when nothing changed)
+	@requirements/install.sh
+
+quickstart: setup ## make the tiny world, train both stages on the CPU, write a report
+	.venv/bin/python recipes/tiny/make_data.py --out data/tiny
+	.venv/bin/opd launch recipes/tiny/1_warmstart.yaml
+	.venv/bin/opd launch recipes/tiny/2_xopd.yaml
+	.venv/bin/opd report runs/quickstart/warmstart runs/quickstart/xopd --out runs/quickstart
+
+test: lint ## lint, then every test
+	.venv/bin/pytest tests
+
+lint: setup ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy opd
+
+unit: setup ## the tests that start no servers
+	.venv/bin/pytest tests/unit
+
+clean: ## remove .venv, caches and build leftovers; keeps data/ and runs/
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './data/*' -not -path './runs/*' -prune -exec rm -rf {} +
