@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +18,30 @@ from opd.views import audio_paths, render
 
 @dataclass
 class MicroBatch:
-    """Padded tensors of a few samples, all [B, T] but ids and attention_mask, which are [B, L]."""
+    """Padded tensors of a few samples.
+
+    Samples that share a prompt share a row: the prompt once, then their responses one after another, each seeing the
+    prompt and itself. A spoken prompt is long, its answers short: n answers then cost little more than one.
+    R rows, L their length.
+    """
 
     samples: list[Sample]
-    ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor  # where the logits of each response token are read
-    targets: Tensor  # response ids
-    mask: Tensor  # 1 at response tokens
-    weights: Tensor  # of each token in the loss, 0 at padding
-    teacher_logp: Tensor  # 0 where the objective reads rows instead
-    sampler_logp: Tensor  # 0 where no student sampled
+    ids: Tensor  # [R, L]
+    position_ids: Tensor  # [R, L], as if each response followed the prompt alone
+    attends: Tensor  # [R, 1, L, L] bool: which token (last axis) each token may see
+    row: Tensor  # [B], of each sample
+    positions: Tensor  # [B, T], in the row: where the logits of each response token are read
+    targets: Tensor  # [B, T], response ids
+    mask: Tensor  # [B, T], 1 at response tokens
+    weights: Tensor  # [B, T], of each token in the loss, 0 at padding
+    teacher_logp: Tensor  # [B, T], 0 where the objective reads rows instead
+    sampler_logp: Tensor  # [B, T], 0 where no student sampled
+
+    @property
+    def clips(self) -> list[str]:
+        """Keys of the clips of all rows, in the order of the placeholders in `ids`."""
+        first = {int(r): s for s, r in reversed(list(zip(self.samples, self.row.tolist(), strict=True)))}
+        return [k for r in sorted(first) for k in first[r].clips]
 
 
 def view_shares(config: Config) -> dict[str, float]:
@@ -79,37 +93,87 @@ def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Conf
 
 
 def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
-    """Pack samples, longest first, so that no micro-batch pads to more than `budget` tokens (a lone one may)."""
-    micro: list[list[Sample]] = []
-    for s in sorted(samples, key=lambda s: -s.length):
-        if micro and micro[-1][0].length * (len(micro[-1]) + 1) <= budget:
-            micro[-1].append(s)
+    """Pack groups of samples with the same prompt, longest row first, into micro-batches of padded tokens <= `budget`.
+
+    A group whose row alone would pass the budget is cut; a lone sample may pass it.
+    """
+    rows = [part for group in _groups(samples) for part in _cut(group, budget)]
+    micro: list[list[list[Sample]]] = []
+    for row in sorted(rows, key=_row_length, reverse=True):
+        if micro and _row_length(micro[-1][0]) * (len(micro[-1]) + 1) <= budget:
+            micro[-1].append(row)
         else:
-            micro.append([s])
-    return micro
+            micro.append([row])
+    return [[s for row in rows for s in row] for rows in micro]
 
 
 def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
-    """Right-pad samples into tensors."""
-    n, longest = len(samples), max(s.length for s in samples)
+    """Pack samples that share a prompt into rows and pad on the right; [B, ...] tensors keep the samples' order."""
+    groups = _groups(samples)
+    index = {id(s): i for i, s in enumerate(samples)}
+    assert len(index) == len(samples), "a sample twice in one micro-batch"
+    longest = max(map(_row_length, groups))
     steps = max(len(s.response_ids) for s in samples)
-    ids = torch.full((n, longest), pad_id, dtype=torch.long)
-    attention = torch.zeros(n, longest, dtype=torch.long)
+    n = len(samples)
+    ids = torch.full((len(groups), longest), pad_id, dtype=torch.long)
+    places = torch.zeros(len(groups), longest, dtype=torch.long)
+    part = torch.full((len(groups), longest), -1)  # 0 prompt, k the k-th response, -1 padding
+    row = torch.zeros(n, dtype=torch.long)
     positions, targets = torch.zeros(n, steps, dtype=torch.long), torch.zeros(n, steps, dtype=torch.long)
     mask, teacher, sampler = (torch.zeros(n, steps) for _ in range(3))
-    for i, s in enumerate(samples):
-        p, t = len(s.prompt_ids), len(s.response_ids)
-        ids[i, : p + t] = torch.tensor([*s.prompt_ids, *s.response_ids])
-        attention[i, : p + t] = 1
-        positions[i, :t] = torch.arange(p - 1, p + t - 1)
-        targets[i, :t] = torch.tensor(s.response_ids)
-        mask[i, :t] = 1
-        for row, values in ((teacher, s.scored.teacher_logprobs), (sampler, s.scored.rollout.logprobs)):
-            if values is not None:
-                assert len(values) == t, f"{s.scored.rollout.prompt.id}: {t} tokens, {len(values)} log-probs"
-                row[i, :t] = torch.from_numpy(np.asarray(values, np.float32))
+    for g, group in enumerate(groups):
+        p = at = len(group[0].prompt_ids)
+        ids[g, :p] = torch.tensor(group[0].prompt_ids)
+        places[g, :p] = torch.arange(p)
+        part[g, :p] = 0
+        for k, s in enumerate(group, 1):
+            i, t = index[id(s)], len(s.response_ids)
+            ids[g, at : at + t] = torch.tensor(s.response_ids)
+            places[g, at : at + t] = torch.arange(p, p + t)
+            part[g, at : at + t] = k
+            row[i] = g
+            positions[i, 0] = p - 1
+            positions[i, 1:t] = torch.arange(at, at + t - 1)
+            targets[i, :t] = torch.tensor(s.response_ids)
+            mask[i, :t] = 1
+            for into, values in ((teacher, s.scored.teacher_logprobs), (sampler, s.scored.rollout.logprobs)):
+                if values is not None:
+                    assert len(values) == t, f"{s.scored.rollout.prompt.id}: {t} tokens, {len(values)} log-probs"
+                    into[i, :t] = torch.from_numpy(np.asarray(values, np.float32))
+            at += t
+    attends = _attends(part)
     weights = mask * torch.tensor([s.weight for s in samples])[:, None]
-    return MicroBatch(samples, ids, attention, positions, targets, mask, weights, teacher, sampler)
+    return MicroBatch(samples, ids, places, attends, row, positions, targets, mask, weights, teacher, sampler)
+
+
+def _attends(part: Tensor) -> Tensor:
+    """[R, L] parts -> [R, 1, L, L]: causal, and only the prompt or the own response. Padding sees itself alone."""
+    length = part.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    return (causal & seen & (part >= 0)[:, None, :] | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+def _groups(samples: list[Sample]) -> list[list[Sample]]:
+    """Samples by prompt ids and clips, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Sample]] = {}
+    for s in samples:
+        groups.setdefault((tuple(s.prompt_ids), tuple(s.clips)), []).append(s)
+    return list(groups.values())
+
+
+def _cut(group: list[Sample], budget: int) -> list[list[Sample]]:
+    parts = [[group[0]]]
+    for s in group[1:]:
+        if _row_length([*parts[-1], s]) <= budget:
+            parts[-1].append(s)
+        else:
+            parts.append([s])
+    return parts
+
+
+def _row_length(row: list[Sample]) -> int:
+    return len(row[0].prompt_ids) + sum(len(s.response_ids) for s in row)
 
 
 def _dummy(sample: Sample) -> Sample:

@@ -38,7 +38,7 @@ class StudentConfig(Section):
     path: str = Field(description="checkpoint folder, hub id, or a run folder (its newest checkpoint)")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager"] = "sdpa"
 
 
 class TeacherConfig(Section):

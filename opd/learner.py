@@ -131,7 +131,7 @@ class Learner:
 
     def logits(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> Tensor:
         """Logits [B, T, V] of a micro-batch's response tokens; every rank runs the same modules."""
-        keys = [k for s in mb.samples for k in s.clips]
+        keys = mb.clips
         inputs: dict[str, Any] = {}
         if self.model.tower_trained:
             inputs["features"] = self.family.features([clips[k] for k in keys]) if keys else self._silent_clip
@@ -139,7 +139,9 @@ class Learner:
             inputs["audio"] = torch.cat([audio[k] for k in keys])
         elif self._silence is not None:
             inputs["audio"] = self._silence
-        return self._engine_call(ids=mb.ids, attention_mask=mb.attention_mask, positions=mb.positions, **inputs)
+        for name in ("ids", "position_ids", "attends", "row", "positions"):
+            inputs[name] = getattr(mb, name)
+        return self._engine_call(**inputs)
 
     @torch.no_grad()
     def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:

@@ -68,10 +68,6 @@ class Sample:
     def response_ids(self) -> tuple[int, ...]:
         return self.scored.rollout.token_ids
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
 
 @dataclass
 class Batch:

@@ -62,8 +62,8 @@ class Family(ABC):
         """[S, tower width] -> [S, H]."""
 
     @abstractmethod
-    def run_llm(self, hf: nn.Module, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, L, H] -> last hidden states [B, L, H]."""
+    def run_llm(self, hf: nn.Module, embeds: Tensor, position_ids: Tensor, bias: Tensor) -> Tensor:
+        """Embeddings [R, L, H], positions [R, L], additive attention bias [R, 1, L, L] -> last hidden states."""
 
     @abstractmethod
     def head(self, hf: nn.Module) -> nn.Module:
@@ -111,14 +111,16 @@ class SpeechLM(nn.Module):
     def response_logits(
         self,
         ids: Tensor,
-        attention_mask: Tensor,
+        position_ids: Tensor,
+        attends: Tensor,
+        row: Tensor,
         positions: Tensor,
         audio: Tensor | None = None,
         features: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits of the response tokens, banned ids at EXCLUDED.
 
-        ids, attention_mask: [B, L], right-padded; positions [B, T]: where the logits of each response token are read.
+        ids, position_ids [R, L]; attends [R, 1, L, L]; row [B]; positions [B, T]: see opd.batch.MicroBatch.
         audio [sum of S, ...]: `encode`d embeddings of all placeholders of `ids` in order; or, with a trained tower,
         `features` of the clips, `audio` None. A micro-batch without any placeholder passes a dummy (one clip, or one
         embedding) so that every rank runs the same modules; it then counts for nothing.
@@ -139,6 +141,7 @@ class SpeechLM(nn.Module):
             else:
                 assert count == len(audio), f"{count} audio placeholders, {len(audio)} audio embeddings"
                 embeds = embeds.masked_scatter(where[..., None], audio.to(embeds.dtype))
-        hidden = self.family.run_llm(self.hf, embeds, attention_mask)
-        rows = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.family.head(self.hf)(rows).float().masked_fill(self.banned, EXCLUDED)
+        bias = torch.zeros(attends.shape, dtype=embeds.dtype, device=embeds.device)
+        bias = bias.masked_fill(~attends, torch.finfo(embeds.dtype).min)
+        hidden = self.family.run_llm(self.hf, embeds, position_ids, bias)
+        return self.family.head(self.hf)(hidden[row[:, None], positions]).float().masked_fill(self.banned, EXCLUDED)

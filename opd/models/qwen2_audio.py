@@ -105,9 +105,9 @@ class Qwen2Audio(Family):
     def run_adapter(self, hf: nn.Module, audio: Tensor) -> Tensor:
         return hf.model.multi_modal_projector(audio)  # type: ignore[union-attr, operator]
 
-    def run_llm(self, hf: nn.Module, embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    def run_llm(self, hf: nn.Module, embeds: Tensor, position_ids: Tensor, bias: Tensor) -> Tensor:
         out = hf.model.language_model(  # type: ignore[union-attr, operator]
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=embeds, position_ids=position_ids, attention_mask=bias, use_cache=False
         )
         return out.last_hidden_state
 
