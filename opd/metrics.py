@@ -78,10 +78,13 @@ class MetricsLog:
         """One rollout with its advantages, to samples.jsonl."""
         self._append("samples.jsonl", line)
 
-    def status(self, phase: str, detail: str, step: int, steps: int, error: str | None) -> None:
+    def status(
+        self, phase: str, detail: str, step: int, steps: int, error: str | None = None, user_error: bool = False
+    ) -> None:
         """Replace status.json, atomically."""
         assert phase in PHASES, phase
-        content = {"phase": phase, "detail": detail, "step": step, "steps": steps, "error": error}
+        content: dict[str, Any] = {"phase": phase, "detail": detail, "step": step, "steps": steps, "error": error}
+        content["user_error"] = user_error
         _replace(self.run_dir / "status.json", json.dumps(content))
 
     def truncate_after(self, step: int) -> None:

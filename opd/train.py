@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd import checkpoint, preflight, run_folder
+from opd import checkpoint, run_folder
 from opd.batch import make_batch, make_samples, view_shares
 from opd.clips import ClipLoader
 from opd.config import Config, UserError, load_config, resolve_model
@@ -271,8 +271,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.recipe, args.overrides)
         _init_distributed(config)
-        if dist.get_rank() == 0:
-            preflight.check(config)
         run(config)
     except UserError as e:
         code, message = 2, str(e)
@@ -283,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if config is not None and Path(config.run.dir).is_dir():
             log = MetricsLog(Path(config.run.dir), [], "", "")
-            log.status("failed", f"rank {rank}", 0, config.train.steps, message)
+            log.status("failed", f"rank {rank}", 0, config.train.steps, message, user_error=code == 2)
         print(f"opd: error: {message}", file=sys.stderr, flush=True)
         os._exit(code)  # other ranks may wait in a collective: no orderly shutdown is possible
     dist.destroy_process_group()

@@ -1,0 +1,119 @@
+"""Processes that die with the run: each in its own group, stopped on exit, error, signal, or the launcher's death.
+
+Run as `python -m opd.supervisor PARENT_PID -- COMMAND...` it is the guard between the launcher and a command: it
+stops the command's whole group when the launcher is gone, also after `kill -9`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from opd.servers import Command
+
+GRACE_S = 8.0
+
+
+class Process:
+    """A started command with its log file."""
+
+    def __init__(self, command: Command, log: Path) -> None:
+        self.command, self.log, self.started = command, log, time.monotonic()
+        self.state = "starting"
+        with open(log, "ab") as out:
+            self.guard = subprocess.Popen(
+                [sys.executable, "-m", "opd.supervisor", str(os.getpid()), "--", *command.argv],
+                env={**os.environ, **command.env},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, None while it runs."""
+        return self.guard.poll()
+
+    def stop(self) -> None:
+        """Ask the guard to stop the group; it escalates by itself."""
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.guard.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Return when nothing of it is left."""
+        try:
+            self.guard.wait(GRACE_S + 5)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.guard.pid, signal.SIGKILL)
+            self.guard.wait()
+
+    def last_error(self) -> str:
+        """The last line of the log that names an error, or its last line."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        named = [line for line in lines if "Error" in line or "error:" in line]
+        return (named or lines or ["(empty log)"])[-1][:300]
+
+
+def stop_all(processes: list[Process]) -> None:
+    """Stop every process, newest first, and wait until all are gone."""
+    for p in reversed(processes):
+        p.stop()
+    for p in reversed(processes):
+        p.wait()
+
+
+def guard(parent: int, argv: list[str]) -> int:
+    """Run a command and stop its whole group when asked to, when it ends, or when the parent is gone."""
+    asked = []
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(s, lambda *_: asked.append(True))
+    child = subprocess.Popen(argv, start_new_session=True)
+    while child.poll() is None and not asked and os.getppid() == parent:
+        time.sleep(0.1)
+    descendants = _descendants(child.pid)
+    stopped = child.poll() is None
+    _signal(child.pid, descendants, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline and (child.poll() is None or any(map(_alive, descendants))):
+        time.sleep(0.05)
+    _signal(child.pid, descendants | _descendants(child.pid), signal.SIGKILL)
+    code = child.wait()
+    return 143 if stopped else code if code >= 0 else 128 - code
+
+
+def _signal(group: int, pids: set[int], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+    for pid in pids:  # vLLM and accelerate put some of theirs into sessions of their own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def _descendants(pid: int) -> set[int]:
+    import psutil
+
+    try:
+        return {p.pid for p in psutil.Process(pid).children(recursive=True)}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(guard(int(sys.argv[1]), sys.argv[3:]))
