@@ -1,0 +1,228 @@
+"""Whole runs through the command line: warm start, X-OPD, resume after kill -9, bad inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, STUDENT, opd, recipe
+
+
+def lines(run: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def launch(name: str, data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    path, overrides = recipe(name, data, run, *more)
+    return opd("launch", path, *overrides, "--plain")
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if any(str(run) in a for a in p.info["cmdline"] or [])]
+
+
+@pytest.fixture(scope="module")
+def warm(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished 3-step warm start."""
+    run = tmp_path_factory.mktemp("warm") / "run"
+    done = launch("1_warmstart", data, run)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return run
+
+
+def test_warm_start_then_xopd(data: Path, warm: Path, tmp_path: Path) -> None:
+    losses = [m["loss"] for m in lines(warm)]
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    run = tmp_path / "xopd"
+    held = [f"eval.test={data}/test.jsonl", f"eval.retention={data}/retention.jsonl", "eval.start=base"]
+    done = launch("2_xopd", data, run, f"student.path={warm}", *held)
+    assert done.returncode == 0, done.stderr + done.stdout
+    steps = lines(run)
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    for m in steps:
+        assert m["mismatch/logprob"] < 1e-4 and abs(m["ratio/mean"] - 1) < 1e-3 and m["version/lag"] == 0
+        assert m["reverse_kl/speech"] > 0 and m["tokens"] > 0
+    first, last = lines(run, "eval")
+    assert (first["stage"], last["stage"], last["step"]) == ("base", "xopd", 3)
+    assert last["learner"] == {"engine": "deepspeed", "zero_stage": 3, "world_size": 2}
+    for name in ("accuracy/speech", "accuracy/text", "accuracy/teacher", "retention", "misalignment", "forgetting"):
+        assert last[name]["n"] > 0 and last[name]["mean"] is not None
+    assert not processes_of(run), "processes left behind"
+    report = opd("report", str(warm), str(run), "--out", str(tmp_path / "report"))
+    assert report.returncode == 0, report.stderr
+    stages = json.loads((tmp_path / "report" / "report.json").read_text())["stages"]
+    assert [s["name"] for s in stages][-1] == "xopd"
+    assert "<svg" in (tmp_path / "report" / "report.html").read_text()
+    again = launch("2_xopd", data, run, f"student.path={warm}", *held)
+    assert again.returncode == 0 and "finished" in again.stdout
+
+
+def test_resume_after_kill_gives_the_same_losses(data: Path, warm: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    path, overrides = recipe("1_warmstart", data, run, "train.steps=6")
+    whole = tmp_path / "whole"
+    assert launch("1_warmstart", data, whole, "train.steps=6").returncode == 0
+    _kill_learner_after(2, run, path, overrides)
+    resumed = opd("launch", path, *overrides, "--plain")
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    a, b = ([m["loss"] for m in lines(r)] for r in (whole, run))
+    assert len(a) == len(b) == 6
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
+
+
+def test_resumed_xopd_samples_the_same(data: Path, warm: Path, tmp_path: Path) -> None:
+    more = [f"student.path={warm}", "train.steps=4", "train.samples_per_step=99"]
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    assert launch("2_xopd", data, whole, *more).returncode == 0
+    path, overrides = recipe("2_xopd", data, run, *more)
+    _kill_learner_after(2, run, path, overrides)
+    resumed = opd("launch", path, *overrides, "--plain")
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    a, b = ([(s["step"], s["id"], s["view"], s["tokens"]) for s in lines(r, "samples")] for r in (whole, run))
+    assert [x[:3] for x in a] == [x[:3] for x in b]
+    assert sum(x == y for x, y in zip(a, b, strict=True)) >= 0.99 * len(a)
+
+
+def _kill_learner_after(step: int, run: Path, path: str, overrides: list[str]) -> None:
+    """Start a run and `kill -9` a learner rank once `step` steps are done; the launcher must say so and stop."""
+    command = [sys.executable, "-m", "opd.cli", "launch", path, *overrides, "--plain"]
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if (run / f"checkpoints/step_{step}").is_dir():
+            break
+        time.sleep(0.02)
+    started = [p for p in processes_of(run) if "opd.train" in p.cmdline()]
+    ranks = [p for p in started if not {"accelerate.commands.launch", "opd.supervisor"} & set(p.cmdline())]
+    os.kill(ranks[-1].pid, signal.SIGKILL)
+    _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1 and "the learner ended" in err, err
+    assert not processes_of(run), "processes left behind"
+
+
+def test_checkpoint_loads_everywhere(warm: Path, tmp_path: Path) -> None:
+    """transformers and a fresh vLLM agree on the log-probs of the checkpoint's own samples."""
+    model = warm / "checkpoints" / "step_3" / "model"
+    script = Path(__file__).parent / "checkpoint_parity.py"
+    done = subprocess.run([sys.executable, str(script), str(model)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.splitlines()[-1]) < 1e-4
+
+
+def test_parameters_are_sharded(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "zero3_worker.py"
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [*command, "--standalone", str(script), STUDENT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("rank*.json"))]
+    assert len(results) == 2
+    for r in results:
+        assert r["sharded"] == r["parameters"] > 0 and r["elements"] < 0.51 * r["all_elements"] + 1000
+        assert r["loss"] == pytest.approx(r["reference_loss"], abs=1e-5)
+        assert r["mixed_loss"] == r["mixed_loss"]  # a rank of text only beside one with speech came through
+        assert r["tower_calls"] == 1  # four answers to one clip
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "unknown key optim.lrr (did you mean lr?)"),
+        ("train.steps=many", "train.steps"),
+        ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("student.path=recipes/nowhere", "recipes/nowhere"),
+        ("train.deepspeed=nowhere.json", "nowhere.json"),
+        ('rollout.urls=["http://127.0.0.1:9"]', "no vLLM server answers there"),
+    ],
+)
+def test_user_errors_are_one_line(data: Path, tmp_path: Path, override: str, message: str) -> None:
+    path, overrides = recipe("2_xopd", data, tmp_path / "run", f"student.path={STUDENT}")
+    done = opd("launch", path, *overrides, override)
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("opd: error: ") and message in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["transcript", "empty", "silent", "nan", "truncated", "garbage", "long", "missing"])
+def test_bad_records_are_named_before_training(data: Path, tmp_path: Path, fault: str) -> None:
+    import numpy as np
+    import soundfile
+
+    folder = tmp_path / "data"
+    (folder / "audio").mkdir(parents=True)
+    source = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()[:4]]
+    for r in source:
+        name = r["messages"][0]["content"][0]["path"]
+        shutil.copy(data / name, folder / name)
+    part = source[2]["messages"][0]["content"][0]
+    clip = folder / part["path"]
+    if fault == "transcript":
+        del part["transcript"]
+    elif fault == "empty":
+        clip.write_bytes(b"")
+    elif fault == "silent":
+        soundfile.write(clip, np.zeros(16000), 16000)
+    elif fault == "nan":
+        soundfile.write(clip, np.full(16000, np.nan), 16000, subtype="FLOAT")
+    elif fault == "truncated":
+        clip.write_bytes(clip.read_bytes()[:3000])
+    elif fault == "garbage":
+        clip.write_bytes(b"this is no audio at all" * 50)
+    elif fault == "long":
+        soundfile.write(clip, np.random.default_rng(0).normal(0, 0.1, 16000 * 31), 16000)
+    else:
+        clip.unlink()
+    manifest = folder / "train.jsonl"
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in source))
+    path, overrides = recipe("2_xopd", data, tmp_path / "run", f"student.path={STUDENT}", f"data.train={manifest}")
+    done = opd("check", path, *overrides)
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{manifest}:3" in last and "mend or remove" in last and "Traceback" not in done.stderr
+
+
+def test_other_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(ROOT / "recipes/tiny/teacher", teacher)
+    text = (teacher / "tokenizer.json").read_text()
+    vocabulary = json.loads(text)
+    ids = vocabulary["model"]["vocab"]
+    a, b = [t for t, i in ids.items() if i in (300, 301)]
+    ids[a], ids[b] = ids[b], ids[a]
+    (teacher / "tokenizer.json").write_text(json.dumps(vocabulary))
+    path, overrides = recipe("2_xopd", data, tmp_path / "run", f"student.path={STUDENT}", f"teacher.path={teacher}")
+    done = opd("check", path, *overrides)
+    assert done.returncode == 2 and "differs from the student's in 2 ids" in done.stderr, done.stderr
+
+
+def test_bad_record_in_mid_run_is_skipped_and_listed(tmp_path: Path, data: Path) -> None:
+    from opd.clips import ClipLoader
+    from opd.config import UserError, load_config
+    from opd.prompts import read_manifest
+
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    run = tmp_path / "run"
+    run.mkdir()
+    path, overrides = recipe("2_xopd", folder, run, f"student.path={STUDENT}", "data.max_bad_share=0.03")
+    config = load_config(path, overrides)
+    prompts, _ = read_manifest(config.data.train)
+    loader = ClipLoader(config, 16000, len(prompts))
+    Path(prompts[1].messages[0]["content"][0]["path"]).write_bytes(b"gone bad after the start")
+    batch, clips = loader.load_batch(list(enumerate(prompts[:3])), prompts)
+    assert [p.id for _, p in batch] == [prompts[0].id, prompts[2].id, prompts[2].id] and len(clips) == 2
+    (bad,) = lines(run, "bad_records")
+    assert bad["id"] == prompts[1].id and "not readable as audio" in bad["reason"]
+    Path(prompts[5].messages[0]["content"][0]["path"]).unlink()
+    with pytest.raises(UserError, match="2 of 48 records are bad"):
+        loader.load_batch([(0, prompts[5])], prompts)
