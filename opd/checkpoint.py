@@ -45,14 +45,23 @@ def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -
 
 
 def save_model(learner: Learner, folder: Path) -> None:
-    """Write the whole student as Hugging Face files: gathered one parameter at a time, held by rank 0."""
+    """Write the whole student as Hugging Face files: gathered one parameter at a time, held by rank 0.
+
+    The names are those of published checkpoints, which vLLM knows and transformers translates as it loads.
+    (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)
+    """
+    from huggingface_hub import save_torch_state_dict
+
     state: dict[str, torch.Tensor] = {}
     for name, value in learner.gathered(trainable_only=False):
         if value is not None:
-            state[name] = value
+            state[learner.family.to_vllm(name)] = value
     if learner.rank == 0:
-        learner.model.hf.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        hf: Any = learner.model.hf
+        hf.config.save_pretrained(folder)
+        hf.generation_config.save_pretrained(folder)
         learner.family.processor.save_pretrained(folder)
+        save_torch_state_dict(state, folder)
     dist.barrier()
 
 

@@ -12,7 +12,13 @@ from opd.config import UserError, load_config
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted, 1 anything else."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes no positionals after an option once it has begun: `launch RECIPE --plain optim.lr=1e-4`
+    if any(item.startswith("-") for item in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     try:
         return args.run(args)
     except UserError as e:
@@ -41,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe_command(commands, name, text, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-4")
     parser.set_defaults(run=run)
     return parser
 

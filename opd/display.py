@@ -11,8 +11,14 @@ from typing import Any
 
 from opd.config import Config
 from opd.supervisor import Process
+from opd.types import VIEWS
 
 PLAIN_EVERY_S = 10.0
+EVALUATED = (
+    *("accuracy/speech", "accuracy/text", "accuracy/teacher", "retention"),
+    *("reverse_kl/speech", "reverse_kl/text", "misalignment", "forgetting"),
+)
+TAIL_BYTES = 65536  # of metrics.jsonl: room for its newest line
 
 
 class Display:
@@ -22,7 +28,8 @@ class Display:
         self.folder, self.steps = Path(config.run.dir), config.train.steps
         self.processes: list[Process] = []
         self._phase, self._printed, self._step = "", 0.0, 0
-        self._evals = len(self._evaluations())
+        self._evals_read = 0  # bytes of eval.jsonl that were shown, or written by an earlier start
+        self._new_evaluations()
         self._states: dict[str, str] = {}
 
     def __enter__(self) -> Display:
@@ -58,10 +65,8 @@ class Display:
         self._show_step()
 
     def _show_evaluations(self) -> None:
-        found = self._evaluations()
-        for line in found[self._evals :]:
+        for line in self._new_evaluations():
             self.say(describe_evaluation(line))
-        self._evals = len(found)
 
     def _show_step(self) -> None:
         line = self.newest()
@@ -73,18 +78,18 @@ class Display:
             self.say(describe_step(line))
 
     def newest(self) -> dict[str, Any] | None:
-        """The last whole line of metrics.jsonl."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            return json.loads(lines[-1]) if lines else None
-        except (OSError, json.JSONDecodeError):
+        """The last whole line of metrics.jsonl; None until the learner has made the folder ready for this run."""
+        if not self.status():
             return None
+        path = self.folder / "metrics.jsonl"
+        lines, _ = _whole_lines(path, max(0, _size(path) - TAIL_BYTES))
+        return _object(lines[-1]) if lines else None
 
-    def _evaluations(self) -> list[dict[str, Any]]:
-        try:
-            return [json.loads(line) for line in (self.folder / "eval.jsonl").read_text().splitlines()]
-        except (OSError, json.JSONDecodeError):
-            return []
+    def _new_evaluations(self) -> list[dict[str, Any]]:
+        path = self.folder / "eval.jsonl"
+        # a resumed or overwritten run drops lines: what is left then was shown before
+        lines, self._evals_read = _whole_lines(path, min(self._evals_read, _size(path)))
+        return [e for e in map(_object, lines) if e is not None]
 
 
 class LiveDisplay(Display):
@@ -135,17 +140,45 @@ def make_display(config: Config, plain: bool) -> Display:
 
 def describe_step(m: dict[str, Any]) -> str:
     """One line of a step's metrics."""
-    parts = [f"step {m['step']}/{m['steps']}", f"loss {m['loss']:.3f}"]
-    for view in ("speech", "text"):
-        if f"reverse_kl/{view}" in m:
-            parts.append(f"reverse KL {view} {m[f'reverse_kl/{view}']:.3f}")
-    parts += [f"length {m['length/mean']:.1f}", f"{m['samples_per_s']:.0f} samples/s"]
-    left = (m["steps"] - m["step"]) * m["seconds"] / m["step"]
-    return ", ".join([*parts, f"ETA {int(left) // 60}:{int(left) % 60:02d}"])
+    parts = [f"step {m['step']}/{m['steps']}", f"loss {_number(m, 'loss')}"]
+    parts += [f"reverse KL {view} {_number(m, key)}" for view in VIEWS if (key := f"reverse_kl/{view}") in m]
+    parts += [f"length {_number(m, 'length/mean', 1)}", f"{_number(m, 'samples_per_s', 0)} samples/s"]
+    left = int((m["steps"] - m["step"]) * m["seconds"] / m["step"])
+    minutes, seconds = divmod(left, 60)
+    eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    return ", ".join([*parts, f"ETA {eta}"])
 
 
 def describe_evaluation(e: dict[str, Any]) -> str:
     """One line of an evaluation."""
-    names = ("accuracy/speech", "accuracy/text", "accuracy/teacher", "retention", "reverse_kl/speech", "misalignment")
-    shown = [f"{n} {e[n]['mean']:.3f} ± {e[n]['stderr'] or 0:.3f}" for n in (*names, "forgetting") if n in e]
+    shown = [f"{n} {_number(e[n], 'mean')} ± {_number(e[n], 'stderr')}" for n in EVALUATED if n in e]
     return f"evaluation {e['stage']}: " + ", ".join(shown)
+
+
+def _number(record: dict[str, Any], key: str, digits: int = 3) -> str:
+    """A metric for reading; JSON's null stands for a number that is not finite, or that too few records gave."""
+    value = record.get(key)
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _whole_lines(path: Path, start: int) -> tuple[list[bytes], int]:
+    """Complete lines from byte `start`, and where they end: the learner may be in the middle of the next one."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(start)
+            read = f.read()
+    except FileNotFoundError:
+        return [], 0
+    whole = read[: read.rfind(b"\n") + 1]
+    return whole.splitlines(), start + len(whole)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # the tail of a longer line, or one that a kill -9 cut short
+        return None

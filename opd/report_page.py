@@ -158,7 +158,7 @@ def _accuracy(axes: Any, stages: list[dict[str, Any]]) -> None:
     axes.set_xticks(range(len(stages)), [s["name"] for s in stages])
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("accuracy")
-    axes.legend(loc="lower right", ncols=4, frameon=False)
+    axes.legend(loc="upper center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 1.2))
 
 
 def _curves(axes: Any, runs: list[Run], names: tuple[str, ...], label: str) -> None:

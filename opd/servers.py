@@ -15,6 +15,7 @@ from opd.config import Config, resolve_model
 from opd.vllm_plugin import BACKEND
 
 HOST = "127.0.0.1"
+PLUGIN = "opd"  # our entry point in vLLM's group of general plugins
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,15 @@ def student_server(config: Config, port: int) -> Command:
     extra += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     command = _server(config, "student", resolve_model(config.student.path), config.student.dtype, port, extra)
     command.env["VLLM_SERVER_DEV_MODE"] = "1"
+    if chosen := os.environ.get("VLLM_PLUGINS"):  # unset loads every plugin; a choice must not leave ours out
+        command.env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*chosen.split(","), PLUGIN]))
     return command
 
 
 def teacher_server(config: Config, port: int) -> Command:
     """The vLLM server that scores token ids. Prompt log-probs hold [tokens, V] in memory: the batch is capped."""
-    tokens = max(2048, config.rollout.server.max_model_len)
+    s = config.rollout.server
+    tokens = max(2048, s.max_model_len, s.max_num_seqs)
     extra = ["--max-num-batched-tokens", str(tokens)]
     return _server(config, "teacher", resolve_model(config.teacher.path), config.teacher.dtype, port, extra)
 
@@ -97,7 +101,8 @@ def _server(config: Config, name: str, model: str, dtype: str, port: int, extra:
         argv += ["--enforce-eager", "--distributed-executor-backend", "uni"]
         if name == "student":
             # vLLM's CPU runner cannot rewind a request's own random generator after a partial prefill
-            argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "65536"]
+            argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens"]
+            argv.append(str(max(65536, s.max_model_len, s.max_num_seqs)))
         env |= {"VLLM_CPU_KVCACHE_SPACE": str(s.kv_cache_gib), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         env |= _threads(s.threads or cores())
     return Command(name, [*argv, *extra, *s.args], env, f"http://{HOST}:{port}")
