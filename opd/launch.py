@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import signal
@@ -13,7 +14,7 @@ from types import FrameType, TracebackType
 import httpx
 import psutil
 
-from opd import preflight, run_folder
+from opd import preflight
 from opd.config import Config, UserError, load_config
 from opd.display import Display, make_display
 from opd.servers import Command, learner, servers
@@ -205,7 +206,8 @@ def _sweep(before: set[int]) -> None:
     deadline = time.monotonic() + SWEEP_S
     while left := [p for p in psutil.Process().children(recursive=True) if p.pid not in before]:
         for p in left:
-            p.kill()  # psutil checks that the pid has not been reused
+            with contextlib.suppress(psutil.NoSuchProcess):
+                p.kill()  # psutil checks that the pid has not been reused
         psutil.wait_procs(left, timeout=1)
         if time.monotonic() > deadline:
             print(f"opd: cannot stop processes {[p.pid for p in left]}", file=sys.stderr)

@@ -78,8 +78,9 @@ def student_server(config: Config, port: int) -> Command:
     extra += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     command = _server(config, "student", resolve_model(config.student.path), config.student.dtype, port, extra)
     command.env["VLLM_SERVER_DEV_MODE"] = "1"
-    if chosen := os.environ.get("VLLM_PLUGINS"):  # unset loads every plugin; a choice must not leave ours out
-        command.env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*chosen.split(","), PLUGIN]))
+    if "VLLM_PLUGINS" in os.environ:  # unset loads every plugin; a choice must not leave ours out
+        chosen = [name for name in os.environ["VLLM_PLUGINS"].split(",") if name]
+        command.env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*chosen, PLUGIN]))
     return command
 
 
