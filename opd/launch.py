@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -33,6 +34,10 @@ class RunFailed(RuntimeError):
 class Interrupted(Exception):
     """A signal asked the launcher to stop."""
 
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.code = 128 + number
+
 
 class Signals:
     """Notes a signal for the loops to look at: an exception in mid-start could lose sight of a new process."""
@@ -56,7 +61,7 @@ class Signals:
     def check(self) -> None:
         """Raises Interrupted once a signal has come."""
         if self.received:
-            raise Interrupted(self.received.name)
+            raise Interrupted(self.received)
 
 
 def main(recipe: str, overrides: list[str], dry_run: bool, plain: bool) -> int:
@@ -84,42 +89,47 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
         return 0
     for line in preflight.check(config):
         print(f"checked: {line}", flush=True)
+    started = servers(config)
+    code = supervise(config, started, lambda: learner(config, recipe, overrides, started), plain)
+    if code == 0:
+        print(f"wrote {config.run.dir}", flush=True)
+    return code
+
+
+def supervise(config: Config, started: list[Command], trainer: Callable[[], Command], plain: bool) -> int:
+    """Start the servers, then the learner (its command is made when they are up), and see them through.
+
+    Returns and raises as `launch` does. Whatever happens, nothing that it started is left.
+    """
     Path(config.run.dir, "logs").mkdir(parents=True, exist_ok=True)
     Path(config.run.dir, "status.json").unlink(missing_ok=True)
-    with Signals() as signals:
-        try:
-            supervise(config, recipe, overrides, make_display(config, plain), signals)
-        except Interrupted as e:
-            print(f"\nstopped by {e}; the same command resumes from the last checkpoint", flush=True)
-    if signals.received:
-        return 128 + signals.received
-    print(f"wrote {config.run.dir}", flush=True)
-    return 0
-
-
-def supervise(config: Config, recipe: str, overrides: list[str], display: Display, signals: Signals) -> None:
-    """Start everything and return when the learner is done; whatever happens, nothing that it started is left."""
-    started = servers(config)
     before = {p.pid for p in psutil.Process().children(recursive=True)}
-    _adopt_orphans()
+    display = make_display(config, plain)
     processes: list[Process] = []
-    try:
-        with display:
-            for command in started:
-                processes.append(_start(config, command, display))
-            _wait_healthy(config, processes, display, signals)
-            processes.append(_start(config, learner(config, recipe, overrides, started), display))
-            _watch(processes, display, signals)
-    finally:
-        stop_all(processes)
-        _sweep(before)
-        _adopt_orphans(False)
+    code = 0
+    with Signals() as signals:
+        _adopt_orphans(True)
+        try:
+            with display:
+                for command in started:
+                    processes.append(_start(config, command, display))
+                _wait_healthy(config, processes, display, signals)
+                processes.append(_start(config, trainer(), display))
+                _watch(processes, display, signals)
+        except Interrupted as e:
+            code = e.code
+            print(f"\nstopped by {e}; the same command resumes from the last checkpoint", flush=True)
+        finally:
+            stop_all(processes)
+            _sweep(before)
+            _adopt_orphans(False)
+    return code
 
 
 def _start(config: Config, command: Command, display: Display) -> Process:
     log = Path(config.run.dir, "logs", f"{command.name}.log")
     with open(log, "a") as f:
-        f.write(f"{STARTED}{time.strftime('%Y-%m-%d %H:%M:%S')}\n# {command.shell()}\n")
+        f.write(f"{command.shell()}\n{STARTED}{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     display.say(f"# {command.name}\n{command.shell()}")
     process = Process(command, log)
     display.processes.append(process)
@@ -154,7 +164,9 @@ def _all_alive(processes: list[Process]) -> None:
     for p in processes:
         if p.code is not None:
             when = "died" if p.state == "healthy" else "ended before it was healthy"
-            raise RunFailed(f"the {p.command.name} server {when} (exit code {p.code}): {cause(p.log)}; see {p.log}")
+            raise RunFailed(
+                f"the {p.command.name} server {when} (exit code {p.code}): {cause(p.log, p.code)}; see {p.log}"
+            )
 
 
 def _watch(processes: list[Process], display: Display, signals: Signals) -> None:
@@ -170,32 +182,42 @@ def _watch(processes: list[Process], display: Display, signals: Signals) -> None
     if trainer.code == 0:
         return
     signals.check()  # a Ctrl-C that reached the learner first is no failure
+    _all_alive(others)  # a learner that fails because its server is gone must not take the blame
     status = display.status()
-    message = status.get("error") or cause(trainer.log)
+    message = status.get("error") or cause(trainer.log, trainer.code)
     if status.get("user_error"):
         raise UserError(message)
-    _all_alive(others)  # a learner that fails because its server is gone should not take the blame
+    if silent := [p for p in others if not _healthy(p.command.url)]:
+        message += "; no longer healthy: " + ", ".join(f"the {p.command.name} server (see {p.log})" for p in silent)
     raise RunFailed(f"the learner ended with exit code {trainer.code}: {message}; see {trainer.log}")
 
 
-def cause(log: Path) -> str:
-    """Why a process ended, from what its log says since its last start: one line, 300 characters at most."""
+# A vLLM process's name and its logger's head; lines that only say that something before them went wrong.
+HEAD = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR \S+ \S+ \[\S+\] )?")
+ERROR = re.compile(r"[\w.]*(Error|Exception|error)(:|$)|[\w.]+: error: ")
+ECHO = re.compile("ChildFailedError|EngineDeadError|Engine core initialization failed")
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*: (\d+).*?Signal \d+ \((\w+)\)", re.DOTALL)  # of torch's elastic agent
+
+
+def cause(log: Path, code: int) -> str:
+    """Why a process ended, from its exit code and its log since its last start: one line of 300 characters at most."""
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return "it was killed by SIGKILL; was memory short?"
     text = log.read_text(errors="replace").rpartition(STARTED)[2]
-    lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", line.strip()) for line in text.splitlines()[2:] if line.strip()]
+    lines = [HEAD.sub("", line).strip() for line in text.splitlines()[1:] if line.strip()]
     if told := [line for line in lines if line.startswith("opd: error: ")]:
         return told[-1].removeprefix("opd: error: ")[:300]
-    if killed := re.search(r"Root Cause.*?rank\s*: (\d+).*?Signal \d+ \((\w+)\)", text, re.DOTALL):
+    if killed := ROOT_CAUSE.search(text):
         return f"rank {killed[1]} was killed by {killed[2]}"
-    # the last lines of these only say that something before them went wrong
-    echoes = ("ChildFailedError", "Engine core initialization failed")
-    for i in reversed(range(len(lines))):
-        if re.match(r"[\w.]*(Error|Exception)\b|[\w.]+: error:", lines[i]) and not any(e in lines[i] for e in echoes):
-            more = lines[i + 1 : i + 3] if "validation error" in lines[i] else []  # pydantic explains below
-            return " ".join([lines[i], *more])[:300]
-    return (lines or ["its log is empty"])[-1][:300]
+    errors = [i for i, line in enumerate(lines) if ERROR.match(line)]
+    if not errors:
+        return (lines or ["its log is empty"])[-1][:300]
+    i = next((i for i in reversed(errors) if not ECHO.search(lines[i])), errors[-1])
+    more = lines[i + 1 : i + 3] if "validation error" in lines[i] else []  # pydantic explains itself below
+    return " ".join([lines[i], *more])[:300]
 
 
-def _adopt_orphans(on: bool = True) -> None:
+def _adopt_orphans(on: bool) -> None:
     """Make this process the parent of descendants that lose theirs, so that `_sweep` finds them. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
