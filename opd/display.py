@@ -115,6 +115,7 @@ class LiveDisplay(Display):
 
     def refresh(self) -> None:
         from rich.console import Group
+        from rich.padding import Padding
         from rich.progress_bar import ProgressBar
         from rich.text import Text
 
@@ -127,7 +128,8 @@ class LiveDisplay(Display):
         status, line = self.status(), self.newest()
         rows.append(Text(f"  {status.get('phase', 'waiting')} {status.get('detail', '')}".rstrip()))
         if line is not None:
-            rows.append(ProgressBar(total=self.steps, completed=line["step"], width=60))
+            bar = ProgressBar(total=self.steps, completed=line["step"], width=60)
+            rows.append(Padding(bar, (0, 2)))  # the bar alone does not end its line
             rows.append(Text("  " + describe_step(line)))
         self._show_evaluations()
         self.live.update(Group(*rows))
