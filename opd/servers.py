@@ -99,7 +99,7 @@ def _server(config: Config, name: str, model: str, dtype: str, port: int, extra:
     argv += ["--max-model-len", str(s.max_model_len), "--max-num-seqs", str(s.max_num_seqs), "--max-logprobs", "-1"]
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if on_cpu():
-        argv += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+        argv.append("--enforce-eager")
         if name == "student":
             # vLLM's CPU runner cannot rewind a request's own random generator after a partial prefill
             argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens"]
@@ -122,6 +122,7 @@ def learner(config: Config, recipe: str, overrides: list[str], started: list[Com
     env = {"PATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if on_cpu():
         env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # else the ranks listen at whatever address the host's name has
         env |= _threads(config.launch.threads or max(1, cores() // n))
     return Command("learner", argv, env)
 

@@ -73,7 +73,7 @@ def test_student_server(config: Config, machine: str, tmp_path: Path) -> None:
     expected += shlex.split("--max-model-len 64 --max-num-seqs 8 --max-logprobs -1")
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1"}
     if machine == "cpu":
-        expected += shlex.split("--enforce-eager --distributed-executor-backend uni --no-enable-chunked-prefill")
+        expected += shlex.split("--enforce-eager --no-enable-chunked-prefill")
         expected += shlex.split("--max-num-batched-tokens 65536")
         env |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | quiet(3)
     expected += ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", '{"audio": 8}']
@@ -109,7 +109,7 @@ def test_learner(config: Config, machine: str) -> None:
     env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PATH"] = os.path.dirname(sys.executable) + ":/usr/bin"
     if machine == "cpu":
-        env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"} | quiet(4)
+        env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"} | quiet(4)
     assert (command.name, command.argv, command.env) == ("learner", expected, env)
 
 

@@ -1,0 +1,119 @@
+"""The teacher reads: no audio reaches it, its scores are its own log-probs, and it must share the student's tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import opd.teacher
+from opd.config import Config, UserError, load_config
+from opd.models import family_of
+from opd.models.base import Family
+from opd.teacher import LocalTeacher, ServerTeacher, check_tokenizers
+from opd.types import Prompt, Rollout
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _at_root() -> None:
+    os.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return family_of(str(ROOT / "recipes/tiny/student"))
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config("recipes/tiny/2_xopd.yaml", ["student.path=recipes/tiny/student"])
+
+
+def spoken(path: str, text: str = "what is one plus two plus three") -> Prompt:
+    part = {"type": "audio", "path": path, "transcript": text}
+    return Prompt("p", ({"role": "user", "content": [part, {"type": "text", "text": "\nman or woman"}]},))
+
+
+def test_no_audio_reaches_a_local_teacher(family: Family, config: Config) -> None:
+    teacher = LocalTeacher(config, family, torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+    teacher.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
+    teacher.model.base_model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
+    rollouts = [Rollout(spoken(f"{i}.wav"), "speech", (300, 301, 2), None, 0, False) for i in range(3)]
+    teacher.score(rollouts)
+    teacher.respond([r.prompt for r in rollouts], 4)
+    assert seen and not {int(i) for ids in seen for i in ids.flatten()} & set(family.banned_ids)
+    assert len({tuple(teacher.prompt_ids(r.prompt)) for r in rollouts}) == 1  # whatever clip it is
+    read = teacher.tokenizer.decode(teacher.prompt_ids(rollouts[0].prompt))
+    assert "what is one plus two plus three\nman or woman" in read
+
+
+def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    def answer(requests: list[Any], *_: Any) -> list[Any]:
+        sent.extend(requests)
+        out = []
+        for _, _, body in requests:
+            ids = body["prompt"]
+            out.append({"choices": [{"prompt_logprobs": [None, *({str(i): {"logprob": -0.5}} for i in ids[1:])]}]})
+        return out
+
+    monkeypatch.setattr(opd.teacher, "post_all", answer)
+    teacher = ServerTeacher(config, family, ["http://127.0.0.1:9"])
+    (scored,) = teacher.score([Rollout(spoken("secret.wav"), "speech", (300, 2), None, 0, False)])
+    assert scored.teacher_logprobs.tolist() == [-0.5, -0.5]
+    ((_, _, body),) = sent
+    assert all(isinstance(i, int) and i not in family.banned_ids for i in body["prompt"])
+    assert "audio" not in json.dumps(body) and "secret" not in json.dumps(body)
+
+
+def test_scores_are_the_models_log_probs(family: Family, config: Config) -> None:
+    teacher = LocalTeacher(config, family, torch.device("cpu"))
+    rollouts = [
+        Rollout(spoken("a.wav"), "speech", (300, 301, 302, 2), None, 0, False),
+        Rollout(spoken("b.wav", "reverse cat red dog water"), "text", (310, 2), None, 0, False),
+    ]
+    allowed = torch.ones(family.vocab_size, dtype=torch.bool)
+    allowed[family.banned_ids] = False
+    for scored in teacher.score(rollouts):
+        r = scored.rollout
+        ids = [*teacher.prompt_ids(r.prompt), *r.token_ids]
+        with torch.no_grad():
+            logits = teacher.model(torch.tensor([ids])).logits[0, -len(r.token_ids) - 1 : -1]
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        want = torch.log_softmax(logits, -1)[range(len(r.token_ids)), list(r.token_ids)]
+        assert np.abs(scored.teacher_logprobs - want.numpy()).max() < 1e-5
+
+
+def test_greedy_responses_are_the_argmax(family: Family, config: Config) -> None:
+    teacher = LocalTeacher(config, family, torch.device("cpu"))
+    prompts = [
+        Prompt("p", ({"role": "user", "content": t},)) for t in ("sort nine two five one", "reverse cat red dog fish")
+    ]
+    for prompt, (ids, truncated) in zip(prompts, teacher.respond(prompts, 24), strict=True):
+        context = teacher.prompt_ids(prompt)
+        for token in ids:
+            with torch.no_grad():
+                assert int(teacher.model(torch.tensor([context])).logits[0, -1].argmax()) == token
+            context.append(token)
+        assert not truncated and ids[-1] in family.eos_ids
+    assert teacher.respond(prompts[:1], 2)[0][1]  # cut short: says so
+
+
+def test_another_tokenizer_is_refused(family: Family) -> None:
+    class Swapped:
+        def get_vocab(self) -> dict[str, int]:
+            vocab = dict(family.tokenizer.get_vocab())
+            a, b = [t for t, i in vocab.items() if i in (300, 301)]
+            return vocab | {a: vocab[b], b: vocab[a]}
+
+    with pytest.raises(UserError, match=r"differs from the student's in 2 ids \(id: student / teacher\): 300: "):
+        check_tokenizers(family, Swapped(), "somewhere")
