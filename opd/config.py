@@ -173,8 +173,8 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     if not path.is_file():
         raise UserError(f"{recipe}: no such recipe file")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{recipe}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
         raise UserError(f"{recipe}: expected a mapping of sections, found {type(raw).__name__}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
+from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from opd.http import Server
 from opd.models.base import Family
 
 CHUNK_BYTES = 1 << 30
+PREFIX = f"opd-{socket.gethostname()}-"  # a shared folder may serve several hosts
 
 
 class WeightTransport(Protocol):
@@ -36,7 +40,8 @@ class FileTransport:
     """Chunks of safetensors in a folder that learner and servers share (/dev/shm on one machine)."""
 
     def __init__(self, parent: str, servers: list[Server]) -> None:
-        self.folder = tempfile.mkdtemp(prefix=f"opd-{os.getpid()}-", dir=parent)
+        _sweep(parent)
+        self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)
         self._buffer: dict[str, Tensor] = {}
         self._bytes = self._count = 0
         self._files: list[str] = []
@@ -73,6 +78,14 @@ class FileTransport:
         save_file(self._buffer, os.path.join(self.folder, name))
         self._files.append(name)
         self._buffer, self._bytes, self._count = {}, 0, self._count + 1
+
+
+def _sweep(parent: str) -> None:
+    """Remove the folders of learners of this host that were killed."""
+    for folder in Path(parent).glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 TRANSPORTS = {"file": FileTransport}
