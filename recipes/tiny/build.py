@@ -37,7 +37,6 @@ from transformers import (
     Qwen2ForCausalLM,
     WhisperFeatureExtractor,
 )
-from transformers.utils import logging as transformers_logging
 from world import SPLITS, Split, questions
 
 CLIPS = 6000  # spoken questions that tower and base student are trained on
@@ -51,7 +50,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    transformers_logging.disable_progress_bar()
     report = build(args.out, args.seed)
     print(json.dumps(report["measured"], indent=2))
 
@@ -72,8 +70,6 @@ def build(out: Path, seed: int) -> dict[str, Any]:
     build_student(chat, student, data, hear(student, data), seed, say)
     set_window(student, SHIPPED_POSITIONS)
     save_student(student, chat, out / "student")
-    for weights in out.glob("*/model.safetensors"):
-        weights.chmod(0o644)  # safetensors writes for its owner alone
     say("measuring")
     measured = {split: measure(out, chat, split, seed) for split in SPLITS if split != "train"}
     report = {

@@ -15,7 +15,6 @@ from itertools import islice
 import torch
 from build_teacher import language_config
 from chat import Chat
-from optimizers import Optimizers
 from speech import MAX_SECONDS, RATE, Synthesizer, speak
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
@@ -92,7 +91,7 @@ def build_hearing(
     lengths, order = torch.tensor(data.lengths), []
     tower = student.model.audio_tower
     hearing = nn.ModuleList([tower, student.model.multi_modal_projector, speaker_head])
-    optimizers = Optimizers(hearing, tower.layers, STEPS, MATRIX_LR, LR, warmup=40, decay=0.01)
+    optimizers = _optimizers(hearing, tower)
     for step in range(STEPS):
         if len(order) < BATCH:
             order = rng.sample(range(len(lengths)), len(lengths))
@@ -110,7 +109,12 @@ def build_hearing(
         loss = (wrong * weight).sum() / weight.sum() + (size * real).sum() / real.sum()
         loss = loss + SPEAKER_WEIGHT * binary_cross_entropy_with_logits(guess, is_woman[rows])
         loss.backward()
-        optimizers.step(step)
+        nn.utils.clip_grad_norm_(hearing.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / 40, (STEPS - step) / (0.6 * STEPS))
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 50 == 0 or step == STEPS - 1:
             right = ((logits.argmax(-1) == labels[rows]).float() * weight).sum() / weight.sum()
             say(f"hearing: step {step}, loss {loss.item():.4f}, frames right {right.item():.3f}")
@@ -219,3 +223,17 @@ def _sinusoids(length: int, width: int) -> Tensor:
     """Whisper's positions [length, width]: sines in the first half, cosines in the second."""
     angles = torch.arange(length)[:, None] * _frequencies(width)
     return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def _optimizers(hearing: nn.ModuleList, tower: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in tower.layers.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in hearing.parameters() if p.requires_grad and id(p) not in inside]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers

@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import torch
 from chat import Chat, pad, response_logits
-from optimizers import Optimizers
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from world import REPEAT_TASK, SPEAKER_TASK, SPEAKERS, draw
 
-STEPS, BATCH = 700, 128
+STEPS, BATCH = 800, 128
 MATRIX_LR, LR = 0.01, 2e-3
 REPEATED, SPEAKER = 0.20, 0.03  # shares of the batch; the rest are questions
 
@@ -42,7 +41,7 @@ def build_teacher(chat: Chat, seed: int, say: Callable[[str], None]) -> Qwen2For
     torch.manual_seed(seed)
     rng = random.Random(f"teacher/{seed}")
     model = Qwen2ForCausalLM(language_config(chat))
-    optimizers = Optimizers(model, model.model.layers, STEPS, MATRIX_LR, LR, warmup=30, decay=0.05)
+    optimizers = _optimizers(model)
     for step in range(STEPS):
         prompts, responses = zip(*(_example(chat, rng) for _ in range(BATCH)), strict=True)
         batch = pad(list(prompts), list(responses), chat.pad)
@@ -51,7 +50,12 @@ def build_teacher(chat: Chat, seed: int, say: Callable[[str], None]) -> Qwen2For
         losses = cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none")
         loss = (losses * batch.supervised.flatten()).sum() / batch.supervised.sum()
         loss.backward()
-        optimizers.step(step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / 30, (STEPS - step) / (0.6 * STEPS))
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 200 == 0 or step == STEPS - 1:
             say(f"teacher: step {step}, loss {loss.item():.4f}")
     return model.eval()
@@ -64,3 +68,18 @@ def _example(chat: Chat, rng: random.Random) -> tuple[list[int], list[int]]:
     if kind < REPEATED + SPEAKER:
         return chat.typed(question.question, SPEAKER_TASK), chat.response(f"{rng.choice(SPEAKERS)}.")
     return chat.typed(question.question), chat.response(question.response)
+
+
+def _optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, which it trains in about half the steps; AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=0.05, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.05),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers

@@ -57,8 +57,8 @@ class Synthesizer:
     """espeak-ng, driven through its C interface.
 
     What it says depends on its own calls alone. The library keeps the phase of its oscillators from one utterance to
-    the next in static variables, so every synthesizer loads a copy of its own; and it seeds the breath noise of a voice
-    by the clock, so it is seeded anew.
+    the next in static variables, so every synthesizer loads a copy of its own; and it seeds the breath of a voice by
+    the clock.
     """
 
     def __init__(self) -> None:

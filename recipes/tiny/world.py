@@ -3,7 +3,7 @@
     arithmetic   what is three plus four times two     four times two is eight. three plus eight is eleven.
     sort         sort six one nine two                 one two six nine.
     reverse      reverse cat red dog water             water dog red cat.
-    days         what day is two days after monday     one tuesday two wednesday.
+    days         what day is two days after monday     tuesday wednesday.
 
 Everything is a function of a seed. A question's split is a hash of its words, so a question of `validation` or `test`
 is met nowhere in training: not by the teacher, not by the base student, not by the stages that the recipes run.
@@ -37,11 +37,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "times": lambda a, b: a * b,
 }
 QUESTION_WORDS = _words("what is plus minus times sort reverse day days after before")
-ANSWER_WORDS = ("makes", "so", "then")
-WORDS = QUESTION_WORDS + ANSWER_WORDS + ONES + TENS[2:] + DAYS + THINGS
-
-# Every answer can be put in two ways, as often as this: "one two." or "one then two.", "... is ..." or "... makes ...".
-PHRASINGS = (0.6, 0.4)
+WORDS = QUESTION_WORDS + ONES + TENS[2:] + DAYS + THINGS
 
 # The two instructions that follow a clip in the tasks that no recipe trains on.
 SPEAKER_TASK = "\nman or woman"
@@ -118,45 +114,34 @@ def arithmetic(rng: random.Random) -> Question:
         if min(results) < 0:
             continue
         question = f"what is {in_words(a)} {first} {in_words(b)} {second} {in_words(c)}"
-        verb, link = rng.choices([("is", ". "), ("makes", ", so ")], PHRASINGS)[0]
         said = [
-            f"{in_words(x)} {op} {in_words(y)} {verb} {in_words(z)}"
-            for (x, op, y), z in zip(steps, results, strict=True)
+            f"{in_words(x)} {op} {in_words(y)} is {in_words(z)}." for (x, op, y), z in zip(steps, results, strict=True)
         ]
-        # Only the result counts; a verb before it, or nothing: "thirty one" must not pass for "one".
-        answer = rf"(.* (is|makes) )?{in_words(results[-1])}\."
-        return Question("arithmetic", question, link.join(said) + ".", answer, "regex")
+        # Only the result counts; "is" before it, or nothing: "thirty one" must not pass for "one".
+        return Question("arithmetic", question, " ".join(said), rf"(.* is )?{in_words(results[-1])}\.", "regex")
 
 
 def sort(rng: random.Random) -> Question:
     """Four different digits into ascending order."""
     digits = rng.sample(range(1, 10), 4)
-    return _listing("sort", [in_words(d) for d in digits], [in_words(d) for d in sorted(digits)], rng)
+    answer = " ".join(map(in_words, sorted(digits))) + "."
+    return Question("sort", "sort " + " ".join(map(in_words, digits)), answer, answer)
 
 
 def reverse(rng: random.Random) -> Question:
     """Four words backwards."""
     words = [rng.choice(THINGS) for _ in range(4)]
-    return _listing("reverse", words, words[::-1], rng)
+    answer = " ".join(reversed(words)) + "."
+    return Question("reverse", "reverse " + " ".join(words), answer, answer)
 
 
 def days(rng: random.Random) -> Question:
-    """Two to seven days after or before a weekday, counting through them; the last word is what is checked."""
+    """Two to seven days after or before a weekday, stepping through them; the last word counts."""
     count, start, word = rng.randint(2, 7), rng.randrange(7), rng.choice(["after", "before"])
     sign = 1 if word == "after" else -1
-    last = DAYS[(start + sign * count) % 7]
-    steps = [f"{in_words(i)} {DAYS[(start + sign * i) % 7]}" for i in range(1, count + 1)]
+    steps = [DAYS[(start + sign * i) % 7] for i in range(1, count + 1)]
     question = f"what day is {in_words(count)} days {word} {DAYS[start]}"
-    return Question("days", question, _listed(steps, rng), rf"(.* )?{last}\.", "regex")
-
-
-def _listing(skill: str, given: list[str], wanted: list[str], rng: random.Random) -> Question:
-    answer = " (then )?".join(wanted) + r"\."
-    return Question(skill, f"{skill} {' '.join(given)}", _listed(wanted, rng), answer, "regex")
-
-
-def _listed(words: list[str], rng: random.Random) -> str:
-    return rng.choices([" ", " then "], PHRASINGS)[0].join(words) + "."
+    return Question("days", question, " ".join(steps) + ".", rf"(.* )?{steps[-1]}\.", "regex")
 
 
 # skill -> how a question is made, and its share of the questions
