@@ -6,18 +6,23 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
 from opd.config import UserError
 
+# Log-probabilities, losses and divergences are in nats per token, lengths in tokens, times in seconds; ratio/clipped
+# and length/truncated are shares in [0, 1]. A line leaves out what does not apply to it.
 STEP_METRICS = (
     *("loss", "reverse_kl/speech", "reverse_kl/text", "advantage/mean", "ratio/mean", "ratio/clipped"),
     *("mismatch/logprob", "entropy", "length/mean", "length/truncated", "tokens", "samples_per_s", "version/lag"),
     *("kd/ce", "kd/kl", "lr", "grad_norm", "seconds"),
     *("time/rollout", "time/teacher", "time/learner", "time/sync", "time/rest", "time/step"),
 )
+# Each an Estimate: accuracy and retention are shares in [0, 1], drops percent below the teacher, the rest nats a token
 EVAL_METRICS = (
     *("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech", "drop/text"),
     *("misalignment", "forgetting", "retention", "reverse_kl/speech", "reverse_kl/text"),
@@ -25,6 +30,14 @@ EVAL_METRICS = (
 PHASES = ("starting", "loading", "evaluating", "training", "checkpointing", "finished", "failed")
 
 Estimate = dict[str, float | int | None]
+Sink = Callable[[dict[str, float], int], None]
+
+
+class Line(BaseModel):
+    """What every line of a run's JSON lines carries; a reader that needs more of a file says so in a subclass."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    step: NonNegativeInt
 
 
 def mean_stderr(values: Sequence[float]) -> Estimate:
@@ -52,6 +65,48 @@ def ratio_stderr(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return {"mean": m, "stderr": math.sqrt(n / (n - 1) * sum((a - m * b) ** 2 for a, b in pairs)) / total, "n": n}
 
 
+def read_lines(path: Path, shape: type[Line] = Line) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, in order; none when there is no such file.
+
+    A last line without its line end that does not parse was cut off while it was written, and is left out. Raises
+    UserError naming file and line for any other line that is not an object of this shape.
+    """
+    if not path.exists():
+        return
+    try:
+        with open(path, "rb") as f:
+            for number, raw in enumerate(f, 1):
+                if not raw.strip():
+                    continue
+                try:
+                    found = _finite(json.loads(raw.decode("utf-8")))
+                except (ValueError, RecursionError) as e:
+                    if not raw.endswith(b"\n"):
+                        return
+                    start = raw[:60].decode("utf-8", "backslashreplace").strip()
+                    raise UserError(f"{path}:{number}: expected a JSON object, found {start!r} ({e})") from e
+                yield conform(found, shape, f"{path}:{number}")
+    except OSError as e:
+        raise UserError(f"{path}: expected a readable file ({e.strerror})") from e
+
+
+def conform(value: Any, shape: type[BaseModel], where: str) -> dict[str, Any]:
+    """The value itself, when it is an object of this shape. Raises UserError, with the place in front, when not."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object, found {type(value).__name__}")
+    try:
+        shape.model_validate(value)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise UserError(f"{where}: expected a key {key}, found none") from e
+        message = first["msg"].removeprefix("Value error, ")
+        found = json.dumps(first["input"], default=str)[:60]
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}, found {found}") from e
+    return value
+
+
 class MetricsLog:
     """The run folder's JSON lines and status; made on rank 0 only.
 
@@ -65,14 +120,12 @@ class MetricsLog:
     def step(self, line: dict[str, Any]) -> None:
         """A finished step, to metrics.jsonl and every sink."""
         self._append("metrics.jsonl", line)
-        for sink in self._sinks:
-            sink({k: v for k, v in line.items() if isinstance(v, int | float)}, line["step"])
+        self._copy({k: v for k, v in line.items() if k not in ("step", "steps")}, line["step"])
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """An evaluation, to eval.jsonl and every sink."""
         self._append("eval.jsonl", line)
-        for sink in self._sinks:
-            sink({f"eval/{k}": line[k]["mean"] for k in EVAL_METRICS if k in line}, line["step"])
+        self._copy({f"eval/{k}": line[k]["mean"] for k in EVAL_METRICS if k in line}, line["step"])
 
     def sample(self, line: dict[str, Any]) -> None:
         """One rollout with its advantages, to samples.jsonl."""
@@ -85,51 +138,68 @@ class MetricsLog:
         assert phase in PHASES, phase
         content: dict[str, Any] = {"phase": phase, "detail": detail, "step": step, "steps": steps, "error": error}
         content["user_error"] = user_error
-        _replace(self.run_dir / "status.json", json.dumps(content))
+        write_atomic(self.run_dir / "status.json", json.dumps(content))
 
     def truncate_after(self, step: int) -> None:
-        """Drop every line of a later step, and a last line that was cut off, before a resumed run writes again."""
+        """Drop every line of a later step, and a last line that was cut off, before a resumed run writes again.
+
+        Sinks keep what they have. Raises UserError naming file and line when another line is broken.
+        """
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             path = self.run_dir / name
             if path.is_file():
-                kept = [line for line in path.read_text().splitlines() if _up_to(line, step)]
-                _replace(path, "".join(line + "\n" for line in kept))
+                kept = "".join(_json(line) for line in read_lines(path) if line["step"] <= step)
+                write_atomic(path, kept)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with open(self.run_dir / name, "a") as f:
-            f.write(json.dumps(_finite(line)) + "\n")
+        with open(self.run_dir / name, "a", encoding="utf-8") as f:
+            f.write(_json(line))
+
+    def _copy(self, values: dict[str, Any], step: int) -> None:
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+        for sink in self._sinks:
+            sink(numbers, step)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write aside, then rename: a reader sees the old content or the new, never a half."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(_finite(line), allow_nan=False) + "\n"
 
 
 def _finite(node: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """JSON has no NaN and no infinity: null. Scalars and arrays of numpy and torch become plain numbers and lists."""
     if isinstance(node, dict):
         return {k: _finite(v) for k, v in node.items()}
-    if isinstance(node, list):
+    if isinstance(node, list | tuple):
         return [_finite(v) for v in node]
+    if hasattr(node, "tolist"):
+        return _finite(node.tolist())
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
-def _up_to(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
-
-
-def _make_sink(name: str, run_dir: Path, project: str, run_name: str) -> Any:
+def _make_sink(name: str, run_dir: Path, project: str, run_name: str) -> Sink:
     module = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}[name]
     try:
         package = importlib.import_module(module)
     except ImportError as e:
         raise UserError(f"metrics.sinks: {name} is not installed; `pip install {name}`, or take it out") from e
-    if name == "tensorboard":
-        writer = package.SummaryWriter(str(run_dir / "tensorboard"))
-        return lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]
-    package.init(project=project, name=run_name)
-    return lambda values, step: package.log({**values, "step": step})
+    if name != "tensorboard":
+        package.init(project=project, name=run_name)
+        return lambda values, step: package.log(values, step=step)
+    writer = package.SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()  # nobody closes the writer: a failed run ends in os._exit
+
+    return write
