@@ -1,233 +1,283 @@
-"""The HTML page of a report: tables, inline SVG plots, dialogues with per-token advantage as colour."""
+"""The HTML page of a report: headline, tables, charts, dialogues with per-token advantage as colour."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from opd.report import VIEWS, Run, phases
+from opd.metrics import Estimate
+from opd.report import PHASES, VIEWS, Pipeline, Run, phases, seconds
+from opd.report_plots import accuracy, curves, times
 
-# Okabe-Ito: told apart by colour-blind readers too
-COLOURS = {"speech": "#0072B2", "text": "#E69F00", "teacher": "#999999", "retention": "#009E73"}
-PHASES = {"rollout": "#0072B2", "teacher": "#E69F00", "learner": "#009E73", "sync": "#CC79A7", "rest": "#999999"}
 STYLE = """
-:root { color-scheme: light dark; }
+:root { color-scheme: light dark; --line: #8886; --warn: #d55e00; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8885; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; background: #fff; border-radius: .4rem; padding: .5rem; }
-figure svg { max-width: 100%; height: auto; }
-figcaption { color: #333; font-size: .9rem; }
-.tokens span { border-radius: .2rem; color: #000; white-space: pre-wrap; padding: .1rem 0; }
-.sample { border-left: 3px solid #8888; padding-left: 1rem; margin: 1rem 0; }
-.note { opacity: .75; font-size: .9rem; } pre { overflow-x: auto; font-size: .8rem; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td.text { text-align: left; }
+tbody th { font-weight: normal; } tbody th[colspan] { font-weight: bold; padding-top: .8rem; }
+td.text { white-space: normal; }
+figure { margin: 1.5rem 0; }
+figure svg { max-width: 100%; height: auto; } figure svg text { font-family: inherit !important; }
+figcaption, .note { opacity: .8; font-size: .9rem; }
+.warn { border-left: 4px solid var(--warn); padding-left: 1rem; }
+.tokens { white-space: pre-wrap; } .tokens span { border-radius: .2rem; padding: .1rem 0; }
+.sample { border-left: 3px solid var(--line); padding-left: 1rem; margin: 1rem 0; }
+pre { overflow-x: auto; font-size: .8rem; }
 """
+FULL = 3.0  # nats: an advantage of this size or more has the full colour
+ORANGE, BLUE = "230,120,0", "0,114,178"
+
+Cell = Callable[[dict[str, Any]], str]
 
 
-def page(runs: list[Run], report: dict[str, Any]) -> str:
+def page(pipelines: list[Pipeline], report: dict[str, Any]) -> str:
     """One HTML document that loads nothing from anywhere."""
+    runs = list({r.name: r for p in pipelines for r in p.runs}.values())
     body = [
         "<h1>opd report</h1>",
-        f"<p>{_headline(report['stages'])}</p>",
+        *map(_headline, pipelines),
+        _warnings(runs),
         "<h2>Stages</h2>",
-        _stages(report["stages"]),
-        _figure("Accuracy by stage, with standard errors.", lambda ax: _accuracy(ax, report["stages"])),
+        _stages(pipelines),
+        accuracy(pipelines, "accuracy"),
         "<h2>By skill</h2>",
-        _groups(report["stages"]),
+        _skills(pipelines),
         "<h2>Training</h2>",
-        _figure(
-            "Reverse KL on the student's own samples, by view.", lambda ax: _curves(ax, runs, _KL, "nats per token")
+        curves(
+            *(pipelines, "kl", "Reverse KL on the student's own samples, by view (text dashed)."),
+            (("reverse_kl/speech", "reverse_kl/text"), "nats per token", 0.01),
         ),
-        _figure("Mean response length.", lambda ax: _curves(ax, runs, ("length/mean",), "tokens")),
-        _figure("Loss.", lambda ax: _curves(ax, runs, ("loss",), "loss")),
-        _figure("Mean |learner - sampler| log-prob.", lambda ax: _curves(ax, runs, ("mismatch/logprob",), "nats")),
+        curves(
+            *(
+                pipelines,
+                "ratio",
+                "Importance ratio of learner to sampler, and the share of tokens where it is cut off.",
+            ),
+            *(
+                (("ratio/mean",), "importance ratio, mean", 0.02),
+                (("ratio/clipped",), "importance ratio, share clipped", 0.02),
+            ),
+        ),
+        curves(
+            *(pipelines, "length", "Responses: mean length, and the share that never ended."),
+            *((("length/mean",), "tokens", 1.0), (("length/truncated",), "share truncated", 0.02)),
+        ),
+        curves(
+            *(pipelines, "loss", "Loss, which each objective defines for itself, and the norm of the gradient."),
+            *((("loss",), "loss", 0.01), (("grad_norm",), "gradient norm", 0.01)),
+        ),
+        curves(
+            *(
+                pipelines,
+                "mismatch",
+                "Mean |learner - sampler| log-prob of the sampled tokens, and the student's entropy.",
+            ),
+            *((("mismatch/logprob",), "nats per token", 1e-6), (("entropy",), "entropy, nats per token", 0.01)),
+        ),
         "<h2>Time</h2>",
-        _figure("Seconds per step by phase, first step left out.", lambda ax: _time(ax, runs)),
-        _time_table(runs),
+        times(runs, "time"),
+        _times(runs),
         "<h2>Dialogues</h2>",
         _dialogues(runs),
-        "<h2>Settings</h2>",
+        "<h2>Runs</h2>",
+        _runs(runs),
         _settings(runs, report),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>opd</title>'
+    title = f"opd report: {', '.join(p.name for p in pipelines)}"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     head += f"<style>{STYLE}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
 
 
-_KL = ("reverse_kl/speech", "reverse_kl/text")
+# ---- headline ---------------------------------------------------------------------------------------------------
 
 
-def _headline(stages: list[dict[str, Any]]) -> str:
-    first, last = stages[0], stages[-1]
+def _headline(p: Pipeline) -> str:
+    """What became of the pipeline, first stage to last; never across pipelines, nor across held-out records."""
+    if p.first is None:
+        return f"<p><strong>{escape(p.name)}</strong>: no evaluation yet.</p>"
+    first, last = p.first, p.stages[-1]
     parts = []
-    for label, pick in (
-        ("spoken accuracy", lambda s: s["accuracy"]["speech"]),
-        ("typed accuracy", lambda s: s["accuracy"]["text"]),
-        ("retention", lambda s: s["retention"]),
-    ):
-        a, b = pick(first), pick(last)
-        if a and b:
-            parts.append(f"{label} {_percent(a)} → {_percent(b)}")
-    kl = [s["reverse_kl"]["speech"] for s in (first, last)]
-    if None not in kl:
-        parts.append(f"reverse KL on own spoken samples {kl[0]:.2f} → {kl[1]:.2f} nats per token")
-    names = f"{escape(first['name'])} → {escape(last['name'])}"
-    return f"<strong>{names}</strong>: {'; '.join(parts) or 'no comparison yet'}."
+    for label, show in _HEADLINE.items():
+        shown = [show(s) for s in ([last] if first is last else [first, last])]
+        if "–" not in shown:
+            parts.append(f"{label} {' → '.join(shown)}")
+    teacher = _percent(last["accuracy"]["teacher"])
+    parts += [f"the teacher's typed accuracy is {teacher}"] if teacher != "–" else []
+    stages = (
+        f"{first['name']} → {last['name']}" if first is not last else f"{last['name']}, nothing to compare it with yet"
+    )
+    where = f"<strong>{escape(p.name)}</strong> ({escape(stages)})"
+    return f"<p>{where}: {escape('; '.join(parts) or 'nothing was measured')}.</p>"
 
 
-def _percent(e: dict[str, Any]) -> str:
-    return f"{100 * e['mean']:.1f} ± {100 * (e['stderr'] or 0):.1f} %"
+def _percent(e: Estimate | None) -> str:
+    """A share as percent, with its standard error; – when it was not measured."""
+    return _number(e, 1, 100.0, " %")
 
 
-def _stages(stages: list[dict[str, Any]]) -> str:
-    rows = [
-        ("spoken accuracy", lambda s: _maybe(s["accuracy"]["speech"], _percent)),
-        ("typed accuracy", lambda s: _maybe(s["accuracy"]["text"], _percent)),
-        ("teacher, typed", lambda s: _maybe(s["accuracy"]["teacher"], _percent)),
-        ("retention", lambda s: _maybe(s["retention"], _percent)),
-        (
-            "drop below the teacher, spoken (%)",
-            lambda s: _number(s["drop"]["speech"], s["stderr"]["drop"]["speech"], 1),
-        ),
-        ("drop below the teacher, typed (%)", lambda s: _number(s["drop"]["text"], s["stderr"]["drop"]["text"], 1)),
-        ("misalignment M", lambda s: _number(s["misalignment"], s["stderr"]["misalignment"])),
-        ("forgetting F", lambda s: _number(s["forgetting"], s["stderr"]["forgetting"])),
-        ("reverse KL, spoken", lambda s: _number(s["reverse_kl"]["speech"], s["stderr"]["reverse_kl"]["speech"])),
-        ("reverse KL, typed", lambda s: _number(s["reverse_kl"]["text"], s["stderr"]["reverse_kl"]["text"])),
-        ("steps", lambda s: str(s["steps"])),
-        ("training seconds", lambda s: f"{s['seconds']:.0f}"),
-    ]
-    return _table(["", *(f"{s['name']} ({s['run']})" for s in stages)], [[n, *map(f, stages)] for n, f in rows])
+def _number(e: Estimate | None, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
+    if not e or e["mean"] is None:
+        return "–"
+    error = e.get("stderr")
+    known = "n/a" if error is None else f"{scale * error:.{digits}f}"
+    return f"{scale * e['mean']:.{digits}f} ± {known}{unit}"
 
 
-def _groups(stages: list[dict[str, Any]]) -> str:
-    columns = [(s, v) for s in stages for v in VIEWS if s.get("groups")]
-    names = sorted({g for s, v in columns for g in s["groups"][v]})
-    if not names:
+def _of(stage: dict[str, Any], name: str, view: str = "") -> Estimate:
+    mean, stderr = stage[name], stage["stderr"][name]
+    return {"mean": mean[view], "stderr": stderr[view]} if view else {"mean": mean, "stderr": stderr}
+
+
+_HEADLINE: dict[str, Cell] = {
+    "spoken accuracy": lambda s: _percent(s["accuracy"]["speech"]),
+    "typed accuracy": lambda s: _percent(s["accuracy"]["text"]),
+    "retention": lambda s: _percent(s["retention"]),
+    "reverse KL in nats per token of own spoken samples": lambda s: _number(_of(s, "reverse_kl", "speech")),
+}
+
+
+def _warnings(runs: list[Run]) -> str:
+    open_ = [f"{r.name}: {r.state}" for r in runs if r.status.get("phase") != "finished"]
+    return "".join(f'<p class="warn">{escape(text)}</p>' for text in open_)
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def _stages(pipelines: list[Pipeline]) -> str:
+    right: dict[str, Cell] = {
+        "spoken": lambda s: _percent(s["accuracy"]["speech"]),
+        "typed": lambda s: _percent(s["accuracy"]["text"]),
+        "teacher, typed": lambda s: _percent(s["accuracy"]["teacher"]),
+        "retention": lambda s: _percent(s["retention"]),
+        "drop, spoken": lambda s: _number(_of(s, "drop", "speech"), 1, unit=" %"),
+        "drop, typed": lambda s: _number(_of(s, "drop", "text"), 1, unit=" %"),
+        "records": lambda s: str(next((e["n"] for e in s["accuracy"].values() if e and e.get("n")), "–")),
+    }
+    apart: dict[str, Cell] = {
+        "reverse KL, spoken": lambda s: _number(_of(s, "reverse_kl", "speech"), 3),
+        "reverse KL, typed": lambda s: _number(_of(s, "reverse_kl", "text"), 3),
+        "misalignment M": lambda s: _number(_of(s, "misalignment"), 3),
+        "forgetting F": lambda s: _number(_of(s, "forgetting"), 3),
+        "steps": lambda s: str(s["steps"]),
+        "training": lambda s: f"{s['seconds']:.0f} s",
+    }
+    about = "Accuracy, and the mean relative drop below the teacher. ± is one standard error over records."
+    if any(s["records"] != p.stages[-1]["records"] for p in pipelines for s in p.stages):
+        about += " * measured on other held-out records than its pipeline's last stage: not comparable with it."
+    return _by_stage(pipelines, right, about) + _by_stage(
+        pipelines, apart, "Divergences, in nats per token; steps and seconds of the stage's own run."
+    )
+
+
+def _skills(pipelines: list[Pipeline]) -> str:
+    skills = sorted({g for p in pipelines for s in p.stages for v in (s["groups"] or {}).values() for g in v})
+    if not skills:
         return "<p>No groups in the manifest.</p>"
-    rows = [[g, *(_maybe(s["groups"][v].get(g), _percent) for s, v in columns)] for g in names]
-    return _table(["skill", *(f"{s['name']}, {v}" for s, v in columns)], rows)
+
+    def cell(skill: str, view: str) -> Cell:
+        return lambda s: _percent(((s["groups"] or {}).get(view) or {}).get(skill))
+
+    titles = {"speech": "Spoken accuracy by skill.", "text": "Typed accuracy by skill."}
+    return "".join(_by_stage(pipelines, {g: cell(g, v) for g in skills}, titles[v]) for v in VIEWS)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _by_stage(pipelines: list[Pipeline], columns: dict[str, Cell], about: str) -> str:
+    """A row per stage, the rows of each pipeline under its name."""
+    rows = []
+    for p in pipelines:
+        if len(pipelines) > 1:
+            rows.append(f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(p.name)}</th></tr>')
+        for s in p.stages:
+            other = "*" if s["records"] != p.stages[-1]["records"] else ""
+            name = s["name"] if s["run"] in (s["name"], p.name) else f"{s['name']} ({s['run']})"
+            rows.append(_row(name + other, [show(s) for show in columns.values()]))
+    return _table(["stage", *columns], rows, about)
+
+
+def _row(name: str, cells: list[str], kind: str = "") -> str:
+    opening = f'<td class="{kind}">' if kind else "<td>"
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"{opening}{escape(c)}</td>" for c in cells)}</tr>'
+
+
+def _table(head: list[str], rows: list[str], about: str) -> str:
     top = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll">{table}</div><p class="note">{escape(about)}</p>'
 
 
-def _maybe(value: Any, show: Callable[[Any], str]) -> str:
-    return "–" if not value or value.get("mean") is None else show(value)
-
-
-def _number(mean: float | None, stderr: float | None, digits: int = 3) -> str:
-    return "–" if mean is None else f"{mean:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
-
-
-def _figure(caption: str, draw: Callable[[Any], None]) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "opd"
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
-    if not axes.has_data():
-        return f"<p class=note>{escape(caption)} Nothing to plot.</p>"
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _accuracy(axes: Any, stages: list[dict[str, Any]]) -> None:
-    series = {v: [s["accuracy"][v] for s in stages] for v in (*VIEWS, "teacher")}
-    series["retention"] = [s["retention"] for s in stages]
-    width = 0.2
-    for k, (name, values) in enumerate(series.items()):
-        known = [(i, v) for i, v in enumerate(values) if v and v["mean"] is not None]
-        if known:
-            x, heights = [i + (k - 1.5) * width for i, _ in known], [v["mean"] for _, v in known]
-            axes.bar(x, heights, width, yerr=[v["stderr"] or 0 for _, v in known], color=COLOURS[name], label=name)
-    axes.set_xticks(range(len(stages)), [s["name"] for s in stages])
-    axes.set_ylim(0, 1.05)
-    axes.set_ylabel("accuracy")
-    axes.legend(loc="upper center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 1.2))
-
-
-def _curves(axes: Any, runs: list[Run], names: tuple[str, ...], label: str) -> None:
-    offset = 0
-    for run in runs:
-        for name in names:
-            points = [(offset + m["step"], m[name]) for m in run.steps if m.get(name) is not None]
-            if points:
-                view = name.rpartition("/")[2]
-                axes.plot(*zip(*points, strict=True), color=COLOURS.get(view), label=f"{run.name} {name}")
-        offset += run.steps[-1]["step"] if run.steps else 0
-    axes.set_xlabel("step (runs one after another)")
-    axes.set_ylabel(label)
-    if axes.has_data():
-        axes.legend(frameon=False)
-
-
-def _time(axes: Any, runs: list[Run]) -> None:
-    left = [0.0] * len(runs)
-    for phase, colour in PHASES.items():
-        values = [phases(r)[phase] for r in runs]
-        axes.barh(range(len(runs)), values, left=left, color=colour, label=phase)
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    axes.set_yticks(range(len(runs)), [r.name for r in runs])
-    axes.set_xlabel("seconds per step")
-    axes.legend(ncols=5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.2))
-
-
-def _time_table(runs: list[Run]) -> str:
+def _times(runs: list[Run]) -> str:
     rows = []
     for run in runs:
-        seconds = phases(run)
-        whole = sum(seconds.values()) or 1.0
-        rows.append([run.name, *(f"{s:.2f} s ({100 * s / whole:.0f} %)" for s in seconds.values())])
-    return _table(["run", *PHASES], rows)
+        mean = phases(run)
+        whole = mean["step"]["mean"] or 0.0
+        cells = [_number(mean["step"], unit=" s")]
+        for name in PHASES:
+            share = f" ({100 * (mean[name]['mean'] or 0.0) / whole:.1f} %)" if whole else ""
+            cells.append(_number(mean[name], unit=" s") + share)
+        rows.append(_row(run.name, [*cells, *(f"{seconds(run, w):.0f} s" for w in ("training", "evaluations"))]))
+    about = (
+        "A step's mean seconds, their standard error over steps, and the share of the step; then totals of the run. "
+    )
+    about += "rest: reading clips and whatever no other phase claims. Checkpoints are outside the steps."
+    return _table(["run", "step", *PHASES, "all steps", "all evaluations"], rows, about)
+
+
+def _runs(runs: list[Run]) -> str:
+    rows = [_row(r.name, [r.state, str(r.folder), r.config["student"]["path"], r.commit[:12]], "text") for r in runs]
+    return _table(
+        ["run", "state", "folder", "student", "commit"], rows, "Where each run stands and what it started from."
+    )
+
+
+# ---- dialogues --------------------------------------------------------------------------------------------------
 
 
 def _dialogues(runs: list[Run]) -> str:
-    parts = [
-        "<p class=note>Each token is coloured by its advantage log π(teacher) − log π(student): "
-        f"<span class=tokens>{_token('teacher far less likely', -3)} {_token('alike', 0)} "
-        f"{_token('teacher far more likely', 3)}</span></p>"
-    ]
-    for run in runs:
-        graded = [s for s in run.samples if s["advantage"]]
-        early, late = graded[:2], graded[-4:]
-        for title, chosen in (("early", early), ("late", [s for s in late if s not in early])):
-            parts += [_sample(run, title, s) for s in chosen]
-    return "".join(parts) if len(parts) > 1 else "<p>No graded samples: no on-policy run is in this report.</p>"
+    shown = "".join(_sample(run, s) for run in runs for s in _chosen(run))
+    if not shown:
+        return "<p>No graded samples: no on-policy run in this report has finished a step.</p>"
+    scale = " ".join(_token(f" {a:+.0f} ", a) for a in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
+    about = (
+        "Each token is coloured by its advantage, log π(teacher) − log π(student), in nats: orange where the teacher "
+        "finds it less likely than the student does, blue where more; full colour at 3 nats. Point at a token for its "
+        "number."
+    )
+    legend = f'<p class="note">{about} <span class="tokens">{scale}</span></p>'
+    return legend + shown
 
 
-def _sample(run: Run, title: str, s: dict[str, Any]) -> str:
+def _chosen(run: Run) -> list[dict[str, Any]]:
+    """Two graded samples of each view, of the first step kept and of the last."""
+    graded = [s for s in run.samples if s["advantage"]]
+    steps = sorted({s["step"] for s in graded})
+    picked = [[s for s in graded if (s["step"], s["view"]) == (step, v)][:2] for step in steps for v in VIEWS]
+    return [s for few in picked for s in few]
+
+
+def _sample(run: Run, s: dict[str, Any]) -> str:
     tokens = "".join(_token(t, a) for t, a in zip(s["tokens"], s["advantage"], strict=True))
-    where = f"{run.name}, {title} (step {s['step']}), {s['view']} view, {s['id']}"
-    lines = f"<div class=note>{escape(where)}</div>{escape(s['prompt'])}<div class=tokens>{tokens}</div>"
-    return f"<div class=sample>{lines}</div>"
+    where = f"{run.name}, step {s['step']}, {s['view']} view, {s['id']}{', truncated' if s.get('truncated') else ''}"
+    lines = f'<div class="note">{escape(where)}</div><div class="tokens">{escape(s["prompt"])}</div>'
+    return f'<div class="sample">{lines}<div class="tokens">{tokens}</div></div>'
 
 
-def _token(text: str, advantage: float) -> str:
-    strength = min(1.0, abs(advantage) / 3.0)
-    colour = "230,120,0" if advantage < 0 else "0,114,178"
-    background = f"background:linear-gradient(rgba({colour},{strength:.2f}),rgba({colour},{strength:.2f})),#fff"
-    return f'<span style="{background}" title="{advantage:+.2f}">{escape(text)}</span>'
+def _token(text: str, advantage: float | None) -> str:
+    if advantage is None:
+        return f'<span title="not a finite number">{escape(text)}</span>'
+    strength = 0.55 * min(1.0, abs(advantage) / FULL)  # never so strong that light or dark text is lost on it
+    colour = ORANGE if advantage < 0 else BLUE
+    return f'<span style="background:rgba({colour},{strength:.2f})" title="{advantage:+.2f}">{escape(text)}</span>'
 
 
 def _settings(runs: list[Run], report: dict[str, Any]) -> str:
-    about = {k: report[k] for k in ("package_versions", "git_commit", "learner", "rollout", "wall_s")}
-    parts = [("versions", about), *((r.name, r.config) for r in runs)]
-    return "".join(
-        f"<details><summary>{escape(n)}</summary><pre>{escape(json.dumps(c, indent=2))}</pre></details>"
-        for n, c in parts
-    )
+    about = {k: report[k] for k in ("learner", "rollout", "wall_s")}
+    of_runs = [(r.name, {"git_commit": r.commit, "versions": r.versions, "config": r.config}) for r in runs]
+    parts = [("learner, rollout, wall-clock seconds", about), *of_runs]
+    texts = [(escape(name), escape(json.dumps(content, indent=2, default=str))) for name, content in parts]
+    return "".join(f"<details><summary>{name}</summary><pre>{text}</pre></details>" for name, text in texts)

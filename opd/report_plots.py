@@ -1,0 +1,186 @@
+"""The charts of a report, as inline SVG that takes the page's text colour and has no background of its own."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from opd.report import PHASES, VIEWS, Pipeline, Run, phases
+
+# After Okabe and Ito, told apart by colour-blind readers too, and shifted to stand out from white and from black alike
+BLUE, ORANGE, GREEN, PINK, RED, VIOLET, GREY = (
+    *("#2b83c6", "#c97a00", "#1a9a72", "#c2679b", "#d55e00", "#8f73d9", "#8a8a8a"),
+)
+BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}
+PHASE_COLOURS = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY), strict=True))
+PIPELINES = (BLUE, ORANGE, GREEN, PINK, RED, VIOLET)
+INK = "#010203"  # stands for the page's text colour until the SVG is written
+POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
+SETTINGS = {
+    "svg.hashsalt": "opd",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a run's name is a $
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+    ),
+}
+
+# name of the metric, label of its axis, least span of the axis: noise around a constant shall look like one
+Panel = tuple[tuple[str, ...], str, float]
+
+
+def accuracy(pipelines: list[Pipeline], key: str) -> str:
+    """Bars with standard errors by stage, a group of bars for each pipeline."""
+    shown = [p for p in pipelines if p.stages]
+    places, ticks, x = [], [], 0.0
+    for p in shown:
+        for s in p.stages:
+            places.append((x, s))
+            ticks.append(s["name"] if s is not p.stages[-1] or len(shown) == 1 else f"{s['name']}\n{p.name}")
+            x += 1
+        x += 0.6
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.grid(True)
+        for k, (name, colour) in enumerate(BARS.items()):
+            values = [(at, s["retention"] if name == "retention" else s["accuracy"][name]) for at, s in places]
+            known = [(at + (k - 1.5) * 0.2, e) for at, e in values if e and e["mean"] is not None]
+            if known:
+                errors = [float("nan") if e["stderr"] is None else e["stderr"] for _, e in known]
+                xs, heights = [at for at, _ in known], [e["mean"] for _, e in known]
+                axes.bar(xs, heights, 0.2, yerr=errors, ecolor=INK, color=colour, label=name)
+        axes.set_xticks([at for at, _ in places], ticks)
+        axes.set_ylim(0, 1.05)
+        axes.set_ylabel("accuracy")
+
+    caption = "Accuracy by stage, with standard errors; a group of bars for each pipeline."
+    return _figure(key, caption, draw, (max(8.0, 1.1 * x), 3.2))
+
+
+def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) -> str:
+    """Step metrics against the steps of the whole pipeline: one colour per pipeline, or per view if there is one only.
+
+    A run that several pipelines begin with is drawn once, in grey.
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (names, label, least) in zip(axes, panels, strict=True):
+            ax.grid(True)
+            ax.set(xlabel="step of the pipeline", ylabel=label)
+            for run, start, colour in _placed(pipelines):
+                for name in names:
+                    style: dict[str, Any] = {"color": colour, "linestyle": "--" if name.endswith("/text") else "-"}
+                    view = name.rpartition("/")[2]
+                    if view in VIEWS and len(pipelines) == 1:
+                        style["color"] = BARS[view]
+                    points = _thinned([(start + m["step"], m[name]) for m in run.steps if m.get(name) is not None])
+                    if points:
+                        shown = f"{view}, {run.name}" if view in VIEWS else _legible(run.name)
+                        style["marker"] = "o" if len(points) == 1 else None
+                        ax.plot(*zip(*points, strict=True), **style, linewidth=1.4, label=shown)
+            low, high = ax.get_ylim()
+            if high - low < least:
+                middle = (low + high) / 2
+                ax.set_ylim(middle - least / 2, middle + least / 2)
+
+    if any(len(r.steps) > POINTS for p in pipelines for r in p.runs):
+        caption += f" Means of consecutive steps, at most {POINTS} points a curve."
+    return _figure(key, caption, draw, (8.0, 3.2))
+
+
+def times(runs: list[Run], key: str) -> str:
+    """Seconds of a mean step by phase, a bar for each run."""
+    found = [(r, seconds) for r in runs if (seconds := phases(r))["step"]["n"]]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        left = [0.0] * len(found)
+        for phase in PHASES if found else ():
+            values = [float(seconds[phase]["mean"] or 0.0) for _, seconds in found]
+            axes.barh(range(len(found)), values, 0.6, left=left, color=PHASE_COLOURS[phase], label=phase)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        axes.set_yticks(range(len(found)), [r.name for r, _ in found])
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds per step")
+
+    caption = "Where a step's time goes: mean seconds by phase, a run's first step left out when there are more."
+    return _figure(key, caption, draw, (8.0, 1.4 + 0.4 * len(found)))
+
+
+def _placed(pipelines: list[Pipeline]) -> list[tuple[Run, int, str]]:
+    """Every run once: the steps that its pipeline took before it, and its colour."""
+    placed: dict[str, tuple[Run, int, str]] = {}
+    for k, p in enumerate(pipelines):
+        start = 0
+        for run in p.runs:
+            colour = GREY if run.name in placed else PIPELINES[k % len(PIPELINES)]
+            placed[run.name] = run, start, colour
+            start += run.done
+    return list(placed.values())
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    size = -(-len(points) // POINTS) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _legible(label: str) -> str:
+    return f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with _ out of legends
+
+
+def _figure(key: str, caption: str, draw: Callable[[Any], None], inches: tuple[float, float]) -> str:
+    """A <figure> with its caption; a line that says so when there is nothing to plot. Keys tell ids of charts apart."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the glyph, the layout only guesses
+        figure = Figure(figsize=inches, layout="constrained")
+        draw(figure)
+        drawn = [a for a in figure.axes if a.get_legend_handles_labels()[0]]
+        if not drawn:
+            return f'<p class="note">{escape(caption)} Nothing to plot yet.</p>'
+        labelled = {label: h for a in drawn for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+        widest = max(map(len, labelled))
+        columns = max(1, min(len(labelled), 110 // (widest + 6)))
+        figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=columns)
+        alt = " ".join(
+            [caption, *(_spoken(line) for a in drawn for line in a.get_lines() if line.get_label()[0] != "_")]
+        )
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return f"<figure>{_inline(buffer.getvalue(), key, alt)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _spoken(line: Any) -> str:
+    x, y = line.get_xdata(), line.get_ydata()
+    ends = f"{y[0]:.3g} at step {x[0]:g}, {y[-1]:.3g} at step {x[-1]:g}"
+    return f"{line.axes.get_ylabel()} of {line.get_label().strip()}: {ends}."
+
+
+def _inline(svg: str, key: str, alt: str) -> str:
+    """matplotlib's file as an element of a page: no prologue or name spaces, ids of its own, the page's text colour."""
+
+    def mend(tag: re.Match[str]) -> str:
+        text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", tag[0]).replace("xlink:href", "href")
+        text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{key}-", text)
+        return text.replace(INK, "currentColor")
+
+    body = re.sub(r"<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    body = re.sub(r"<[^>]*>", mend, body)
+    return body.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
