@@ -70,6 +70,10 @@ class Pipeline:
         return self.runs[-1].name
 
     @property
+    def title(self) -> str:
+        return " → ".join(r.name for r in self.runs)
+
+    @property
     def first(self) -> dict[str, Any] | None:
         """The first stage that was measured on the same records as the last; None without an evaluation."""
         return next((s for s in self.stages if s["records"] == self.stages[-1]["records"]), None)

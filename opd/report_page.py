@@ -15,13 +15,14 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8886; --warn: #d55e00; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td.text { text-align: left; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom; }
+td, tbody th { white-space: nowrap; }
+th:first-child, .text th, .text td { text-align: left; }
 tbody th { font-weight: normal; } tbody th[colspan] { font-weight: bold; padding-top: .8rem; }
-td.text { white-space: normal; }
+.text td { white-space: normal; }
 figure { margin: 1.5rem 0; }
-figure svg { max-width: 100%; height: auto; } figure svg text { font-family: inherit !important; }
+figure svg { width: 100%; height: auto; } figure svg text { font-family: inherit !important; }
 figcaption, .note { opacity: .8; font-size: .9rem; }
 .warn { border-left: 4px solid var(--warn); padding-left: 1rem; }
 .tokens { white-space: pre-wrap; } .tokens span { border-radius: .2rem; padding: .1rem 0; }
@@ -99,7 +100,7 @@ def page(pipelines: list[Pipeline], report: dict[str, Any]) -> str:
 def _headline(p: Pipeline) -> str:
     """What became of the pipeline, first stage to last; never across pipelines, nor across held-out records."""
     if p.first is None:
-        return f"<p><strong>{escape(p.name)}</strong>: no evaluation yet.</p>"
+        return f"<p><strong>{escape(p.title)}</strong>: no evaluation yet.</p>"
     first, last = p.first, p.stages[-1]
     parts = []
     for label, show in _HEADLINE.items():
@@ -108,10 +109,8 @@ def _headline(p: Pipeline) -> str:
             parts.append(f"{label} {' → '.join(shown)}")
     teacher = _percent(last["accuracy"]["teacher"])
     parts += [f"the teacher's typed accuracy is {teacher}"] if teacher != "–" else []
-    stages = (
-        f"{first['name']} → {last['name']}" if first is not last else f"{last['name']}, nothing to compare it with yet"
-    )
-    where = f"<strong>{escape(p.name)}</strong> ({escape(stages)})"
+    stages = f"{first['name']} → {last['name']}" if first is not last else f"{last['name']}, nothing to compare it with"
+    where = f"<strong>{escape(p.title)}</strong> ({escape(stages)})"
     return f"<p>{where}: {escape('; '.join(parts) or 'nothing was measured')}.</p>"
 
 
@@ -190,24 +189,24 @@ def _skills(pipelines: list[Pipeline]) -> str:
 def _by_stage(pipelines: list[Pipeline], columns: dict[str, Cell], about: str) -> str:
     """A row per stage, the rows of each pipeline under its name."""
     rows = []
-    for p in pipelines:
+    for p in (p for p in pipelines if p.stages):
         if len(pipelines) > 1:
-            rows.append(f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(p.name)}</th></tr>')
+            rows.append(f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(p.title)}</th></tr>')
         for s in p.stages:
             other = "*" if s["records"] != p.stages[-1]["records"] else ""
-            name = s["name"] if s["run"] in (s["name"], p.name) else f"{s['name']} ({s['run']})"
+            alone = sum(t["name"] == s["name"] for t in p.stages) == 1
+            name = s["name"] if alone else f"{s['name']} ({s['run']})"
             rows.append(_row(name + other, [show(s) for show in columns.values()]))
     return _table(["stage", *columns], rows, about)
 
 
-def _row(name: str, cells: list[str], kind: str = "") -> str:
-    opening = f'<td class="{kind}">' if kind else "<td>"
-    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"{opening}{escape(c)}</td>" for c in cells)}</tr>'
+def _row(name: str, cells: list[str]) -> str:
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(c)}</td>" for c in cells)}</tr>'
 
 
-def _table(head: list[str], rows: list[str], about: str) -> str:
+def _table(head: list[str], rows: list[str], about: str, kind: str = "numbers") -> str:
     top = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="scroll">{table}</div><p class="note">{escape(about)}</p>'
 
 
@@ -215,24 +214,22 @@ def _times(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         mean = phases(run)
-        whole = mean["step"]["mean"] or 0.0
-        cells = [_number(mean["step"], unit=" s")]
-        for name in PHASES:
-            share = f" ({100 * (mean[name]['mean'] or 0.0) / whole:.1f} %)" if whole else ""
-            cells.append(_number(mean[name], unit=" s") + share)
-        rows.append(_row(run.name, [*cells, *(f"{seconds(run, w):.0f} s" for w in ("training", "evaluations"))]))
-    about = (
-        "A step's mean seconds, their standard error over steps, and the share of the step; then totals of the run. "
-    )
-    about += "rest: reading clips and whatever no other phase claims. Checkpoints are outside the steps."
-    return _table(["run", "step", *PHASES, "all steps", "all evaluations"], rows, about)
+        totals = [f"{seconds(run, what):.0f}" for what in ("training", "evaluations")]
+        rows.append(_row(run.name, [*(_number(mean[n]) for n in (*PHASES, "step")), *totals]))
+        whole = mean["step"]["mean"]
+        if whole:
+            rows.append(
+                _row("", [*(f"{100 * (mean[n]['mean'] or 0.0) / whole:.1f} %" for n in (*PHASES, "step")), "", ""])
+            )
+    about = "Mean seconds of a step, their standard error over steps, the share of the step; then the run's totals in "
+    about += "seconds. rest: reading clips and whatever no other phase claims. Checkpoints are outside the steps."
+    return _table(["run", *PHASES, "step", "all steps", "all evaluations"], rows, about)
 
 
 def _runs(runs: list[Run]) -> str:
-    rows = [_row(r.name, [r.state, str(r.folder), r.config["student"]["path"], r.commit[:12]], "text") for r in runs]
-    return _table(
-        ["run", "state", "folder", "student", "commit"], rows, "Where each run stands and what it started from."
-    )
+    rows = [_row(r.name, [r.state, str(r.folder), r.config["student"]["path"], r.commit[:12]]) for r in runs]
+    about = "Where each run stands and what it started from."
+    return _table(["run", "state", "folder", "student", "commit"], rows, about, "text")
 
 
 # ---- dialogues --------------------------------------------------------------------------------------------------
@@ -242,7 +239,7 @@ def _dialogues(runs: list[Run]) -> str:
     shown = "".join(_sample(run, s) for run in runs for s in _chosen(run))
     if not shown:
         return "<p>No graded samples: no on-policy run in this report has finished a step.</p>"
-    scale = " ".join(_token(f" {a:+.0f} ", a) for a in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
+    scale = " ".join(_token(f" {a:+g} " if a else " 0 ", a) for a in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
     about = (
         "Each token is coloured by its advantage, log π(teacher) − log π(student), in nats: orange where the teacher "
         "finds it less likely than the student does, blue where more; full colour at 3 nats. Point at a token for its "

@@ -12,12 +12,11 @@ from typing import Any
 from opd.report import PHASES, VIEWS, Pipeline, Run, phases
 
 # After Okabe and Ito, told apart by colour-blind readers too, and shifted to stand out from white and from black alike
-BLUE, ORANGE, GREEN, PINK, RED, VIOLET, GREY = (
-    *("#2b83c6", "#c97a00", "#1a9a72", "#c2679b", "#d55e00", "#8f73d9", "#8a8a8a"),
-)
+BLUE, ORANGE, GREEN, PINK = "#2b83c6", "#c97a00", "#1a9a72", "#c2679b"
+RED, VIOLET, GREY = "#d55e00", "#8f73d9", "#8a8a8a"
 BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}
 PHASE_COLOURS = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY), strict=True))
-PIPELINES = (BLUE, ORANGE, GREEN, PINK, RED, VIOLET)
+COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, VIOLET)
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
 SETTINGS = {
@@ -27,7 +26,6 @@ SETTINGS = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.formatter.useoffset": False,
-    "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.alpha": 0.15,
     "legend.frameon": False,
@@ -53,7 +51,7 @@ def accuracy(pipelines: list[Pipeline], key: str) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        axes.grid(True)
+        axes.grid(True, axis="y")
         for k, (name, colour) in enumerate(BARS.items()):
             values = [(at, s["retention"] if name == "retention" else s["accuracy"][name]) for at, s in places]
             known = [(at + (k - 1.5) * 0.2, e) for at, e in values if e and e["mean"] is not None]
@@ -65,12 +63,12 @@ def accuracy(pipelines: list[Pipeline], key: str) -> str:
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("accuracy")
 
-    caption = "Accuracy by stage, with standard errors; a group of bars for each pipeline."
+    caption = "Accuracy by stage, with standard errors" + ("; pipelines side by side." if len(shown) > 1 else ".")
     return _figure(key, caption, draw, (max(8.0, 1.1 * x), 3.2))
 
 
 def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) -> str:
-    """Step metrics against the steps of the whole pipeline: one colour per pipeline, or per view if there is one only.
+    """Step metrics against the steps of the whole pipeline: a colour per pipeline, or per run or view of the only one.
 
     A run that several pipelines begin with is drawn once, in grey.
     """
@@ -78,7 +76,7 @@ def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) ->
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, (names, label, least) in zip(axes, panels, strict=True):
-            ax.grid(True)
+            ax.grid(True, axis="y")
             ax.set(xlabel="step of the pipeline", ylabel=label)
             for run, start, colour in _placed(pipelines):
                 for name in names:
@@ -91,14 +89,20 @@ def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) ->
                         shown = f"{view}, {run.name}" if view in VIEWS else _legible(run.name)
                         style["marker"] = "o" if len(points) == 1 else None
                         ax.plot(*zip(*points, strict=True), **style, linewidth=1.4, label=shown)
-            low, high = ax.get_ylim()
-            if high - low < least:
-                middle = (low + high) / 2
-                ax.set_ylim(middle - least / 2, middle + least / 2)
+            _widen(ax, least)
 
     if any(len(r.steps) > POINTS for p in pipelines for r in p.runs):
         caption += f" Means of consecutive steps, at most {POINTS} points a curve."
     return _figure(key, caption, draw, (8.0, 3.2))
+
+
+def _widen(axes: Any, least: float) -> None:
+    low, high = axes.dataLim.ymin, axes.dataLim.ymax
+    if high - low < least:
+        start = (low + high - least) / 2
+        if low >= 0:  # a share or a distance is never below 0
+            start = max(start, -least / 20)
+        axes.set_ylim(start, start + least)
 
 
 def times(runs: list[Run], key: str) -> str:
@@ -126,7 +130,8 @@ def _placed(pipelines: list[Pipeline]) -> list[tuple[Run, int, str]]:
     for k, p in enumerate(pipelines):
         start = 0
         for run in p.runs:
-            colour = GREY if run.name in placed else PIPELINES[k % len(PIPELINES)]
+            own = p.runs.index(run) if len(pipelines) == 1 else k
+            colour = GREY if run.name in placed else COLOURS[own % len(COLOURS)]
             placed[run.name] = run, start, colour
             start += run.done
     return list(placed.values())
@@ -158,11 +163,10 @@ def _figure(key: str, caption: str, draw: Callable[[Any], None], inches: tuple[f
         widest = max(map(len, labelled))
         columns = max(1, min(len(labelled), 110 // (widest + 6)))
         figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=columns)
-        alt = " ".join(
-            [caption, *(_spoken(line) for a in drawn for line in a.get_lines() if line.get_label()[0] != "_")]
-        )
+        lines = [line for a in drawn for line in a.get_lines() if not str(line.get_label()).startswith("_")]
+        alt = " ".join([caption, *map(_spoken, lines)])
         buffer = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        nothing: dict[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return f"<figure>{_inline(buffer.getvalue(), key, alt)}<figcaption>{escape(caption)}</figcaption></figure>"
 
