@@ -70,8 +70,9 @@ def accuracy(pipelines: list[Pipeline], key: str) -> str:
 def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) -> str:
     """Step metrics against the steps of the whole pipeline: a colour per pipeline, or per run or view of the only one.
 
-    A run that several pipelines begin with is drawn once, in grey.
+    A run that several pipelines begin with is drawn once, in grey; other runs before a pipeline's last are paler.
     """
+    pale = {r.name for p in pipelines for r in p.runs[:-1]} if len(pipelines) > 1 else set()
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -81,6 +82,7 @@ def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) ->
             for run, start, colour in _placed(pipelines):
                 for name in names:
                     style: dict[str, Any] = {"color": colour, "linestyle": "--" if name.endswith("/text") else "-"}
+                    style["alpha"] = 0.55 if run.name in pale else 1.0
                     view = name.rpartition("/")[2]
                     if view in VIEWS and len(pipelines) == 1:
                         style["color"] = BARS[view]
