@@ -63,6 +63,7 @@ class ServerConfig(Section):
     max_num_seqs: PositiveInt = 256
     kv_cache_gib: PositiveInt = Field(1, description="VLLM_CPU_KVCACHE_SPACE, CPU only")
     threads: NonNegativeInt = Field(0, description="OpenMP threads of the server, CPU only; 0: all cores")
+    trim_audio: bool = Field(True, description="run the audio tower over the clips only, not their fixed window")
     args: list[str] = Field([], description="further arguments of the vLLM server")
 
 

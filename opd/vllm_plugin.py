@@ -1,6 +1,7 @@
-"""Loaded by vLLM in each of its processes (entry point `vllm.general_plugins`): registers our weight transport.
+"""Loaded by vLLM in each of its processes (entry point `vllm.general_plugins`): registers what is ours.
 
-The transport `opd_file` reads safetensors files from a folder that learner and server share, such as /dev/shm.
+The weight transport `opd_file` reads safetensors files from a folder that learner and server share, such as /dev/shm.
+With OPD_TRIM_AUDIO=1 in the environment, models of vllm_models.py stand in for vLLM's.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 BACKEND = "opd_file"
+TRIM_AUDIO = "OPD_TRIM_AUDIO"
+TRIMMED = {"Qwen2AudioForConditionalGeneration": "opd.vllm_models:TrimmedQwen2Audio"}
 
 
 def register() -> None:
-    """Register `opd_file` with vLLM's factory, once per process."""
+    """Register `opd_file` with vLLM's factory, once per process, and the trimmed models where asked for."""
+    from vllm import ModelRegistry
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, _engine_class())
+    if os.environ.get(TRIM_AUDIO) == "1":
+        for architecture, model in TRIMMED.items():
+            ModelRegistry.register_model(architecture, model)
 
 
 def _engine_class() -> type[Any]:

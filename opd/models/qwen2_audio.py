@@ -80,27 +80,7 @@ class Qwen2Audio(Family):
         return _lengths(-(-min(samples, window) // hop))[1]
 
     def run_tower(self, hf: nn.Module, features: dict[str, Tensor]) -> list[Tensor]:
-        """The encoder of Qwen2-Audio over no more frames than the longest clip needs.
-
-        transformers and vLLM always run the full 30 s window and mask what lies beyond a clip; frames past the mask
-        touch nothing but the convolutions' edge, so cutting the window there gives the same embeddings.
-        """
-        tower: Any = hf.model.audio_tower  # type: ignore[union-attr]
-        frames = features["frames"]
-        longest = int(frames.max())
-        window = min(features["mel"].shape[-1], longest + longest % 4 + 8)  # even after both strides, edges inside
-        mel = features["mel"][..., : window - window % 4].to(tower.conv1.weight.dtype)
-        x = nn.functional.gelu(tower.conv1(mel))
-        x = nn.functional.gelu(tower.conv2(x)).permute(0, 2, 1)
-        steps = torch.arange(x.shape[1], device=x.device)
-        x = x + tower.embed_positions(steps)
-        heard = steps[None] < _lengths(frames)[0][:, None]
-        mask = torch.zeros(x.shape[0], 1, x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-        mask = mask.masked_fill(~heard[:, None, None], torch.finfo(x.dtype).min)
-        for layer in tower.layers:
-            x = layer(x, mask)
-        x = tower.layer_norm(tower.avg_pooler(x.permute(0, 2, 1)).permute(0, 2, 1))
-        return [row[: int(n)] for row, n in zip(x, _lengths(frames)[1], strict=True)]
+        return trimmed_tower(hf.model.audio_tower, features["mel"], features["frames"])  # type: ignore[union-attr]
 
     def run_adapter(self, hf: nn.Module, audio: Tensor) -> Tensor:
         return hf.model.multi_modal_projector(audio)  # type: ignore[union-attr, operator]
@@ -113,6 +93,29 @@ class Qwen2Audio(Family):
 
     def head(self, hf: nn.Module) -> nn.Module:
         return hf.lm_head  # type: ignore[return-value]
+
+
+def trimmed_tower(tower: Any, mel: Tensor, frames: Tensor) -> list[Tensor]:
+    """The encoder of Qwen2-Audio over no more frames than the longest clip needs: per clip [S, tower width].
+
+    tower: transformers' Qwen2AudioEncoder, which vLLM runs too; mel [C, bins, F]; frames [C] heard of each clip.
+    transformers and vLLM always run the full 30 s window and mask what lies beyond a clip; frames past the mask touch
+    nothing but the convolutions' edge, so cutting the window there gives the same embeddings.
+    """
+    longest = int(frames.max())
+    window = min(mel.shape[-1], longest + longest % 4 + 8)  # even after both strides, edges inside
+    mel = mel[..., : window - window % 4].to(tower.conv1.weight.dtype)
+    x = nn.functional.gelu(tower.conv1(mel))
+    x = nn.functional.gelu(tower.conv2(x)).permute(0, 2, 1)
+    steps = torch.arange(x.shape[1], device=x.device)
+    x = x + tower.embed_positions(steps)
+    heard = steps[None] < _lengths(frames)[0][:, None]
+    mask = torch.zeros(x.shape[0], 1, x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    mask = mask.masked_fill(~heard[:, None, None], torch.finfo(x.dtype).min)
+    for layer in tower.layers:
+        x = layer(x, mask)
+    x = tower.layer_norm(tower.avg_pooler(x.permute(0, 2, 1)).permute(0, 2, 1))
+    return [row[: int(n)] for row, n in zip(x, _lengths(frames)[1], strict=True)]
 
 
 def _lengths(frames: Any) -> Any:

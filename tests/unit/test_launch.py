@@ -59,11 +59,13 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(servers, "free_port", lambda: 4321)
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
     return request.param
 
 
 def quiet(threads: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
+    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
+    return env | {"LD_PRELOAD": f"{sys.prefix}/lib/libiomp5.so"}
 
 
 def test_student_server(config: Config, machine: str, tmp_path: Path) -> None:
@@ -71,9 +73,11 @@ def test_student_server(config: Config, machine: str, tmp_path: Path) -> None:
     expected = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", f"{tmp_path}/student"]
     expected += shlex.split("--served-model-name student --host 127.0.0.1 --port 1234 --dtype float32 --seed 5")
     expected += shlex.split("--max-model-len 64 --max-num-seqs 8 --max-logprobs -1")
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1", "OPD_TRIM_AUDIO": "1"}
     if machine == "cpu":
-        expected += shlex.split("--enforce-eager --no-enable-chunked-prefill")
+        expected += shlex.split("--enforce-eager --distributed-executor-backend")
+        expected += shlex.split("vllm.v1.executor.uniproc_executor.UniProcExecutor --block-size 32")
+        expected += ["--no-enable-chunked-prefill"]
         expected += shlex.split("--max-num-batched-tokens 65536")
         env |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | quiet(3)
     expected += ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", '{"audio": 8}']
