@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,19 +118,28 @@ def test_push_changes_what_it_must(setup) -> None:
 
 def test_skipped_cache_reset_is_detected(setup) -> None:
     local, sampler, sync, prompts, clips = setup
-    # several clips in one prompt: the cache keeps whole blocks of 128 tokens on the CPU
-    parts = [part for p in prompts for part in p.messages[0]["content"]]
-    long = [Prompt("long", ({"role": "user", "content": parts[:4]},))]
     push(local, sampler, sync, 5)
-    sample(sampler, long, clips, "speech")
+    sample(sampler, prompts, clips, "speech")
     local.perturb(0.03)
     for name, tensor in local.gathered():
         sync.transport.add(local.family.to_vllm(name), tensor)
     sync.transport.send(sync.servers, 6)  # without the reset that `push` does
     sampler.version = 6
-    assert worst(local, sample(sampler, long, clips, "speech"), clips) > 0.01
+    assert worst(local, sample(sampler, prompts, clips, "speech"), clips) > 0.01
     push(local, sampler, sync, 7)
-    assert worst(local, sample(sampler, long, clips, "speech"), clips) < 1e-4
+    assert worst(local, sample(sampler, prompts, clips, "speech"), clips) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("trim", "module"), [("1", "opd.vllm_models"), ("0", "vllm.model_executor.models.qwen2_audio")]
+)
+def test_whose_tower_the_server_runs(trim: str, module: str) -> None:
+    code = "import vllm, opd.vllm_plugin as p; p.register(); models = vllm.ModelRegistry.models; "
+    code += "print(models['Qwen2AudioForConditionalGeneration'].module_name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OPD_TRIM_AUDIO": trim}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1:] == [module], done.stderr
 
 
 def test_wrong_version_is_refused(setup) -> None:
