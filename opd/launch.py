@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
 import signal
 import sys
@@ -15,16 +14,15 @@ from types import FrameType, TracebackType
 import httpx
 import psutil
 
-from opd import preflight
+from opd import preflight, run_folder
 from opd.config import Config, UserError, load_config
 from opd.display import Display, make_display
 from opd.servers import Command, learner, servers
-from opd.supervisor import Process, stop_all
+from opd.supervisor import Process, adopt_orphans, stop_all
 
 POLL_S = 0.25
 SWEEP_S = 10.0
 STARTED = "=== opd starts: "  # a log file keeps what earlier starts wrote
-PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
 
 
 class RunFailed(RuntimeError):
@@ -89,8 +87,9 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
         return 0
     for line in preflight.check(config):
         print(f"checked: {line}", flush=True)
-    started = servers(config)
-    code = supervise(config, started, lambda: learner(config, recipe, overrides, started), plain)
+    with run_folder.lock(Path(config.run.dir)):
+        started = servers(config)
+        code = supervise(config, started, lambda: learner(config, recipe, overrides, started), plain)
     if code == 0:
         print(f"wrote {config.run.dir}", flush=True)
     return code
@@ -108,7 +107,7 @@ def supervise(config: Config, started: list[Command], trainer: Callable[[], Comm
     processes: list[Process] = []
     code = 0
     with Signals() as signals:
-        _adopt_orphans(True)
+        adopt_orphans(True)
         try:
             with display:
                 for command in started:
@@ -122,7 +121,7 @@ def supervise(config: Config, started: list[Command], trainer: Callable[[], Comm
         finally:
             stop_all(processes)
             _sweep(before)
-            _adopt_orphans(False)
+            adopt_orphans(False)
     return code
 
 
@@ -215,12 +214,6 @@ def cause(log: Path, code: int) -> str:
     i = next((i for i in reversed(errors) if not ECHO.search(lines[i])), errors[-1])
     more = lines[i + 1 : i + 3] if "validation error" in lines[i] else []  # pydantic explains itself below
     return " ".join([lines[i], *more])[:300]
-
-
-def _adopt_orphans(on: bool) -> None:
-    """Make this process the parent of descendants that lose theirs, so that `_sweep` finds them. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
 
 
 def _sweep(before: set[int]) -> None:

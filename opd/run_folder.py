@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,18 @@ def check(config: Config) -> str:
     if _status(folder).get("phase") == "finished":
         return "finished"
     return "resume" if checkpoints(folder) else "new"
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the run folder for one launcher; the system lets go of it however that ends. UserError when it is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"run.dir {folder}: another `opd launch` is at work there; choose another run.dir") from e
+        yield
 
 
 def prepare(config: Config) -> None:

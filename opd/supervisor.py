@@ -7,6 +7,7 @@ stops the command's whole group when the launcher is gone, also after `kill -9`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from opd.servers import Command
 
 GRACE_S = 8.0
+PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
 
 
 class Process:
@@ -70,21 +72,28 @@ def stop_all(processes: list[Process]) -> None:
         p.wait()
 
 
+def adopt_orphans(on: bool) -> None:
+    """Make this process the parent of descendants that lose theirs, so that it can find them. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
+
+
 def guard(parent: int, argv: list[str]) -> int:
     """Run a command and stop its whole group when asked to, when it ends, or when the parent is gone."""
     asked = []
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(s, lambda *_: asked.append(True))
+    adopt_orphans(True)
     child = subprocess.Popen(argv, start_new_session=True)
     while child.poll() is None and not asked and os.getppid() == parent:
         time.sleep(0.1)
-    descendants = _descendants(child.pid)
+    descendants = _descendants()
     stopped = child.poll() is None
     _signal(child.pid, descendants, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and (child.poll() is None or any(map(_alive, descendants))):
         time.sleep(0.05)
-    _signal(child.pid, descendants | _descendants(child.pid), signal.SIGKILL)
+    _signal(child.pid, descendants | _descendants(), signal.SIGKILL)
     code = child.wait()
     return 143 if stopped else code if code >= 0 else 128 - code
 
@@ -97,13 +106,10 @@ def _signal(group: int, pids: set[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def _descendants(pid: int) -> set[int]:
+def _descendants() -> set[int]:
     import psutil
 
-    try:
-        return {p.pid for p in psutil.Process(pid).children(recursive=True)}
-    except psutil.NoSuchProcess:
-        return set()
+    return {p.pid for p in psutil.Process().children(recursive=True)}
 
 
 def _alive(pid: int) -> bool:

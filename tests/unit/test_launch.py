@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from opd import servers
-from opd.config import Config, load_config
+from opd import run_folder, servers
+from opd.config import Config, UserError, load_config
 from opd.display import Display, LiveDisplay, describe_evaluation, describe_step
 from opd.launch import STARTED, cause
 from opd.servers import Command
@@ -373,3 +373,13 @@ def test_a_mistake_that_the_learner_found_exits_2(run: Callable[..., Run], tmp_p
     status = {"phase": "failed", "error": "data.train: no such file", "user_error": True}
     (tmp_path / "run" / "status.json").write_text(json.dumps(status))
     assert r.end() == (2, "data.train: no such file") and not r.left()
+
+
+def test_a_run_folder_has_one_launcher(tmp_path: Path) -> None:
+    def take() -> None:
+        with run_folder.lock(tmp_path / "run"):
+            pass
+
+    with run_folder.lock(tmp_path / "run"), pytest.raises(UserError, match="another `opd launch` is at work"):
+        take()
+    take()  # free again
