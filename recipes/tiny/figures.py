@@ -23,6 +23,7 @@ STUDENT = f"student.path={HERE / 'student'}"
 VALIDATION = ["data.train=data/tiny/train.jsonl", "eval.test=data/tiny/validation.jsonl"]
 VALIDATION += ["eval.retention=data/tiny/retention_validation.jsonl", "eval.kl_limit=100"]
 RATES = {"warmstart": ("2e-5", "5e-5", "1e-4", "2e-4"), "xopd": ("5e-5", "1e-4", "2e-4", "4e-4")}
+OWN = {"warmstart": "5e-5", "xopd": "2e-4"}  # the recipes' own
 COLUMNS = ("accuracy/speech", "accuracy/text", "retention", "reverse_kl/speech", "misalignment", "forgetting")
 SHARES = ("accuracy/speech", "accuracy/text", "retention")  # shown in percent
 
@@ -52,10 +53,12 @@ def sweep(out: Path) -> tuple[Any, str]:
         if start:
             rows["base"] = found["base"]
         rows[f"warm start, lr {rate}"] = found["warmstart"]
-    warm = out / "sweep/warmstart_5e-5"  # the recipe's own rate
-    for rate in RATES["xopd"]:
-        options = [f"optim.lr={rate}", f"student.path={warm}", *VALIDATION]
-        rows[f"warm start, then X-OPD, lr {rate}"] = launch("2_xopd.yaml", out / f"sweep/both_{rate}", options)["xopd"]
+    pairs = [(OWN["warmstart"], rate) for rate in RATES["xopd"]]
+    pairs += [(rate, OWN["xopd"]) for rate in RATES["warmstart"] if rate != OWN["warmstart"]]
+    for first, second in pairs:
+        options = [f"optim.lr={second}", f"student.path={out / f'sweep/warmstart_{first}'}", *VALIDATION]
+        found = launch("2_xopd.yaml", out / f"sweep/both_{first}_{second}", options)
+        rows[f"warm start, lr {first}, then X-OPD, lr {second}"] = found["xopd"]
     for rate in RATES["xopd"]:
         options = [f"optim.lr={rate}", STUDENT, *VALIDATION]
         rows[f"X-OPD alone, lr {rate}"] = launch("2_xopd.yaml", out / f"sweep/alone_{rate}", options)["xopd"]
