@@ -147,7 +147,7 @@ def _sample_line(parts: Parts, step: int, s: Sample) -> dict[str, Any]:
 
 
 def evaluate(parts: Parts, stage: str, step: int) -> None:
-    """One line of eval.jsonl, unless the stage is there already."""
+    """One line of eval.jsonl, when the recipe names held-out records."""
     if parts.evaluator is None:
         return
     status(parts, "evaluating", step, stage)
