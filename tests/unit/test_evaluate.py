@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import opd.evaluate
+from opd.batch import collate
+from opd.config import Config, load_config
 from opd.evaluate import PAIRS, Evaluator, correct, decode, drop
 from opd.models import family_of
-from opd.types import Prompt
+from opd.models.base import SpeechLM
+from opd.objectives import EXCLUDED
+from opd.teacher import LocalTeacher
+from opd.types import VIEWS, Prompt, Rollout, Sample, View
+
+ROOT = Path(__file__).parents[2]
+STUDENT = str(ROOT / "recipes/tiny/student")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +68,186 @@ def test_ranks_share_the_records_in_step(records: int, world: int) -> None:
 
 
 def test_decode_leaves_special_tokens_out() -> None:
-    family = family_of(str(Path(__file__).parents[2] / "recipes/tiny/student"))
+    family = family_of(STUDENT)
     ids = family.tokenizer("one two.", add_special_tokens=False).input_ids
     assert decode(family, (*ids, family.eos_ids[0])) == "one two."
+    marks = family.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|AUDIO|>", "<|audio_bos|>", "<|endoftext|>"])
+    assert decode(family, (marks[0], ids[0], marks[1], marks[2], *ids[1:], marks[3])) == "one two."
+    assert decode(family, (family.eos_ids[0],)) == decode(family, ()) == ""
+
+
+# ---- a whole evaluation over two ranks, one after another -----------------------------------------------------------
+
+CLIPS = {f"{i}": np.random.default_rng(i).standard_normal(5000 + 777 * i).astype(np.float32) / 10 for i in range(11)}
+WORDS = ["one two.", "two.", "one two five nine."]
+
+
+def prompts() -> list[Prompt]:
+    found = []
+    for i, key in enumerate(CLIPS):
+        part = {"type": "audio", "path": key, "transcript": f"what is {['one', 'two', 'three'][i % 3]} plus two"}
+        message = {"role": "user", "content": [part]}
+        word = WORDS[i % len(WORDS)]
+        found.append(Prompt(key, (message,), response=word, answer=word, group="even" if i % 2 == 0 else "odd"))
+    return found
+
+
+class Student:
+    """The learner's part in an evaluation: the shipped student, forward only."""
+
+    def __init__(self, family: Any, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.model = SpeechLM(family.load(torch.float32, "sdpa").eval(), family, ["llm"])
+
+    @torch.no_grad()
+    def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> Any:
+        mb = collate(samples)
+        heard = {k: self.model(features=self.model.family.features([clips[k]]))[0] for k in mb.clips}
+        names = ("ids", "position_ids", "attends", "row", "positions")
+        audio = torch.cat([heard[k] for k in mb.clips]) if mb.clips else None
+        return mb, self.model(**{n: getattr(mb, n) for n in names}, audio=audio)
+
+
+class Sampler:
+    """Answers right when hearing an even record or reading any; one answer is cut off."""
+
+    def sample(self, jobs: list[Any], clips: dict[str, np.ndarray], n: int, temperature: float) -> list[Rollout]:
+        out = []
+        for prompt, view, _ in jobs:
+            assert n == 1 and (view == "text" or prompt.id in clips)
+            word = prompt.answer if view == "text" or prompt.group == "even" else "ten."
+            ids = (*self.family.tokenizer(word, add_special_tokens=False).input_ids, self.family.eos_ids[0])
+            out.append(Rollout(prompt, view, ids, None, 0, truncated=prompt.id == "4"))
+        return out
+
+
+@pytest.fixture
+def config() -> Config:
+    os.chdir(ROOT)
+    return load_config("recipes/tiny/2_xopd.yaml", [f"student.path={STUDENT}", "eval.kl_limit=10"])
+
+
+def evaluate(config: Config, teacher: Any, world: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Results of all ranks. They run one after another: first to collect their sums, then again with everyone's."""
+    family = family_of(STUDENT)
+    sent: list[list[torch.Tensor]] = []
+    for rank in range(world):
+        mine: list[torch.Tensor] = []
+        monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op, mine=mine: mine.append(x.clone()) or x)
+        _evaluator(config, teacher, family, rank, world).run()
+        sent.append(mine)
+    results = []
+    for rank in range(world):
+        calls = [sum(parts) for parts in zip(*sent, strict=True)]  # as many collectives on every rank
+        monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op, calls=calls: calls.pop(0))
+        results.append(_evaluator(config, teacher, family, rank, world).run())
+    return results
+
+
+def _evaluator(config: Config, teacher: Any, family: Any, rank: int, world: int) -> Evaluator:
+    learner, sampler = Student(family, rank, world), Sampler()
+    sampler.family = family
+    clips = SimpleNamespace(load=lambda p: {p.id: CLIPS[p.id]})
+    return Evaluator(config, family, learner, teacher, sampler, clips, prompts(), prompts()[:4])
+
+
+class Rows:
+    """Log-probabilities [T, V] of a text, by plain forward passes."""
+
+    def __init__(self, family: Any) -> None:
+        self.family, self.hf = family, family.load(torch.float32, "sdpa").eval()
+        self.banned = torch.zeros(family.vocab_size, dtype=torch.bool)
+        self.banned[family.banned_ids] = True
+
+    @torch.no_grad()
+    def student(self, prompt: Prompt, view: View, answer: list[int]) -> torch.Tensor:
+        spoken = {"audio": [CLIPS[prompt.id]], "sampling_rate": 16000} if view == "speech" else {}
+        heard = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+        text = heard if spoken else prompt.messages[0]["content"][0]["transcript"]
+        inputs = dict(self.family.processor(text=self.chat(text), return_tensors="pt", **spoken))
+        return self.rows(self.hf, inputs, answer)
+
+    @torch.no_grad()
+    def teacher(self, model: Any, prompt: Prompt, answer: list[int]) -> torch.Tensor:
+        text = self.chat(prompt.messages[0]["content"][0]["transcript"])
+        return self.rows(model, dict(self.family.tokenizer(text, return_tensors="pt")), answer)
+
+    @staticmethod
+    def chat(text: str) -> str:
+        return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+    def rows(self, model: Any, inputs: dict[str, torch.Tensor], answer: list[int]) -> torch.Tensor:
+        ids = torch.cat([inputs.pop("input_ids"), torch.tensor([answer])], 1)
+        logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+        return torch.log_softmax(logits[0, -len(answer) - 1 : -1].masked_fill(self.banned, EXCLUDED), -1)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p.exp() * (p - q)).sum())
+
+
+def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = family_of(STUDENT)
+    teacher = LocalTeacher(config, family, torch.device("cpu"))
+    said = {p.id: "ten." if p.id == "1" else p.answer for p in prompts()}
+
+    def respond(asked: list[Prompt], limit: int) -> list[tuple[tuple[int, ...], bool]]:
+        ids = [family.tokenizer(said[p.id], add_special_tokens=False).input_ids for p in asked]
+        return [((*i, family.eos_ids[0]), False) for i in ids]
+
+    monkeypatch.setattr(teacher, "respond", respond)
+    (alone,) = evaluate(config, teacher, 1, monkeypatch)
+    for shared in evaluate(config, teacher, 2, monkeypatch):
+        assert shared.keys() == alone.keys()
+        for name in set(alone) - {"groups"}:
+            assert shared[name] == pytest.approx(alone[name], abs=1e-6), name
+        assert shared["groups"] == alone["groups"]
+
+    # 11 records, 6 of them even; record 4 is cut off, the teacher misses record 1
+    assert alone["accuracy/speech"]["mean"] == pytest.approx(5 / 11) and alone["accuracy/speech"]["n"] == 11
+    assert alone["accuracy/text"]["mean"] == pytest.approx(10 / 11)
+    assert alone["accuracy/teacher"]["mean"] == pytest.approx(10 / 11)
+    assert alone["drop/speech"]["mean"] == pytest.approx(50.0) and alone["drop/text"]["mean"] == pytest.approx(0.0)
+    assert alone["groups"]["speech"]["even"]["mean"] == pytest.approx(5 / 6)
+    assert alone["groups"]["speech"]["odd"] == {"mean": 0.0, "stderr": 0.0, "n": 5}
+    assert alone["retention"]["mean"] == 0.5 and alone["retention"]["n"] == 4
+
+    sums = dict.fromkeys(("misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text"), 0.0)
+    tokens = dict.fromkeys(sums, 0)
+    by_hand = Rows(family)
+    for p in prompts()[:10]:
+        gold = [*family.tokenizer(p.response, add_special_tokens=False).input_ids, family.eos_ids[0]]
+        speech, text = (by_hand.student(p, v, gold) for v in VIEWS)
+        sums["misalignment"] += kl(text, speech)
+        sums["forgetting"] += kl(by_hand.teacher(teacher.model, p, gold), text)
+        tokens["misalignment"] += len(gold)
+        tokens["forgetting"] += len(gold)
+        for view in VIEWS:
+            word = p.answer if view == "text" or p.group == "even" else "ten."
+            own = [*family.tokenizer(word, add_special_tokens=False).input_ids, family.eos_ids[0]]
+            sums[f"reverse_kl/{view}"] += kl(by_hand.student(p, view, own), by_hand.teacher(teacher.model, p, own))
+            tokens[f"reverse_kl/{view}"] += len(own)
+    for name, total in sums.items():
+        assert alone[name]["mean"] == pytest.approx(total / tokens[name], rel=1e-4), name
+        assert alone[name]["n"] == 10 and alone[name]["mean"] > 0.01, name
+
+
+def test_a_teacher_equal_to_the_students_text_side_finds_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    family = family_of(STUDENT)
+    hf: Any = family.load(torch.float32, "sdpa")
+    text_side = Qwen2ForCausalLM(hf.config.text_config)
+    text_side.model.load_state_dict(hf.model.language_model.state_dict())
+    text_side.lm_head.load_state_dict(hf.lm_head.state_dict())
+    text_side.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(config.teacher.path).save_pretrained(tmp_path)
+    config.teacher.path = str(tmp_path)
+    teacher = LocalTeacher(config, family, torch.device("cpu"))
+    monkeypatch.setattr(teacher, "respond", lambda asked, limit: [((family.eos_ids[0],), False)] * len(asked))
+    (found,) = evaluate(config, teacher, 1, monkeypatch)
+    for name in ("forgetting", "reverse_kl/text"):
+        assert found[name]["mean"] == pytest.approx(0.0, abs=1e-6), name
+    assert found["misalignment"]["mean"] > 0.01 and found["reverse_kl/speech"]["mean"] > 0.01

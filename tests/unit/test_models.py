@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from opd.batch import collate
+from opd.config import UserError
 from opd.models import family_of
 from opd.models.base import SpeechLM
 from opd.objectives import EXCLUDED, xopd
-from opd.types import Message, Prompt, Rollout, Sample, ScoredRollout
+from opd.types import VIEWS, Message, Prompt, Rollout, Sample, ScoredRollout
+from opd.views import audio_paths, render
 
 STUDENT = str(Path(__file__).parents[2] / "recipes/tiny/student")
 CLIPS = {k: np.random.default_rng(n).standard_normal(n).astype(np.float32) / 10 for k, n in (("a", 32037), ("b", 9000))}
@@ -193,3 +198,160 @@ def test_every_parameter_has_a_part_and_its_published_name(family, hf) -> None:
 )
 def test_names_as_vllm_wants_them(family, name: str, expected: str) -> None:
     assert family.to_vllm(name) == expected
+
+
+def test_prompt_ids_of_both_views_of_a_long_conversation(family) -> None:
+    waves = {"long": np.zeros(31 * 16000 + 7, np.float32), **CLIPS}
+
+    def audio(key: str) -> dict[str, str]:
+        return {"type": "audio", "path": key, "transcript": f"what is {'one' if key == 'a' else 'two'} plus two"}
+
+    turns = (
+        {"role": "system", "content": "repeat"},
+        {"role": "user", "content": [audio("b"), {"type": "text", "text": " and "}, audio("long")]},
+        {"role": "assistant", "content": "one two."},
+        {"role": "user", "content": [{"type": "text", "text": "sort"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two."}]},
+        {"role": "user", "content": [audio("a")]},
+    )
+    prompt = Prompt("p", turns)
+    found = {}
+    for view in VIEWS:
+        keys = audio_paths(prompt) if view == "speech" else []
+        messages = render(prompt, view)
+        text = family.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        heard = {"audio": [waves[k] for k in keys], "sampling_rate": 16000} if keys else {}
+        found[view] = family.prompt_ids(messages, [len(waves[k]) for k in keys])
+        assert found[view] == family.processor(text=text, return_tensors="pt", **heard)["input_ids"][0].tolist()
+    assert found["speech"].count(family.audio_id) == 14 + 750 + 50
+    assert not set(found["text"]) & set(family.banned_ids)
+    assert family.tokenizer.decode(found["text"]).count("plus two") == 3
+
+
+@pytest.mark.parametrize("samples", [1, 160, 161, 320, 321, 480, 481, 640, 641, 1601, 123457, 478401])
+def test_more_lengths_of_audio(family, samples: int) -> None:
+    """Down to clips that leave no embedding; the features say the same as the count."""
+    wave = np.zeros(samples, np.float32)
+    ids = family.processor(text="<|AUDIO|>", audio=[wave], sampling_rate=16000, return_tensors="pt")["input_ids"][0]
+    assert family.audio_tokens(samples) == int((ids == family.audio_id).sum())
+    assert int(family.features([wave])["frames"][0]) == -(-samples // 160)
+
+
+def full_window(family, hf, waves: list[np.ndarray]) -> list[torch.Tensor]:
+    """Embeddings that transformers' own forward makes of clips, each in its 30 s window."""
+    caught: list[torch.Tensor] = []
+    hook = hf.model.multi_modal_projector.register_forward_hook(lambda m, a, out: caught.append(out))
+    try:
+        with torch.no_grad():
+            text = "<|AUDIO|>" * len(waves)
+            hf(**family.processor(text=text, audio=waves, sampling_rate=16000, return_tensors="pt"))
+    finally:
+        hook.remove()
+    lengths = [family.audio_tokens(len(w)) for w in waves]
+    return [row[:n] for row, n in zip(caught[0], lengths, strict=True)]
+
+
+def test_wherever_the_window_is_cut(family, hf) -> None:
+    """Every remainder of the strides, near 30 s and beyond: alone, and beside a longer clip."""
+    rng = np.random.default_rng(0)
+    lengths = [160 * f - r for f, r in zip(range(60, 68), (0, 1, 159, 80, 0, 1, 159, 80), strict=True)]
+    lengths += [160 * 2984, 160 * 2991 + 1, 480000, 500000]
+    waves = [rng.standard_normal(n).astype(np.float32) / 10 for n in lengths]
+    expected = full_window(family, hf, waves)
+    with torch.no_grad():
+        alone = [family.run_adapter(hf, family.run_tower(hf, family.features([w]))[0]) for w in waves]
+        beside = family.run_tower(hf, family.features([waves[i] for i in (3, 11, 0)]))
+        beside = [family.run_adapter(hf, a) for a in beside]
+    for i, (ours, theirs) in enumerate(zip(alone, expected, strict=True)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, i=i: f"{lengths[i]}: {m}")
+    for ours, i in zip(beside, (3, 11, 0), strict=True):
+        torch.testing.assert_close(ours, expected[i], atol=1e-5, rtol=1e-5)
+
+
+def test_a_dummy_clip_through_a_trained_tower_counts_for_nothing(family, hf) -> None:
+    with torch.no_grad():
+        _, without = packed_logits(SpeechLM(hf, family, ["llm"]), [sample(family, "no clip", [311, 312, 2])])
+    model = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm", "adapter", "tower"])
+    mb = collate([sample(family, "no clip", [311, 312, 2])])
+    names = ("ids", "position_ids", "attends", "row", "positions")
+    logits = model(**{n: getattr(mb, n) for n in names}, features=family.features([CLIPS["b"]]))
+    torch.testing.assert_close(logits, without, atol=0, rtol=0)
+    torch.log_softmax(logits, -1)[..., 300].sum().backward()
+    for name, p in model.hf.named_parameters():
+        if family.part_of(name) != "llm" and "embed_positions" not in name:
+            assert p.grad is not None and float(p.grad.abs().max()) == 0.0, name  # every rank's collectives see it
+    assert model.hf.lm_head.weight.grad.abs().max() > 0
+
+
+def test_clips_and_placeholders_must_agree(family, hf) -> None:
+    model = SpeechLM(hf, family, ["llm"])
+    mb = collate([sample(family, "a clip", [300, 2])])
+    names = ("ids", "position_ids", "attends", "row", "positions")
+    heard = model(features=family.features([CLIPS["a"]]))[0]
+    with pytest.raises(AssertionError, match="50 audio placeholders, 49 audio embeddings"):
+        model(**{n: getattr(mb, n) for n in names}, audio=heard[:-1])
+    with pytest.raises(AssertionError, match="dropped an audio part"):
+        family.prompt_ids(CHATS["no clip"][0], [16000])
+
+
+def test_bfloat16_log_probs_of_its_own_answer(family) -> None:
+    """Forward and backward with everything trained; the answer is what the student would say."""
+    exact = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm"])
+    answer: list[int] = []
+    with torch.no_grad():
+        while len(answer) < 8 and (not answer or answer[-1] != family.eos_ids[0]):
+            mb, logits = packed_logits(exact, [sample(family, "a clip", [*answer, 0])])
+            answer.append(int(logits[0, -1].argmax()))
+        mb, logits = packed_logits(exact, [sample(family, "a clip", answer)])
+        want = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])
+    model = SpeechLM(family.load(torch.bfloat16, "sdpa"), family, ["llm", "adapter", "tower"])
+    names = ("ids", "position_ids", "attends", "row", "positions")
+    logits = model(**{n: getattr(mb, n) for n in names}, features=family.features([CLIPS["a"]]))
+    assert logits.dtype == torch.float32 and len(answer) > 1
+    logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])
+    torch.testing.assert_close(logp, want, atol=0.1, rtol=0)
+    logp.sum().backward()
+    trained = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in trained.values())
+    assert {family.part_of(n) for n, p in trained.items() if p.grad.abs().max() > 0} == {"llm", "adapter", "tower"}
+
+
+def test_every_tensor_of_the_shipped_file_is_a_parameter_under_its_name(family, hf) -> None:
+    shipped = load_file(f"{STUDENT}/model.safetensors")
+    parameters = dict(hf.named_parameters())
+    assert sorted(map(family.to_vllm, parameters)) == sorted(shipped)
+    for name, p in parameters.items():
+        assert torch.equal(p, shipped[family.to_vllm(name)]), name
+    sizes = dict.fromkeys(("tower", "adapter", "llm"), 0)
+    for name in parameters:
+        sizes[family.part_of(name)] += 1
+    assert sizes == {"tower": 22, "adapter": 2, "llm": 51}
+
+
+def test_vllm_knows_these_names_as_they_are(family, hf) -> None:
+    """Read from vLLM's source, which takes long to import: its modules, and that its loader renames nothing."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+
+    def class_of(file: str, name: str) -> ast.ClassDef:
+        tree = ast.parse((Path(spec.origin).parent / "model_executor/models" / file).read_text())
+        return next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+
+    def modules(node: ast.ClassDef) -> set[str]:
+        targets = [t for n in ast.walk(node) if isinstance(n, ast.Assign) for t in n.targets]
+        return {t.attr for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) == "self"}
+
+    whole = class_of("qwen2_audio.py", "Qwen2AudioForConditionalGeneration")
+    names = [family.to_vllm(n).split(".") for n, _ in hf.named_parameters()]
+    assert {n[0] for n in names} <= modules(whole)
+    assert {n[1] for n in names if n[0] == "language_model"} <= modules(class_of("qwen2.py", "Qwen2ForCausalLM"))
+    assert "mapper" not in ast.unparse(whole)
+
+
+def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
+    teacher = str(Path(STUDENT).parent / "teacher")
+    with pytest.raises(UserError, match=f"{teacher}: model_type 'qwen2' is not supported; supported: qwen2_audio"):
+        family_of(teacher)
+    with pytest.raises(UserError, match="no loadable config"):
+        family_of(str(tmp_path))
