@@ -17,6 +17,13 @@ import yaml
 from opd.config import Config, UserError, checkpoints, dump_config
 
 PACKAGES = ("opd", "torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "torchaudio", "peft")
+MADE = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "eval.jsonl",
+    "bad_records.jsonl",
+    "checkpoints",
+)  # by a run, after its config
 NOT_COMPARED = ("run.overwrite", "rollout.urls", "teacher.urls", "launch", "metrics", "train.keep_checkpoints")
 
 
@@ -47,15 +54,24 @@ def git_commit() -> str:
 def check(config: Config) -> str:
     """What starting this recipe in its run folder would do: "new", "resume" or "finished".
 
-    Raises UserError when the folder holds a run of another configuration, naming the keys that differ.
+    Raises UserError when the folder holds a run of another configuration, naming the keys that differ, or files that
+    a new run would delete though no run wrote them.
     """
     folder = Path(config.run.dir)
     stored = folder / "config.yaml"
-    if config.run.overwrite or not stored.is_file():
+    if config.run.overwrite:
+        return "new"
+    if not stored.is_file():
+        foreign = [n for n in MADE if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
+        if foreign:
+            raise UserError(
+                f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run; "
+                "choose another run.dir, or set run.overwrite=true to delete them"
+            )
         return "new"
     try:
         before = yaml.safe_load(stored.read_text())["config"]
-    except (yaml.YAMLError, TypeError, KeyError) as e:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
         raise UserError(f"{stored}: not readable as a run's config; move the folder away") from e
     old, new = _flat(before), _flat(dump_config(config))
     differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _ignored(k)]
@@ -86,7 +102,7 @@ def prepare(config: Config) -> None:
     """Make the folder ready for `check`'s verdict; a new run writes its resolved config first."""
     folder = Path(config.run.dir)
     if check(config) == "new":
-        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "status.json", "checkpoints"):
+        for name in ("status.json", *MADE):
             target = folder / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         (folder / "checkpoints").mkdir(parents=True)

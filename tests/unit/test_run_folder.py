@@ -56,10 +56,10 @@ def test_where_a_run_runs_may_change(tmp_path: Path, override: str) -> None:
     assert run_folder.check(config(tmp_path, override)) == "resume"
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "- 1", "other: 1"])
-def test_a_broken_config_is_no_stack_trace(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [b"[1, 2", b"- 1", b"other: 1", b"", b"\xff\xfe\x00"])
+def test_a_broken_config_is_no_stack_trace(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text(text)
+    (tmp_path / "run/config.yaml").write_bytes(text)
     with pytest.raises(UserError, match="config.yaml: not readable as a run's config"):
         run_folder.check(config(tmp_path))
 
@@ -74,3 +74,87 @@ def test_checkpoints_are_whole_and_in_order(tmp_path: Path) -> None:
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="a run folder without a finished checkpoint"):
         resolve_model(str(tmp_path / "empty"))
+
+
+def test_every_differing_key_is_named_up_to_six(tmp_path: Path) -> None:
+    run_folder.prepare(config(tmp_path))
+    finish(tmp_path, 10)
+    changed = [
+        "optim.lr=0.5",
+        "train.steps=61",
+        "run.seed=3",
+        'student.train=["adapter"]',
+        "eval.test=",
+        "eval.end=false",
+    ]
+    with pytest.raises(UserError) as e:
+        run_folder.check(config(tmp_path, *changed, "rollout.n=5"))
+    found = str(e.value)
+    for text in (
+        "eval.end (True -> False)",
+        "eval.test (data/tiny/test.jsonl -> None)",
+        "optim.lr (0.0002 -> 0.5)",
+        "rollout.n (4 -> 5)",
+        "run.seed (0 -> 3)",
+        "student.train (['llm'] -> ['adapter'])",
+    ):
+        assert text in found
+    assert "train.steps" not in found  # the seventh
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_10"]
+
+
+def test_a_finished_run_of_another_configuration_is_refused_too(tmp_path: Path) -> None:
+    run_folder.prepare(config(tmp_path))
+    finish(tmp_path, 10)
+    (tmp_path / "run/status.json").write_text(json.dumps({"phase": "finished"}))
+    with pytest.raises(UserError, match="train.steps"):
+        run_folder.check(config(tmp_path, "train.steps=61"))
+    assert run_folder.check(config(tmp_path, "run.overwrite=true")) == "new"  # asked for: once more from the start
+
+
+def test_a_run_that_failed_or_left_a_torn_status_is_resumed(tmp_path: Path) -> None:
+    run_folder.prepare(config(tmp_path))
+    finish(tmp_path, 10)
+    for text in ('{"phase": "failed"}', '{"phase": "fini', ""):
+        (tmp_path / "run/status.json").write_text(text)
+        assert run_folder.check(config(tmp_path)) == "resume"
+
+
+def test_a_new_run_sweeps_its_own_files_and_no_others(tmp_path: Path) -> None:
+    run_folder.prepare(config(tmp_path))
+    run = tmp_path / "run"
+    swept = ["metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "status.json"]
+    for name in (*swept, "notes.txt"):
+        (run / name).write_text("old")
+    (run / "logs").mkdir()
+    (run / "checkpoints/.step_10.writing").mkdir()  # cut off before the first checkpoint was whole
+    assert run_folder.check(config(tmp_path)) == "new"
+    run_folder.prepare(config(tmp_path))
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "logs", "notes.txt"]
+    assert not list((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["checkpoints/mine/model.bin", "metrics.jsonl", "eval.jsonl"])
+def test_a_folder_that_is_no_run_keeps_its_files(tmp_path: Path, name: str) -> None:
+    """Without a run's config.yaml nobody asked to delete what happens to have our names."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    for attempt in (run_folder.check, run_folder.prepare):
+        with pytest.raises(UserError, match=rf"run: holds {name.split('/')[0]} but no config.yaml of a run"):
+            attempt(config(tmp_path))
+    assert path.read_text() == "precious"
+    run_folder.prepare(config(tmp_path, "run.overwrite=true"))
+    assert not path.exists()
+
+
+def test_what_a_start_leaves_before_its_config_is_no_hindrance(tmp_path: Path) -> None:
+    """Logs, a lock, the status of a learner that failed early, an empty checkpoints folder."""
+    run = tmp_path / "run"
+    for name in ("logs", "checkpoints"):
+        (run / name).mkdir(parents=True)
+    (run / ".lock").write_text("")
+    (run / "status.json").write_text(json.dumps({"phase": "failed"}))
+    assert run_folder.check(config(tmp_path)) == "new"
+    run_folder.prepare(config(tmp_path))
+    assert not (run / "status.json").exists() and (run / "config.yaml").is_file()
