@@ -17,14 +17,13 @@ import yaml
 from opd.config import Config, UserError, checkpoints, dump_config
 
 PACKAGES = ("opd", "torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "torchaudio", "peft")
-MADE = (
-    "metrics.jsonl",
-    "samples.jsonl",
-    "eval.jsonl",
-    "bad_records.jsonl",
-    "checkpoints",
-)  # by a run, after its config
+# What a run makes once its config.yaml is there.
+MADE = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "checkpoints")
 NOT_COMPARED = ("run.overwrite", "rollout.urls", "teacher.urls", "launch", "metrics", "train.keep_checkpoints")
+
+
+class Taken(UserError):
+    """The run folder holds something else: not even a status may be written there."""
 
 
 def package_versions() -> dict[str, str]:
@@ -54,7 +53,7 @@ def git_commit() -> str:
 def check(config: Config) -> str:
     """What starting this recipe in its run folder would do: "new", "resume" or "finished".
 
-    Raises UserError when the folder holds a run of another configuration, naming the keys that differ, or files that
+    Raises Taken when the folder holds a run of another configuration, naming the keys that differ, or files that
     a new run would delete though no run wrote them.
     """
     folder = Path(config.run.dir)
@@ -64,7 +63,7 @@ def check(config: Config) -> str:
     if not stored.is_file():
         foreign = [n for n in MADE if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
         if foreign:
-            raise UserError(
+            raise Taken(
                 f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run; "
                 "choose another run.dir, or set run.overwrite=true to delete them"
             )
@@ -72,12 +71,12 @@ def check(config: Config) -> str:
     try:
         before = yaml.safe_load(stored.read_text())["config"]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
-        raise UserError(f"{stored}: not readable as a run's config; move the folder away") from e
+        raise Taken(f"{stored}: not readable as a run's config; move the folder away") from e
     old, new = _flat(before), _flat(dump_config(config))
     differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _ignored(k)]
     if differing:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
-        raise UserError(
+        raise Taken(
             f"run.dir {folder}: holds a run of another configuration: {shown}; "
             "choose another run.dir, or set run.overwrite=true to delete that run"
         )

@@ -231,16 +231,16 @@ def run(config: Config) -> None:
     rank = dist.get_rank()
     verdict = run_folder.check(config)
     dist.barrier()
+    if verdict == "finished":
+        if rank == 0:
+            print(f"{config.run.dir}: this run is finished", flush=True)
+        return
     log = None
     if rank == 0:
         run_folder.prepare(config)
         log = MetricsLog(Path(config.run.dir), list(config.metrics.sinks), config.metrics.project, config.run.stage)
         log.status("loading", "", 0, config.train.steps, None)
     dist.barrier()
-    if verdict == "finished":
-        if log is not None:
-            print(f"{config.run.dir}: this run is finished", flush=True)
-        return
     parts = build(config, log)
     try:
         start, parts.seconds = checkpoint.load_newest(parts.learner, config.run.dir)
@@ -267,19 +267,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     config: Config | None = None
-    code, message = 0, ""
+    code, message, ours = 0, "", True
     try:
         config = load_config(args.recipe, args.overrides)
         _init_distributed(config)
         run(config)
     except UserError as e:
-        code, message = 2, str(e)
+        code, message, ours = 2, str(e), not isinstance(e, run_folder.Taken)
     except Exception as e:
         traceback.print_exc()
         code, message = 1, f"{type(e).__name__}: {e}"
     if code:
         rank = int(os.environ.get("RANK", "0"))
-        if config is not None and Path(config.run.dir).is_dir():
+        if config is not None and ours and Path(config.run.dir).is_dir():
             log = MetricsLog(Path(config.run.dir), [], "", "")
             log.status("failed", f"rank {rank}", 0, config.train.steps, message, user_error=code == 2)
         print(f"opd: error: {message}", file=sys.stderr, flush=True)

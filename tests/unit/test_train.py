@@ -1,0 +1,83 @@
+"""What a learner process that cannot start leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from opd import run_folder, train
+from opd.config import load_config
+
+RECIPE = str(Path(__file__).parents[2] / "recipes/tiny/2_xopd.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of one; exit codes as exceptions."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(train, "_init_distributed", lambda config: None)
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(train.os, "_exit", leave)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(tmp_path: Path, *overrides: str) -> Any:
+    try:
+        return train.main([RECIPE, f"run.dir={tmp_path}/run", *overrides])
+    except SystemExit as e:
+        return e.code
+
+
+def status(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "run/status.json").read_text())
+
+
+@pytest.mark.parametrize("phase", ["finished", "training"])
+def test_a_refused_start_leaves_the_run_that_is_there_alone(
+    tmp_path: Path, phase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(RECIPE, [f"run.dir={tmp_path}/run"])
+    run_folder.prepare(config)
+    (tmp_path / "run/checkpoints/step_60").mkdir()
+    (tmp_path / "run/status.json").write_text(json.dumps({"phase": phase}))
+    assert start(tmp_path, "optim.lr=0.5") == 2
+    assert "holds a run of another configuration: optim.lr (0.0002 -> 0.5)" in capsys.readouterr().err
+    assert status(tmp_path) == {"phase": phase}
+
+
+def test_a_run_that_is_finished_stays_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder.prepare(load_config(RECIPE, [f"run.dir={tmp_path}/run"]))
+    (tmp_path / "run/checkpoints/step_60").mkdir()
+    (tmp_path / "run/status.json").write_text(json.dumps({"phase": "finished"}))
+    assert start(tmp_path) == 0
+    assert (
+        "this run is finished" in capsys.readouterr().out
+        and run_folder.check(load_config(RECIPE, [f"run.dir={tmp_path}/run"])) == "finished"
+    )
+
+
+def test_a_mistake_of_the_run_itself_is_in_its_status(tmp_path: Path) -> None:
+    assert start(tmp_path, f"student.path={tmp_path}/nowhere") == 2
+    found = status(tmp_path)
+    assert (found["phase"], found["user_error"], found["detail"]) == ("failed", True, "rank 0")
+    assert f"{tmp_path}/nowhere" in found["error"]
+
+
+def test_a_fault_of_ours_is_in_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: Any, log: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(train, "build", broken)
+    assert start(tmp_path) == 1
+    found = status(tmp_path)
+    assert (found["phase"], found["user_error"], found["error"]) == ("failed", False, "RuntimeError: broken")
