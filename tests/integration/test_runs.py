@@ -11,9 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import soundfile
 from conftest import ROOT, STUDENT, opd, recipe
+
+from opd.audio import resample
 
 
 def lines(run: Path, name: str = "metrics") -> list[dict]:
@@ -155,9 +159,6 @@ def test_user_errors_are_one_line(data: Path, tmp_path: Path, override: str, mes
 
 @pytest.mark.parametrize("fault", ["transcript", "empty", "silent", "nan", "truncated", "garbage", "long", "missing"])
 def test_bad_records_are_named_before_training(data: Path, tmp_path: Path, fault: str) -> None:
-    import numpy as np
-    import soundfile
-
     folder = tmp_path / "data"
     (folder / "audio").mkdir(parents=True)
     source = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()[:4]]
@@ -189,6 +190,29 @@ def test_bad_records_are_named_before_training(data: Path, tmp_path: Path, fault
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert f"{manifest}:3" in last and "mend or remove" in last and "Traceback" not in done.stderr
+
+
+def test_own_data_in_bfloat16_with_a_teacher_server(data: Path, tmp_path: Path) -> None:
+    """wav, flac, mp3 and ogg at several rates, mono and stereo; gradient checkpointing; the teacher on vLLM."""
+    records = map(json.loads, (data / "train.jsonl").read_text().splitlines())
+    source = [r for r in records if "plus" in str(r["messages"])][:8]  # what the student is bad at
+    with open(tmp_path / "my.jsonl", "w") as manifest:
+        for i, r in enumerate(source):
+            part = r["messages"][0]["content"][0]
+            kind, rate = ("wav", "flac", "mp3", "ogg")[i % 4], (8000, 16000, 44100, 48000)[i // 2]
+            wave, old = soundfile.read(data / part["path"], dtype="float32")
+            wave = resample(wave, old, rate)
+            soundfile.write(tmp_path / f"{i}.{kind}", wave if i % 2 else np.stack([wave, wave / 2], 1), rate)
+            manifest.write(json.dumps({"audio": f"{i}.{kind}", "transcript": part["transcript"]}) + "\n")
+    run = tmp_path / "run"
+    own = ["student.dtype=bfloat16", "teacher.dtype=bfloat16", "teacher.kind=server", "rollout.max_mismatch=0.5"]
+    own += ["train.gradient_checkpointing=true", "train.steps=2", f"data.train={tmp_path}/my.jsonl"]
+    done = launch("2_xopd", data, run, f"student.path={STUDENT}", *own)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "8 records, 0 bad" in done.stdout
+    for m in lines(run):
+        assert 0 < m["mismatch/logprob"] < 0.05 and m["grad_norm"] > 0 and m["reverse_kl/speech"] > 0.1
+    assert not processes_of(run), "processes left behind"
 
 
 def test_other_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
