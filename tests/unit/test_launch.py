@@ -28,7 +28,7 @@ student: {{path: {dir}/student, dtype: float32}}
 teacher: {{path: {dir}/teacher}}
 data: {{train: {dir}/train.jsonl}}
 rollout: {{server: {{max_model_len: 64, max_num_seqs: 8, kv_cache_gib: 2, threads: 3, args: [--swap-space, "0"]}}}}
-launch: {{processes: 2, health_timeout_s: 20}}
+launch: {{processes: 2, health_timeout_s: 60}}
 train: {{steps: 30, prompts_per_step: 4}}
 """
 STEP = {"step": 2, "steps": 30, "loss": 0.5, "length/mean": 7.25, "samples_per_s": 9.6, "seconds": 10.0}
@@ -209,7 +209,7 @@ def test_cause(tmp_path: Path, lines: list[str], code: int, expected: str) -> No
 
 CHILDREN = """
 import os, signal, subprocess, sys, time
-leaf = "import signal, time; signal.signal(signal.SIGTERM, signal.{term}); time.sleep(120)"
+leaf = "import signal, time; signal.signal(signal.SIGTERM, signal.{term}); time.sleep(240)"
 subprocess.Popen([sys.executable, "-c", leaf])
 subprocess.Popen([sys.executable, "-c", leaf], start_new_session=True)
 """
@@ -243,13 +243,13 @@ sys.exit(code)
 class Run:
     """A launcher with a dummy server and a dummy learner, and every process below it."""
 
-    def __init__(self, recipe: Path, server: str = SERVER, seconds: float = 60, code: int = 0, term: str = "SIG_DFL"):
+    def __init__(self, recipe: Path, server: str = SERVER, seconds: float = 200, code: int = 0, term: str = "SIG_DFL"):
         children, ready = CHILDREN.format(term=term), recipe.with_name("ready")
         learner = children + WORKS.format(seconds=seconds, code=code)
         command = [sys.executable, "-c", LAUNCHER, str(recipe), children + server, learner, str(ready)]
         self.launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.started: list[psutil.Process] = []
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while self.launcher.poll() is None and not ready.exists() and time.monotonic() < deadline:
             self._look()
             time.sleep(0.02)
@@ -276,7 +276,7 @@ class Run:
 
     def end(self) -> tuple[int, str]:
         """The launcher's exit code and last line on stderr."""
-        _, err = self.launcher.communicate(timeout=40)
+        _, err = self.launcher.communicate(timeout=90)
         return self.launcher.returncode, (err.strip().splitlines() or [""])[-1]
 
     def clean(self) -> None:
@@ -342,7 +342,7 @@ def test_a_learner_that_is_killed_ends_the_run(run: Callable[..., Run], guard: b
 def test_nothing_outlives_a_killed_launcher(run: Callable[..., Run], term: str) -> None:
     r = run(term=term)
     r.launcher.kill()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while r.left() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(r.started) >= 8 and not r.left()
@@ -357,8 +357,8 @@ def test_a_server_that_does_not_start_names_its_log(run: Callable[..., Run]) -> 
 
 
 def test_a_server_that_never_answers_is_given_up(run: Callable[..., Run], recipe: Path) -> None:
-    recipe.write_text(recipe.read_text().replace("health_timeout_s: 20", "health_timeout_s: 1"))
-    r = run(server="time.sleep(60)")
+    recipe.write_text(recipe.read_text().replace("health_timeout_s: 60", "health_timeout_s: 1"))
+    r = run(server="time.sleep(200)")
     code, message = r.end()
     assert code == 1 and "not healthy after launch.health_timeout_s=1: student" in message and not r.left()
 
