@@ -23,7 +23,7 @@ STUDENT = f"student.path={HERE / 'student'}"
 VALIDATION = ["data.train=data/tiny/train.jsonl", "eval.test=data/tiny/validation.jsonl"]
 VALIDATION += ["eval.retention=data/tiny/retention_validation.jsonl", "eval.kl_limit=100"]
 RATES = {"warmstart": ("2e-5", "5e-5", "1e-4", "2e-4"), "xopd": ("5e-5", "1e-4", "2e-4", "4e-4")}
-OWN = {"warmstart": "5e-5", "xopd": "2e-4"}  # the recipes' own
+CROSS = {"warmstart": "5e-5", "xopd": "2e-4"}  # every rate of one stage beside this one of the other
 COLUMNS = ("accuracy/speech", "accuracy/text", "retention", "reverse_kl/speech", "misalignment", "forgetting")
 SHARES = ("accuracy/speech", "accuracy/text", "retention")  # shown in percent
 
@@ -53,8 +53,8 @@ def sweep(out: Path) -> tuple[Any, str]:
         if start:
             rows["base"] = found["base"]
         rows[f"warm start, lr {rate}"] = found["warmstart"]
-    pairs = [(OWN["warmstart"], rate) for rate in RATES["xopd"]]
-    pairs += [(rate, OWN["xopd"]) for rate in RATES["warmstart"] if rate != OWN["warmstart"]]
+    pairs = [(CROSS["warmstart"], rate) for rate in RATES["xopd"]]
+    pairs += [(rate, CROSS["xopd"]) for rate in RATES["warmstart"] if rate != CROSS["warmstart"]]
     for first, second in pairs:
         options = [f"optim.lr={second}", f"student.path={out / f'sweep/warmstart_{first}'}", *VALIDATION]
         found = launch("2_xopd.yaml", out / f"sweep/both_{first}_{second}", options)
