@@ -87,9 +87,16 @@ def check(config: Config) -> str:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the run folder for one launcher; the system lets go of it however that ends. UserError when it is taken."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
+    """Make the run folder and hold it for one launcher; the system lets go of it however that ends.
+
+    Raises UserError when another launcher holds it or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as e:
+        raise UserError(f"run.dir {folder}: expected a folder that can be written ({e.strerror})") from e
+    with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:

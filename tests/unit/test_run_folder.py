@@ -158,3 +158,10 @@ def test_what_a_start_leaves_before_its_config_is_no_hindrance(tmp_path: Path) -
     assert run_folder.check(config(tmp_path)) == "new"
     run_folder.prepare(config(tmp_path))
     assert not (run / "status.json").exists() and (run / "config.yaml").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wanted = pytest.raises(UserError, match="run.dir .*file/run: expected a folder that can be written")
+    with wanted, run_folder.lock(tmp_path / "file/run"):
+        raise AssertionError("held")
