@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opd import audio
 from opd.config import Config, UserError
-from opd.types import Prompt
-from opd.views import audio_paths
+from opd.types import VIEWS, Prompt
+from opd.views import audio_paths, render
+
+if TYPE_CHECKING:
+    from opd.models.base import Family  # needs torch
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a server takes: a prompt and its response together have at most `max_model_len` ids."""
+
+    family: Family
+    max_tokens: int
+    max_model_len: int
+
+    def check(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> None:
+        """Raise BadAudio when a view of the prompt leaves no room for a response of max_tokens."""
+        heard = [len(clips[p]) for p in audio_paths(prompt)]
+        ids = max(len(self.family.prompt_ids(render(prompt, v), heard if v == "speech" else [])) for v in VIEWS)
+        if ids + self.max_tokens > self.max_model_len:
+            raise audio.BadAudio(
+                f"its {ids} prompt ids and rollout.max_tokens={self.max_tokens} do not fit into the server's "
+                f"{self.max_model_len} ids; raise rollout.server.max_model_len, or shorten the clip or the response"
+            )
 
 
 class ClipLoader:
     """Decodes the clips of prompts and keeps the account of bad records."""
 
-    def __init__(self, config: Config, rate: int, records: int, bad_before: int = 0) -> None:
+    def __init__(self, config: Config, rate: int, records: int, bad_before: int = 0, room: Room | None = None) -> None:
         """records: in the training manifest, bad ones included; bad_before: found bad when it was read."""
-        self.config, self.rate, self.records = config, rate, records
+        self.config, self.rate, self.records, self.room = config, rate, records, room
         self.bad: dict[str, str] = {}  # place -> reason
         self.bad_before = bad_before
 
@@ -31,7 +55,10 @@ class ClipLoader:
             return None
         try:
             limit = self.config.data.max_audio_seconds
-            return {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
+            clips = {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
+            if self.room is not None:
+                self.room.check(prompt, clips)
+            return clips
         except audio.BadAudio as e:
             self._count(prompt, str(e))
             return None

@@ -37,10 +37,14 @@ class Server:
         """POST `body` to `path`; parsed JSON, None for an empty answer."""
         return self._checked(self._retry("POST", path, json=body), path)
 
-    def model_root(self) -> str:
-        """The path or hub id of the model that the server holds. UserError when it cannot be reached."""
+    def model(self) -> tuple[str, int]:
+        """Path or hub id of the model that the server holds, and how many ids it takes.
+
+        Raises UserError when it cannot be reached.
+        """
         try:
-            return self._checked(self._client.get("/v1/models"), "/v1/models")["data"][0]["root"]
+            found = self._checked(self._client.get("/v1/models"), "/v1/models")["data"][0]
+            return found["root"], found["max_model_len"]
         except httpx.HTTPError as e:
             raise UserError(
                 f"{self.url}: no vLLM server answers there ({type(e).__name__}); start it, mend the URL in the recipe, "

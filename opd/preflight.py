@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opd import audio, run_folder
-from opd.clips import check_share
+from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.prompts import read_manifest
+from opd.servers import starts_student
 from opd.types import Prompt
 from opd.views import audio_paths
+
+if TYPE_CHECKING:
+    from opd.models.base import Family  # needs torch
 
 
 def check(config: Config) -> list[str]:
     """Check a recipe without a server or GPU: one line per thing checked. Raises UserError at the first fault."""
-    from transformers import AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     from opd.learner import deepspeed_settings
     from opd.models import family_of
@@ -32,12 +37,15 @@ def check(config: Config) -> list[str]:
     except (OSError, ValueError) as e:
         raise UserError(f"teacher.path {teacher}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
     check_tokenizers(family, tokenizer, teacher)
+    about = AutoConfig.from_pretrained(teacher)
+    if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"teacher.path {teacher}: expected a text LLM, found model_type {about.model_type!r}")
     lines.append(f"teacher {config.teacher.path}: same tokens as the student")
     for key, path in (("data.train", config.data.train), ("eval.test", config.eval.test)):
         if path is not None:
-            lines.append(_manifest(config, key, path, family.sampling_rate))
+            lines.append(_manifest(config, key, path, family))
     if config.eval.retention is not None:
-        lines.append(_manifest(config, "eval.retention", config.eval.retention, family.sampling_rate))
+        lines.append(_manifest(config, "eval.retention", config.eval.retention, family))
     return lines
 
 
@@ -46,7 +54,7 @@ def finished(config: Config) -> bool:
     return run_folder.check(config) == "finished"
 
 
-def _manifest(config: Config, key: str, path: str, rate: int) -> str:
+def _manifest(config: Config, key: str, path: str, family: Family) -> str:
     try:
         prompts, bad = read_manifest(path, None if key == "data.train" else config.eval.limit)
     except UserError as e:
@@ -68,10 +76,13 @@ def _manifest(config: Config, key: str, path: str, rate: int) -> str:
     size = config.data.check or len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
     wrong = 0
+    room = Room(family, config.rollout.max_tokens, config.rollout.server.max_model_len)
     for prompt in chosen:
         try:
-            for clip in audio_paths(prompt):
-                audio.load(clip, rate, config.data.max_audio_seconds)
+            limit = config.data.max_audio_seconds
+            clips = {p: audio.load(p, family.sampling_rate, limit) for p in audio_paths(prompt)}
+            if starts_student(config):  # a running server has its own limit, which the learner asks for
+                room.check(prompt, clips)
         except audio.BadAudio as e:
             wrong += 1
             check_share(config, wrong + len(bad), len(chosen) + len(bad), f"{prompt.place}: {e}")

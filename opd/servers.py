@@ -59,10 +59,15 @@ def evaluates(config: Config) -> bool:
     return bool((config.eval.test or config.eval.retention) and (config.eval.start or config.eval.end))
 
 
+def starts_student(config: Config) -> bool:
+    """Whether the launcher starts the student's server: it is needed, and the recipe gives no URL of a running one."""
+    return not config.rollout.urls and (config.rollout.source == "student" or evaluates(config))
+
+
 def servers(config: Config) -> list[Command]:
     """The servers that this machine has to start: those that the recipe needs and gives no URL for."""
     commands = []
-    if not config.rollout.urls and (config.rollout.source == "student" or evaluates(config)):
+    if starts_student(config):
         commands.append(student_server(config, free_port()))
     if config.teacher.kind == "server" and not config.teacher.urls:
         commands.append(teacher_server(config, free_port()))

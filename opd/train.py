@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from opd import checkpoint, run_folder
 from opd.batch import make_batch, make_samples, view_shares
-from opd.clips import ClipLoader
+from opd.clips import ClipLoader, Room
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.evaluate import Evaluator, decode
 from opd.http import Server
@@ -186,14 +186,13 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     learner_device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     teacher = make_teacher(config, family, torch.device(learner_device))
     learner = Learner(config, family, path)
-    clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad))
     stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
     views = list(view_shares(config))
-    sampler = sync = None
+    sampler = sync = room = None
     if config.rollout.urls:
         sampler = VllmSampler(config, family, config.rollout.urls)
-        for server in sampler.servers:
-            _check_server(server, "rollout.urls", path, config.student.path)
+        taken = [_check_server(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
+        room = Room(family, config.rollout.max_tokens, min(taken))
         sync = WeightSync(sampler.servers, family, list(config.student.train), config.rollout.transfer_dir, rank)
     elif config.rollout.source == "student":
         raise UserError("rollout.urls: rollout.source student needs a server; `opd launch` starts one when it is empty")
@@ -201,6 +200,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         _check_server(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
     if config.teacher.kind == "server" and not config.teacher.urls:
         raise UserError("teacher.urls: teacher.kind server needs a server; `opd launch` starts one when it is empty")
+    clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), room)
     maker: Any = SOURCES[config.rollout.source]
     argument = {"student": sampler, "teacher": teacher, "dataset": family}[config.rollout.source]
     source: ResponseSource = maker(argument, config, views)
@@ -209,7 +209,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         if sampler is None:
             raise UserError("rollout.urls: evaluations ask the student's server; `opd launch` starts one when empty")
         held = [read_manifest(p, config.eval.limit)[0] if p else [] for p in (config.eval.test, config.eval.retention)]
-        eval_clips = ClipLoader(config, family.sampling_rate, sum(map(len, held)))
+        eval_clips = ClipLoader(config, family.sampling_rate, sum(map(len, held)), 0, room)
 
         def say(what: str) -> None:
             if log is not None:
@@ -220,10 +220,12 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     return parts
 
 
-def _check_server(server: Server, key: str, path: str, wanted: str) -> None:
-    root = server.model_root()
+def _check_server(server: Server, key: str, path: str, wanted: str) -> int:
+    """How many ids the server takes. Raises UserError when it holds another model than the recipe names."""
+    root, max_model_len = server.model()
     if root != path and Path(root).resolve() != Path(path).resolve():
         raise UserError(f"{key}: {server.url} serves {root}, the recipe names {wanted}; start it with that model")
+    return max_model_len
 
 
 def run(config: Config) -> None:

@@ -154,11 +154,12 @@ def test_wrong_version_is_refused(setup) -> None:
 def test_server_with_another_model_is_refused(student_url: str) -> None:
     with pytest.raises(UserError, match=r"rollout.urls: .* serves .*student, the recipe names other"):
         _check_server(Server(student_url, 10), "rollout.urls", "recipes/tiny/teacher", "other")
+    assert _check_server(Server(student_url, 10), "rollout.urls", STUDENT, STUDENT) == 512
 
 
 def test_unreachable_server_is_named() -> None:
     with pytest.raises(UserError, match="http://127.0.0.1:9: no vLLM server answers there"):
-        Server("http://127.0.0.1:9", 2).model_root()
+        Server("http://127.0.0.1:9", 2).model()
 
 
 def test_both_teachers_agree(data: Path, teacher_url: str, setup, tmp_path: Path) -> None:

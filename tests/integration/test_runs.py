@@ -146,6 +146,8 @@ def test_parameters_are_sharded(tmp_path: Path) -> None:
         ("data.train=nowhere.jsonl", "nowhere.jsonl"),
         ("student.path=recipes/nowhere", "recipes/nowhere"),
         ("train.deepspeed=nowhere.json", "nowhere.json"),
+        (f"teacher.path={STUDENT}", "expected a text LLM, found model_type 'qwen2_audio'"),
+        ("rollout.max_tokens=500", "raise rollout.server.max_model_len"),
         ('rollout.urls=["http://127.0.0.1:9"]', "no vLLM server answers there"),
     ],
 )

@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from opd.audio import BadAudio
 from opd.batch import collate
+from opd.clips import Room
 from opd.config import UserError
 from opd.models import family_of
 from opd.models.base import SpeechLM
@@ -60,6 +62,15 @@ def test_prompt_ids_are_the_processors(family, chat: str) -> None:
     messages, keys = CHATS[chat]
     expected = reference_inputs(family, messages, keys)["input_ids"][0].tolist()
     assert family.prompt_ids(messages, [len(CLIPS[k]) for k in keys]) == expected
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_bad(family) -> None:
+    part = {"type": "audio", "path": "a", "transcript": "sort two one"}
+    prompt = Prompt("p", ({"role": "user", "content": [part]},))
+    ids = len(family.prompt_ids([{"role": "user", "content": [part]}], [len(CLIPS["a"])]))
+    Room(family, 24, ids + 24).check(prompt, CLIPS)
+    with pytest.raises(BadAudio, match=rf"its {ids} prompt ids and rollout.max_tokens=24 do not fit .* {ids + 23} ids"):
+        Room(family, 24, ids + 23).check(prompt, CLIPS)
 
 
 @pytest.mark.parametrize("samples", [800, 1600, 15999, 16000, 16001, 16160, 47777, 479999, 480000, 500000])
