@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Room:
-    """What a server takes: a prompt and its response together have at most `max_model_len` ids."""
+    """What a server takes: a prompt and its response together have at most `max_model_len` ids, None: no server."""
 
     family: Family
     max_tokens: int
-    max_model_len: int
+    max_model_len: int | None
 
     def check(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> None:
-        """Raise BadAudio when a view of the prompt leaves no room for a response of max_tokens."""
+        """Raise BadAudio when a view of the prompt cannot be put into ids, or leaves no room for max_tokens more."""
         heard = [len(clips[p]) for p in audio_paths(prompt)]
         ids = max(len(self.family.prompt_ids(render(prompt, v), heard if v == "speech" else [])) for v in VIEWS)
-        if ids + self.max_tokens > self.max_model_len:
+        if self.max_model_len is not None and ids + self.max_tokens > self.max_model_len:
             raise audio.BadAudio(
                 f"its {ids} prompt ids and rollout.max_tokens={self.max_tokens} do not fit into the server's "
                 f"{self.max_model_len} ids; raise rollout.server.max_model_len, or shorten the clip or the response"

@@ -76,13 +76,15 @@ def _manifest(config: Config, key: str, path: str, family: Family) -> str:
     size = config.data.check or len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
     wrong = 0
-    room = Room(family, config.rollout.max_tokens, config.rollout.server.max_model_len)
+    # a running server has its own limit, which the learner asks for
+    room = Room(
+        family, config.rollout.max_tokens, config.rollout.server.max_model_len if starts_student(config) else None
+    )
     for prompt in chosen:
         try:
             limit = config.data.max_audio_seconds
             clips = {p: audio.load(p, family.sampling_rate, limit) for p in audio_paths(prompt)}
-            if starts_student(config):  # a running server has its own limit, which the learner asks for
-                room.check(prompt, clips)
+            room.check(prompt, clips)
         except audio.BadAudio as e:
             wrong += 1
             check_share(config, wrong + len(bad), len(chosen) + len(bad), f"{prompt.place}: {e}")

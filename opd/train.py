@@ -188,7 +188,8 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     learner = Learner(config, family, path)
     stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
     views = list(view_shares(config))
-    sampler = sync = room = None
+    sampler = sync = None
+    room = Room(family, config.rollout.max_tokens, None)
     if config.rollout.urls:
         sampler = VllmSampler(config, family, config.rollout.urls)
         taken = [_check_server(s, "rollout.urls", path, config.student.path) for s in sampler.servers]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opd.audio import BadAudio
 from opd.objectives import EXCLUDED
 from opd.types import Message
 
@@ -70,9 +71,15 @@ class Family(ABC):
         """The output layer, H -> V."""
 
     def prompt_ids(self, messages: list[Message], clip_samples: list[int]) -> list[int]:
-        """Token ids of a chat with the generation prompt, every audio placeholder expanded to its S ids."""
+        """Token ids of a chat with the generation prompt, every audio placeholder expanded to its S ids.
+
+        Raises BadAudio when a text of the chat spells the placeholder itself.
+        """
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if ids.count(self.audio_id) > len(clip_samples):
+            token = self.tokenizer.convert_ids_to_tokens(self.audio_id)
+            raise BadAudio(f"its text or transcript contains {token}, which stands for a clip; take it out")
         lengths = iter([self.audio_tokens(n) for n in clip_samples])
         expanded: list[int] = []
         for i in ids:
