@@ -240,8 +240,10 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(Path(path).read_text())
     except json.JSONDecodeError as e:
         raise UserError(f"train.deepspeed: {path}: not valid JSON: {e}") from e
+    if not isinstance(settings, dict):
+        raise UserError(f"train.deepspeed: {path}: expected an object, found {type(settings).__name__}")
     for key, owner in RECIPE_OWNS.items():
-        if settings.get(key, "auto") != "auto":
+        if settings.get(key, "auto") not in ("auto", {"enabled": "auto"}):
             raise UserError(f"{path}: sets {key} to {settings[key]}; that is the recipe's {owner}: take it out")
         settings.pop(key, None)
     return settings | {
@@ -275,7 +277,8 @@ def _optimizer(config: Config, params: list[Any], settings: dict[str, Any]) -> A
         "eps": o.eps,
         "weight_decay": o.weight_decay,
     }
-    if settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+    offload = (settings.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(params, **options)

@@ -113,3 +113,12 @@ def test_sums_meet_over_micro_batches_and_ranks(monkeypatch: pytest.MonkeyPatch)
     assert ranks[1].reduce() == {"x": 10.0, "loss": -1.0}
     monkeypatch.setattr(opd.learner, "all_reduce", lambda x, op: x + sent[0] if op == "sum" else None)
     assert ranks[0].reduce() == {"x": (1 + 2 + 4 + 5 + 10) / 5, "loss": -0.25}
+
+
+def test_a_settings_file_that_is_no_object_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text("[3]")
+    with pytest.raises(UserError, match="zero.json: expected an object, found list"):
+        deepspeed_settings(config(f"train.deepspeed={path}"))
+    path.write_text('{"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3}}')
+    assert deepspeed_settings(config(f"train.deepspeed={path}"))["bf16"] == {"enabled": False}
