@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -67,6 +68,17 @@ class Server:
 
     def _checked(self, response: httpx.Response, path: str) -> Any:
         return parse(response, self.url + path)
+
+
+def check_model(server: Server, key: str, path: str, wanted: str) -> int:
+    """How many ids a server takes, once it is clear that it holds the model at `path`.
+
+    Raises UserError, naming the setting `key` and the model `wanted` by the recipe, when it holds another.
+    """
+    root, max_model_len = server.model()
+    if root != path and Path(root).resolve() != Path(path).resolve():
+        raise UserError(f"{key}: {server.url} serves {root}, the recipe names {wanted}; start it with that model")
+    return max_model_len
 
 
 def parse(response: httpx.Response, where: str) -> Any:

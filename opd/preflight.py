@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from opd import audio, run_folder
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
+from opd.http import Server, check_model
 from opd.prompts import read_manifest
 from opd.servers import starts_student
 from opd.types import Prompt
 from opd.views import audio_paths
-
-if TYPE_CHECKING:
-    from opd.models.base import Family  # needs torch
 
 
 def check(config: Config) -> list[str]:
@@ -27,7 +24,7 @@ def check(config: Config) -> list[str]:
     from opd.teacher import check_tokenizers
 
     lines = [f"run folder {config.run.dir}: {run_folder.check(config)}"]
-    stage = deepspeed_settings(config).get("zero_optimization", {}).get("stage", 0)
+    stage = (deepspeed_settings(config).get("zero_optimization") or {}).get("stage", 0)
     lines.append(f"DeepSpeed settings: ZeRO stage {stage}")
     family = family_of(resolve_model(config.student.path))
     lines.append(f"student {config.student.path}: {type(family).__name__}, {family.vocab_size} ids")
@@ -41,11 +38,20 @@ def check(config: Config) -> list[str]:
     if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"teacher.path {teacher}: expected a text LLM, found model_type {about.model_type!r}")
     lines.append(f"teacher {config.teacher.path}: same tokens as the student")
-    for key, path in (("data.train", config.data.train), ("eval.test", config.eval.test)):
-        if path is not None:
-            lines.append(_manifest(config, key, path, family))
-    if config.eval.retention is not None:
-        lines.append(_manifest(config, "eval.retention", config.eval.retention, family))
+    taken = [_server(config, "rollout.urls", u, resolve_model(config.student.path)) for u in config.rollout.urls]
+    for url in config.teacher.urls if config.teacher.kind == "server" else []:
+        _server(config, "teacher.urls", url, teacher)
+    if taken:
+        lines.append(f"rollout.urls: {len(taken)} servers hold the student")
+    elif starts_student(config):
+        taken = [config.rollout.server.max_model_len]
+    room = Room(family, config.rollout.max_tokens, min(taken, default=None))
+    manifests = {
+        "data.train": config.data.train,
+        "eval.test": config.eval.test,
+        "eval.retention": config.eval.retention,
+    }
+    lines += [_manifest(config, key, path, room) for key, path in manifests.items() if path is not None]
     return lines
 
 
@@ -54,7 +60,11 @@ def finished(config: Config) -> bool:
     return run_folder.check(config) == "finished"
 
 
-def _manifest(config: Config, key: str, path: str, family: Family) -> str:
+def _server(config: Config, key: str, url: str, path: str) -> int:
+    return check_model(Server(url, config.rollout.timeout_s), key, path, path)
+
+
+def _manifest(config: Config, key: str, path: str, room: Room) -> str:
     try:
         prompts, bad = read_manifest(path, None if key == "data.train" else config.eval.limit)
     except UserError as e:
@@ -76,14 +86,10 @@ def _manifest(config: Config, key: str, path: str, family: Family) -> str:
     size = config.data.check or len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
     wrong = 0
-    # a running server has its own limit, which the learner asks for
-    room = Room(
-        family, config.rollout.max_tokens, config.rollout.server.max_model_len if starts_student(config) else None
-    )
     for prompt in chosen:
         try:
             limit = config.data.max_audio_seconds
-            clips = {p: audio.load(p, family.sampling_rate, limit) for p in audio_paths(prompt)}
+            clips = {p: audio.load(p, room.family.sampling_rate, limit) for p in audio_paths(prompt)}
             room.check(prompt, clips)
         except audio.BadAudio as e:
             wrong += 1

@@ -20,7 +20,7 @@ from opd.batch import make_batch, make_samples, view_shares
 from opd.clips import ClipLoader, Room
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.evaluate import Evaluator, decode
-from opd.http import Server
+from opd.http import Server, check_model
 from opd.learner import Learner
 from opd.metrics import MetricsLog
 from opd.models import family_of
@@ -192,13 +192,13 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     room = Room(family, config.rollout.max_tokens, None)
     if config.rollout.urls:
         sampler = VllmSampler(config, family, config.rollout.urls)
-        taken = [_check_server(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
+        taken = [check_model(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
         room = Room(family, config.rollout.max_tokens, min(taken))
         sync = WeightSync(sampler.servers, family, list(config.student.train), config.rollout.transfer_dir, rank)
     elif config.rollout.source == "student":
         raise UserError("rollout.urls: rollout.source student needs a server; `opd launch` starts one when it is empty")
     for url in config.teacher.urls if config.teacher.kind == "server" else []:
-        _check_server(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
+        check_model(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
     if config.teacher.kind == "server" and not config.teacher.urls:
         raise UserError("teacher.urls: teacher.kind server needs a server; `opd launch` starts one when it is empty")
     clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), room)
@@ -219,14 +219,6 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         parts.evaluator = Evaluator(config, family, learner, teacher, sampler, eval_clips, held[0], held[1], say)
     assert world == learner.world
     return parts
-
-
-def _check_server(server: Server, key: str, path: str, wanted: str) -> int:
-    """How many ids the server takes. Raises UserError when it holds another model than the recipe names."""
-    root, max_model_len = server.model()
-    if root != path and Path(root).resolve() != Path(path).resolve():
-        raise UserError(f"{key}: {server.url} serves {root}, the recipe names {wanted}; start it with that model")
-    return max_model_len
 
 
 def run(config: Config) -> None:

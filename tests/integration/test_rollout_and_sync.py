@@ -16,14 +16,13 @@ from conftest import STUDENT, config_of
 from opd.batch import collate, make_samples
 from opd.clips import ClipLoader
 from opd.config import UserError
-from opd.http import Server, ServerError
+from opd.http import Server, ServerError, check_model
 from opd.models import family_of
 from opd.models.base import SpeechLM
 from opd.objectives import EXCLUDED
 from opd.prompts import read_manifest
 from opd.rollout import VllmSampler
 from opd.teacher import LocalTeacher, ServerTeacher
-from opd.train import _check_server
 from opd.types import Prompt, Rollout, ScoredRollout
 from opd.weight_sync import WeightSync
 
@@ -153,8 +152,8 @@ def test_wrong_version_is_refused(setup) -> None:
 
 def test_server_with_another_model_is_refused(student_url: str) -> None:
     with pytest.raises(UserError, match=r"rollout.urls: .* serves .*student, the recipe names other"):
-        _check_server(Server(student_url, 10), "rollout.urls", "recipes/tiny/teacher", "other")
-    assert _check_server(Server(student_url, 10), "rollout.urls", STUDENT, STUDENT) == 512
+        check_model(Server(student_url, 10), "rollout.urls", "recipes/tiny/teacher", "other")
+    assert check_model(Server(student_url, 10), "rollout.urls", STUDENT, STUDENT) == 512
 
 
 def test_unreachable_server_is_named() -> None:
