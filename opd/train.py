@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd import checkpoint, run_folder
+from opd import checkpoint, extensions, run_folder
 from opd.batch import make_batch, make_samples, view_shares
 from opd.clips import ClipLoader, Room
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.evaluate import Evaluator, decode
 from opd.http import Server, check_model
-from opd.learner import Learner
+from opd.learner import Learner, deepspeed_settings
 from opd.metrics import MetricsLog
 from opd.models import family_of
 from opd.prompts import PromptStream, read_manifest
@@ -292,6 +292,7 @@ def _init_distributed(config: Config) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    extensions.build(deepspeed_settings(config))
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=config.train.timeout_s), verbose=False)
     torch.manual_seed(config.run.seed)
 

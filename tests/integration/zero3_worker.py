@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from opd import extensions
 from opd.batch import collate, make_batch, make_samples
 from opd.config import load_config
 from opd.learner import Learner
@@ -28,6 +29,7 @@ def rollout(view: View, name: str, tokens: tuple[int, ...]) -> ScoredRollout:
 
 
 def main(student: str, out: str) -> None:
+    extensions.build()
     deepspeed.init_distributed("gloo", verbose=False)
     rank = dist.get_rank()
     small = ["train.prompts_per_step=2", f"student.path={student}", "train.gradient_checkpointing=true"]
