@@ -14,7 +14,7 @@ setup: ## create .venv with the pinned CPU stack (quick when nothing changed)
 quickstart: setup ## make the tiny world, train both stages on the CPU, write a report
 	.venv/bin/python recipes/tiny/make_data.py --out data/tiny
 	.venv/bin/opd launch recipes/tiny/1_warmstart.yaml
-	.venv/bin/opd launch recipes/tiny/2_xopd.yaml
+	.venv/bin/opd launch recipes/tiny/2_xopd.yaml run.dir=runs/quickstart/xopd
 	.venv/bin/opd report runs/quickstart/warmstart runs/quickstart/xopd --out runs/quickstart
 
 test: lint ## lint, then every test

@@ -36,7 +36,7 @@ def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
                 raise BadAudio(f"{path}: {declared / source_rate:.1f} s long, at most {max_seconds:g} s expected")
             wave = f.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as e:
-        raise BadAudio(f"{path}: not readable as audio (wav, flac, mp3 or ogg expected): {e.error_string}") from e
+        raise BadAudio(f"{path}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
     _check_whole(path, declared, len(wave))
     wave = wave.mean(axis=1)
     check(wave, source_rate, path)
@@ -79,6 +79,8 @@ def _check_whole(path: str, declared: int, decoded: int) -> None:
     promised = _riff_bytes(path)
     if promised is not None and promised > Path(path).stat().st_size:
         raise BadAudio(f"{path}: truncated: {promised} bytes declared, {Path(path).stat().st_size} found")
+    if not _ogg_ends(path):
+        raise BadAudio(f"{path}: truncated: its Ogg stream has no last page")
 
 
 @lru_cache(maxsize=1024)
@@ -89,3 +91,24 @@ def _riff_bytes(path: str) -> int | None:
         return None
     size = int.from_bytes(head[4:8], "little")
     return None if size in (0, 0xFFFFFFFF, 0xFFFFFFF7) else size + 8  # unknown lengths of streamed files
+
+
+OGG_PAGE = 27 + 255 + 255 * 255  # bytes at most
+
+
+@lru_cache(maxsize=1024)
+def _ogg_ends(path: str) -> bool:
+    """Whether an Ogg file closes with a whole page that is marked as its stream's last (RFC 3533); True for others.
+
+    libsndfile takes the last page that it finds for the end, so a cut file looks whole to it.
+    """
+    with open(path, "rb") as f:
+        if f.read(4) != b"OggS":
+            return True
+        size = f.seek(0, io.SEEK_END)
+        f.seek(max(0, size - OGG_PAGE))
+        tail = f.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < 27 or len(page) < 27 + page[26]:
+        return False
+    return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])

@@ -45,6 +45,7 @@ class ClipLoader:
         self.config, self.rate, self.records, self.room = config, rate, records, room
         self.bad: dict[str, str] = {}  # place -> reason
         self.bad_before = bad_before
+        self._listed = listed(config)
 
     def load(self, prompt: Prompt) -> dict[str, np.ndarray] | None:
         """Waveforms by path; None, and an entry in bad_records.jsonl, when one of them cannot be used.
@@ -84,10 +85,27 @@ class ClipLoader:
 
     def _count(self, prompt: Prompt, reason: str) -> None:
         self.bad[prompt.place] = reason
-        line = json.dumps({"place": prompt.place, "id": prompt.id, "reason": reason})
-        with open(Path(self.config.run.dir, "bad_records.jsonl"), "a") as f:
-            f.write(line + "\n")
-        check_share(self.config, len(self.bad) + self.bad_before, self.records, f"{prompt.place}: {reason}")
+        if prompt.place not in self._listed:
+            list_bad(self.config, [{"place": prompt.place, "id": prompt.id, "reason": reason}])
+        self.check({prompt.place})
+
+    def check(self, bad: set[str]) -> None:
+        """Raise UserError when too many records are bad: `bad` of any rank and those found here, by their places."""
+        if count := len(bad | self.bad.keys()):
+            example = next(iter(self.bad.items()), (min(bad, default=""), "see bad_records.jsonl"))
+            check_share(self.config, count + self.bad_before, self.records, ": ".join(example))
+
+
+def listed(config: Config) -> set[str]:
+    """Places in the run folder's bad_records.jsonl, which an earlier start of the run may have written."""
+    file = Path(config.run.dir, "bad_records.jsonl")
+    return {json.loads(line)["place"] for line in file.read_text().splitlines()} if file.is_file() else set()
+
+
+def list_bad(config: Config, bad: list[dict[str, str]]) -> None:
+    """Add records to bad_records.jsonl."""
+    with open(Path(config.run.dir, "bad_records.jsonl"), "a") as f:
+        f.write("".join(json.dumps(b) + "\n" for b in bad))
 
 
 def check_share(config: Config, bad: int, records: int, example: str) -> None:

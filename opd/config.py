@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +25,26 @@ class UserError(ValueError):
     """A mistake that the user can mend: printed as one line, exit code 2."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers may be written as 1e-4, which YAML 1.1 takes for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
 
 class RunConfig(Section):
-    dir: str = Field(description="run folder; an unfinished run there is resumed by the same command")
+    dir: str = Field(
+        "", description="run folder, resumed by the same command; none: runs/<recipe>-<hash of the config>"
+    )
     stage: str = Field("xopd", description="name of what this run makes; its last evaluation carries it")
     seed: NonNegativeInt = 0
-    overwrite: bool = Field(False, description="delete an existing run folder of another configuration first")
+    overwrite: bool = Field(False, description="delete whatever run the folder holds and start anew")
 
 
 class StudentConfig(Section):
@@ -46,7 +59,7 @@ class TeacherConfig(Section):
     path: str = Field(description="checkpoint folder or hub id of the text LLM")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     urls: list[str] = Field([], description="kind server: base URLs; empty: the launcher starts one")
-    batch_tokens: PositiveInt = Field(16384, description="padded tokens in one forward pass or request")
+    batch_tokens: PositiveInt = Field(16384, description="local: padded tokens in one forward pass")
 
 
 class DataConfig(Section):
@@ -76,6 +89,7 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = 300.0
     concurrency: PositiveInt = 256
     max_mismatch: PositiveFloat = Field(0.5, description="mean |learner - sampler| log-prob that stops the run")
+    transport: Literal["file"] = Field("file", description="carries new weights to the servers")
     transfer_dir: str = Field("/dev/shm", description="folder that learner and servers share, for new weights")
     server: ServerConfig = ServerConfig()
 
@@ -136,7 +150,7 @@ class MetricsConfig(Section):
 class Config(Section):
     """A recipe. Every key is here; unknown ones are refused."""
 
-    run: RunConfig
+    run: RunConfig = RunConfig()
     student: StudentConfig
     teacher: TeacherConfig
     data: DataConfig
@@ -174,7 +188,7 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     if not path.is_file():
         raise UserError(f"{recipe}: no such recipe file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{recipe}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
@@ -182,14 +196,48 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     for item in overrides:
         _override(raw, item)
     try:
-        return Config.model_validate(_numbers(raw))
+        config = Config.model_validate(raw)
     except ValidationError as e:
         raise UserError(f"{recipe}: " + "; ".join(_explain(err) for err in e.errors())) from e
+    if not config.run.dir:
+        config.run.dir = _run_dir(path, config)
+    return config
 
 
 def dump_config(config: Config) -> dict[str, Any]:
     """Plain dict of a config, in the spelling of a recipe."""
     return config.model_dump(by_alias=True)
+
+
+# What may differ between a run and its resumption.
+NOT_COMPARED: tuple[str, ...] = (
+    "run.dir",
+    "run.overwrite",
+    "rollout.urls",
+    "teacher.urls",
+    "launch",
+    "metrics",
+    "train.keep_checkpoints",
+)
+
+
+def compared(dumped: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run the run that it is: a dumped config as {dotted key: value}, without NOT_COMPARED."""
+    flat = _flat(dumped)
+    return {k: v for k, v in flat.items() if not any(k == n or k.startswith(f"{n}.") for n in NOT_COMPARED)}
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _run_dir(recipe: Path, config: Config) -> str:
+    """A folder for this recipe under these settings: the same command finds it again, another one does not."""
+    content = json.dumps(compared(dump_config(config)), sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return f"runs/{recipe.resolve().parent.name}-{recipe.stem}-{digest}"
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -203,26 +251,9 @@ def _override(raw: dict[str, Any], item: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {item!r}: {name} is a value, not a section")
     try:
-        node[last] = yaml.safe_load(value) if value else None
+        node[last] = yaml.load(value, _Loader) if value else None
     except yaml.YAMLError as e:
         raise UserError(f"override {item!r}: the value is not valid YAML") from e
-
-
-_FLOATS = {"lr", "eps", "weight_decay", "betas", "temperature", "max_mismatch", "advantage_clip"}
-
-
-def _numbers(node: Any, key: str = "") -> Any:
-    """YAML 1.1 reads 1e-4 as a string: make those numbers where a number is meant."""
-    if isinstance(node, dict):
-        return {k: _numbers(v, str(k)) for k, v in node.items()}
-    if isinstance(node, list):
-        return [_numbers(v, key) for v in node]
-    if key in _FLOATS and isinstance(node, str):
-        try:
-            return float(node)
-        except ValueError:
-            return node
-    return node
 
 
 def _explain(error: Any) -> str:
@@ -248,21 +279,22 @@ def _suggest(loc: tuple[Any, ...]) -> str:
     return f" (did you mean {close[0]}?)" if close else f" (known here: {', '.join(names)})"
 
 
-def resolve_model(path: str) -> str:
+def resolve_model(path: str, key: str) -> str:
     """A checkpoint folder as it is; a run folder becomes its newest checkpoint's `model/`; else a hub id.
 
-    Raises UserError when a run folder holds no finished checkpoint, or a local-looking path does not exist.
+    Raises UserError, naming the setting `key`, when a run folder holds no finished checkpoint, or a local-looking path
+    does not exist.
     """
     p = Path(path)
     if (p / "checkpoints").is_dir():
         found = checkpoints(p)
         if not found:
-            raise UserError(f"{path}: a run folder without a finished checkpoint; run its recipe first")
+            raise UserError(f"{key} {path}: a run folder without a finished checkpoint; run its recipe first")
         return str(found[-1] / "model")
     if (p / "config.json").is_file():
         return path
     if p.exists() or path.startswith((".", "/", "~", "runs/", "recipes/")) or path.count("/") > 1:
-        raise UserError(f"{path}: expected a checkpoint folder with config.json or a run folder, found neither")
+        raise UserError(f"{key} {path}: expected a checkpoint folder with config.json or a run folder, found neither")
     return path
 
 

@@ -18,17 +18,16 @@ from opd.batch import all_reduce, make_samples
 from opd.clips import ClipLoader
 from opd.config import Config, UserError
 from opd.learner import Learner
-from opd.metrics import mean_stderr, ratio_stderr
+from opd.metrics import Estimate, ratio_stderr
 from opd.models.base import Family
 from opd.objectives import divergence
 from opd.rollout import VllmSampler, gold_ids
 from opd.teacher import LocalTeacher, ServerTeacher
 from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
+from opd.views import transcript
 
 CHUNK = 64  # records whose clips are in memory at a time
 PAIRS = 8  # records of one forward pass in the divergences
-
-Estimate = dict[str, float | int | None]
 
 
 def correct(prompt: Prompt, text: str, truncated: bool) -> bool:
@@ -68,15 +67,15 @@ class Evaluator:
                 self.say(f"answers in the {view} view")
                 right[view] = self._accuracy(self.test, view, "test")
             for name, values in right.items():
-                out[f"accuracy/{name}"] = mean_stderr(values)
+                out[f"accuracy/{name}"] = share(values, self.test)
             for view in VIEWS:
-                out[f"drop/{view}"] = drop(right[view], right["teacher"])
+                out[f"drop/{view}"] = drop(right[view], right["teacher"], questions(self.test))
             out["groups"] = {v: self._groups(right[v]) for v in VIEWS}
             self.say("misalignment, forgetting, reverse KL")
             out |= self._divergences() | self._reverse_kl()
         if self.retention:
             self.say("retention")
-            out["retention"] = mean_stderr(self._accuracy(self.retention, "speech", "retention"))
+            out["retention"] = share(self._accuracy(self.retention, "speech", "retention"), self.retention)
         return out
 
     # ---- accuracy -------------------------------------------------------------------------------------------------
@@ -101,10 +100,10 @@ class Evaluator:
         return self._teacher_right
 
     def _groups(self, right: list[float]) -> dict[str, Estimate]:
-        groups: dict[str, list[float]] = {}
+        groups: dict[str, list[tuple[float, Prompt]]] = {}
         for p, r in zip(self.test, right, strict=True):
-            groups.setdefault(p.group or "all", []).append(r)
-        return {g: mean_stderr(v) for g, v in sorted(groups.items())}
+            groups.setdefault(p.group or "all", []).append((r, p))
+        return {g: share([r for r, _ in v], [p for _, p in v]) for g, v in sorted(groups.items())}
 
     # ---- divergences ----------------------------------------------------------------------------------------------
 
@@ -127,7 +126,7 @@ class Evaluator:
             self._gather(sums[2], chunk, mb.mask.sum(-1))
         sums = all_reduce(sums, "sum")
         names = ["misalignment", "forgetting"] if isinstance(self.teacher, LocalTeacher) else ["misalignment"]
-        return {n: ratio_stderr(sums[i].tolist(), sums[2].tolist()) for i, n in enumerate(names)}
+        return {n: ratio_stderr(sums[i].tolist(), sums[2].tolist(), questions(prompts)) for i, n in enumerate(names)}
 
     def _reverse_kl(self) -> dict[str, Estimate]:
         """KL(student || teacher) per token on the student's own samples at temperature 1, by view: over the full
@@ -151,7 +150,7 @@ class Evaluator:
                 self._gather(sums[0], chunk, (kl * mb.mask).sum(-1))
                 self._gather(sums[1], chunk, mb.mask.sum(-1))
             sums = all_reduce(sums, "sum")
-            out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist())
+            out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist(), questions(prompts))
         return out
 
     def _scored(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
@@ -192,12 +191,22 @@ class Evaluator:
         return clips
 
 
-def drop(right: list[float], teacher: list[float]) -> Estimate:
+def questions(prompts: list[Prompt]) -> list[str]:
+    """What is asked in each record: recordings of the same question are no independent evidence."""
+    return [transcript(p) for p in prompts]
+
+
+def share(right: list[float], prompts: list[Prompt]) -> Estimate:
+    """Share of right answers, its standard error over questions."""
+    return ratio_stderr(right, [1.0] * len(right), questions(prompts))
+
+
+def drop(right: list[float], teacher: list[float], asked: list[str] | None = None) -> Estimate:
     """Mean relative drop below the teacher in percent, 100 * (1 - student / teacher), with its standard error.
 
-    Both answered the same records: the delta method over paired records.
+    Both answered the same records: the delta method over paired records, clustered by what is `asked`.
     """
-    ratio = ratio_stderr(right, teacher)
+    ratio = ratio_stderr(right, teacher, asked)
     if ratio["mean"] is None:
         return {"mean": None, "stderr": None}
     stderr = ratio["stderr"]

@@ -15,10 +15,12 @@ import httpx
 import psutil
 
 from opd import preflight, run_folder
-from opd.config import Config, UserError, load_config
+from opd.config import Config, UserError, load_config, resolve_model
 from opd.display import Display, make_display
+from opd.metrics import MetricsLog, read_lines
+from opd.report import write_report
 from opd.servers import Command, learner, servers
-from opd.supervisor import Process, adopt_orphans, stop_all
+from opd.supervisor import Process, adopt_orphans, stop_all, sweep
 
 POLL_S = 0.25
 SWEEP_S = 10.0
@@ -76,9 +78,10 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
 
     Raises UserError for what the user can mend and RunFailed for all else that ends a server or the learner.
     """
+    began = time.time()
     config = load_config(recipe, overrides)
     if dry_run:
-        started = servers(config)
+        started = servers(config, _expected_model)
         for command in [*started, learner(config, recipe, overrides, started)]:
             print(f"# {command.name}\n{command.shell()}\n")
         return 0
@@ -89,10 +92,27 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
         print(f"checked: {line}", flush=True)
     with run_folder.lock(Path(config.run.dir)):
         started = servers(config)
-        code = supervise(config, started, lambda: learner(config, recipe, overrides, started), plain)
+        try:
+            code = supervise(config, started, lambda: learner(config, recipe, overrides, started), plain)
+        finally:
+            sweep(config.rollout.transfer_dir)
+            run_folder.add_launch(Path(config.run.dir), began)
     if code == 0:
         print(f"wrote {config.run.dir}", flush=True)
+        for path in write_report([Path(config.run.dir)], Path(config.run.dir)):
+            print(f"wrote {path}", flush=True)
     return code
+
+
+def _expected_model(path: str, key: str) -> str:
+    """`resolve_model` for a dry run, which may come before the run whose checkpoint it starts from."""
+    try:
+        return resolve_model(path, key)
+    except UserError as e:
+        if not path.startswith("runs/") and not Path(path, "config.yaml").is_file():
+            raise
+        print(f"# not there yet: {e}\n")
+        return f"{path}/checkpoints/step_N/model"
 
 
 def supervise(config: Config, started: list[Command], trainer: Callable[[], Command], plain: bool) -> int:
@@ -122,7 +142,17 @@ def supervise(config: Config, started: list[Command], trainer: Callable[[], Comm
             stop_all(processes)
             _sweep(before)
             adopt_orphans(False)
+    if code:
+        _mark_interrupted(config)
     return code
+
+
+def _mark_interrupted(config: Config) -> None:
+    """The learner may have taken the servers' end for a failure before its own came."""
+    folder = Path(config.run.dir)
+    steps = list(read_lines(folder / "metrics.jsonl"))
+    log = MetricsLog(folder, [], "", config.run.stage)
+    log.status("interrupted", "", steps[-1]["step"] if steps else 0, config.train.steps)
 
 
 def _start(config: Config, command: Command, display: Display) -> Process:

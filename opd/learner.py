@@ -17,7 +17,7 @@ from torch import Tensor
 from opd.batch import MicroBatch, all_reduce, collate
 from opd.config import Config, UserError
 from opd.models.base import Family, SpeechLM
-from opd.objectives import kd, xopd
+from opd.objectives import OBJECTIVES, Tokens
 from opd.types import VIEWS, Batch, Sample
 
 CLIPS_PER_CALL = 8  # of the frozen tower
@@ -75,34 +75,27 @@ class Learner:
         return metrics | {"lr": lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
 
     def _loss(self, mb: MicroBatch, logits: Tensor, stats: Sums, teacher_logits: TeacherLogits | None) -> Tensor:
-        from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+        from trl.trainer.utils import entropy_from_logits
 
-        o = self.config.objective
         counted = mb.mask * (mb.weights > 0)
         with torch.no_grad():
             stats.add("entropy", entropy_from_logits(logits.detach()), counted)
-        if o.name == "kd":
+        objective = OBJECTIVES[self.config.objective.name]
+        rows = None
+        if objective.reads_rows:
             assert teacher_logits is not None
             rows = teacher_logits(mb.samples, mb.targets.shape[1]).to(logits.device)
-            terms = kd(logits, rows, mb.targets, o.mu, o.tau)
-            stats.add("kd/ce", terms.ce, counted)
-            stats.add("kd/kl", terms.kl, counted)
-            loss = terms.loss
-        else:
-            temperature = self.config.rollout.temperature
-            ratio_logp = selective_log_softmax(logits / temperature, mb.targets)
-            logp = ratio_logp if temperature == 1.0 else selective_log_softmax(logits, mb.targets)
-            xo = xopd(logp, mb.teacher_logp, ratio_logp, mb.sampler_logp, o.advantage_clip, o.ratio_max)
-            self._keep_advantages(mb, xo.advantage)
-            stats.add("advantage/mean", xo.advantage, counted)
-            stats.add("ratio/mean", xo.ratio, counted)
-            stats.add("ratio/clipped", (xo.ratio > o.ratio_max).float(), counted)
-            stats.add("mismatch/logprob", (ratio_logp.detach() - mb.sampler_logp).abs(), counted)
+        temperature = self.config.rollout.temperature
+        tokens = Tokens(logits, mb.targets, rows, mb.teacher_logp, mb.sampler_logp, temperature)
+        terms = objective.terms(tokens, self.config.objective)
+        for name, values in terms.metrics.items():
+            stats.add(name, values, counted)
+        if terms.advantage is not None:
+            self._keep_advantages(mb, terms.advantage)
             for view in VIEWS:
                 of_view = torch.tensor([s.scored.rollout.view == view for s in mb.samples], device=counted.device)
-                stats.add(f"reverse_kl/{view}", -xo.advantage, counted * of_view[:, None])
-            loss = xo.loss
-        weighted = (loss * mb.weights).sum()
+                stats.add(f"reverse_kl/{view}", -terms.advantage, counted * of_view[:, None])
+        weighted = (terms.loss * mb.weights).sum()
         stats.total("loss", weighted)
         return weighted
 

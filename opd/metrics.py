@@ -27,7 +27,7 @@ EVAL_METRICS = (
     *("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech", "drop/text"),
     *("misalignment", "forgetting", "retention", "reverse_kl/speech", "reverse_kl/text"),
 )
-PHASES = ("starting", "loading", "evaluating", "training", "checkpointing", "finished", "failed")
+PHASES = ("starting", "loading", "evaluating", "training", "checkpointing", "finished", "failed", "interrupted")
 
 Estimate = dict[str, float | int | None]
 Sink = Callable[[dict[str, float], int], None]
@@ -50,22 +50,31 @@ def mean_stderr(values: Sequence[float]) -> Estimate:
     return {"mean": mean, "stderr": None if variance is None else math.sqrt(variance / n), "n": n}
 
 
-def ratio_stderr(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Ratio of sums m = sum(a) / sum(b) with its linearised standard error, one (a, b) per independent record:
+def ratio_stderr(
+    numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[str] | None = None
+) -> Estimate:
+    """Ratio of sums m = sum(a) / sum(b) with its linearised standard error, one (a, b) per record:
 
-    sqrt(n / (n - 1) * sum((a_i - m b_i)^2)) / sum(b). A mean per token whose tokens cluster in records.
+    sqrt(g / (g - 1) * sum((a_i - m b_i)^2)) / sum(b) over g independent records. A mean per token whose tokens belong
+    to records. Records of the same cluster, such as recordings of one question, are not independent: they are added
+    up first, and g counts clusters. `n` counts records.
     """
-    pairs = list(zip(numerators, denominators, strict=True))
-    n, total = len(pairs), sum(b for _, b in pairs)
+    n = len(numerators)
+    sums: dict[Any, tuple[float, float]] = {}
+    for key, a, b in zip(clusters if clusters is not None else range(n), numerators, denominators, strict=True):
+        before = sums.get(key, (0.0, 0.0))
+        sums[key] = (before[0] + a, before[1] + b)
+    total, g = sum(b for _, b in sums.values()), len(sums)
     if total == 0:
         return {"mean": None, "stderr": None, "n": n}
-    m = sum(a for a, _ in pairs) / total
-    if n < 2:
+    m = sum(a for a, _ in sums.values()) / total
+    if g < 2:
         return {"mean": m, "stderr": None, "n": n}
-    return {"mean": m, "stderr": math.sqrt(n / (n - 1) * sum((a - m * b) ** 2 for a, b in pairs)) / total, "n": n}
+    squares = sum((a - m * b) ** 2 for a, b in sums.values())
+    return {"mean": m, "stderr": math.sqrt(g / (g - 1) * squares) / total, "n": n}
 
 
-def read_lines(path: Path, shape: type[Line] = Line) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, shape: type[BaseModel] = Line) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file, in order; none when there is no such file.
 
     A last line without its line end that does not parse was cut off while it was written, and is left out. Raises

@@ -6,10 +6,43 @@ lambda and the global denominator, so that `(weights * loss).sum()` over all mic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from opd.config import ObjectiveConfig
+
+
+@dataclass
+class Tokens:
+    """What an objective may read of a micro-batch: its response tokens as student, teacher and sampler see them."""
+
+    logits: Tensor  # [B, T, V] of the student at temperature 1, with gradient
+    targets: Tensor  # [B, T], the response
+    teacher_logits: Tensor | None  # [B, T, V], for objectives that read rows
+    teacher_logp: Tensor  # [B, T], for the others
+    sampler_logp: Tensor  # [B, T], 0 where no student sampled
+    temperature: float  # of the sampler
+
+
+@dataclass
+class Terms:
+    """What an objective gives back."""
+
+    loss: Tensor  # [B, T], with gradient
+    metrics: dict[str, Tensor]  # [B, T] each: the step's token means are logged under these names
+    advantage: Tensor | None = None  # [B, T], of on-policy objectives: minus its mean is the reverse KL
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An entry of OBJECTIVES."""
+
+    terms: Callable[[Tokens, ObjectiveConfig], Terms]
+    reads_rows: bool  # of the teacher, [B, T, V]; else its log-probs of the response
+
 
 EXCLUDED = -1e9  # logit of an id that no distribution may use: finite, so that 0 * log 0 stays 0 and never NaN
 
@@ -67,6 +100,32 @@ def kd(logits: Tensor, teacher_logits: Tensor, targets: Tensor, mu: float = 0.5,
     teacher = torch.log_softmax(teacher_logits / tau, -1)
     kl = divergence(teacher, student)
     return KdTerms(ce + mu * tau**2 * kl, ce, kl)
+
+
+def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """`xopd` under the recipe's settings: the ratio is of the sampler's temperature, the advantage of temperature 1."""
+    from trl.trainer.utils import selective_log_softmax
+
+    ratio_logp = selective_log_softmax(t.logits / t.temperature, t.targets)
+    logp = ratio_logp if t.temperature == 1.0 else selective_log_softmax(t.logits, t.targets)
+    out = xopd(logp, t.teacher_logp, ratio_logp, t.sampler_logp, o.advantage_clip, o.ratio_max)
+    metrics = {
+        "advantage/mean": out.advantage,
+        "ratio/mean": out.ratio,
+        "ratio/clipped": (out.ratio > o.ratio_max).float(),
+        "mismatch/logprob": (ratio_logp.detach() - t.sampler_logp).abs(),
+    }
+    return Terms(out.loss, metrics, out.advantage)
+
+
+def kd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """`kd` under the recipe's settings."""
+    assert t.teacher_logits is not None
+    out = kd(t.logits, t.teacher_logits, t.targets, o.mu, o.tau)
+    return Terms(out.loss, {"kd/ce": out.ce, "kd/kl": out.kl})
+
+
+OBJECTIVES = {"xopd": Objective(xopd_terms, reads_rows=False), "kd": Objective(kd_terms, reads_rows=True)}
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -26,19 +27,24 @@ def check(config: Config) -> list[str]:
     lines = [f"run folder {config.run.dir}: {run_folder.check(config)}"]
     stage = (deepspeed_settings(config).get("zero_optimization") or {}).get("stage", 0)
     lines.append(f"DeepSpeed settings: ZeRO stage {stage}")
-    family = family_of(resolve_model(config.student.path))
+    student = resolve_model(config.student.path, "student.path")
+    family = family_of(student)
+    whole_weights(student, "student.path")
     lines.append(f"student {config.student.path}: {type(family).__name__}, {family.vocab_size} ids")
-    teacher = resolve_model(config.teacher.path)
+    teacher = resolve_model(config.teacher.path, "teacher.path")
+    whole_weights(teacher, "teacher.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise UserError(f"teacher.path {teacher}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
+    if not tokenizer.get_vocab() or len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise UserError(f"teacher.path {teacher}: expected tokenizer files such as tokenizer.json, found none")
     check_tokenizers(family, tokenizer, teacher)
     about = AutoConfig.from_pretrained(teacher)
     if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"teacher.path {teacher}: expected a text LLM, found model_type {about.model_type!r}")
     lines.append(f"teacher {config.teacher.path}: same tokens as the student")
-    taken = [_server(config, "rollout.urls", u, resolve_model(config.student.path)) for u in config.rollout.urls]
+    taken = [_server(config, "rollout.urls", u, student) for u in config.rollout.urls]
     for url in config.teacher.urls if config.teacher.kind == "server" else []:
         _server(config, "teacher.urls", url, teacher)
     if taken:
@@ -60,6 +66,29 @@ def finished(config: Config) -> bool:
     return run_folder.check(config) == "finished"
 
 
+def whole_weights(path: str, key: str) -> None:
+    """Raise UserError unless every safetensors file of a checkpoint folder is there and whole, by its header.
+
+    A hub id is not looked at.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in sorted(names):
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{key} {path}: expected {name}, found none; weights must be safetensors")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as e:
+            raise UserError(f"{key} {path}: {name} is damaged: {e}") from e
+
+
 def _server(config: Config, key: str, url: str, path: str) -> int:
     return check_model(Server(url, config.rollout.timeout_s), key, path, path)
 
@@ -68,11 +97,18 @@ def _manifest(config: Config, key: str, path: str, room: Room) -> str:
     try:
         prompts, bad = read_manifest(path, None if key == "data.train" else config.eval.limit)
     except UserError as e:
-        raise UserError(f"{key}: {e}") from e
+        raise UserError(f"{key}: {e}" + ("" if key == "data.train" else f"; to go without it: {key}=")) from e
+    training = key == "data.train"
+
+    def refuse(count: int, of: int, fault: str) -> None:
+        if not training:
+            raise UserError(f"{key}: {fault}; mend or remove it: every held-out record must be good")
+        check_share(config, count, of, fault)
+
     records = len(prompts) + len(bad)
     if bad:
-        check_share(config, len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")
-    if key != "data.train":
+        refuse(len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")
+    if not training:
         _check_answers(key, prompts)
     elif config.rollout.source == "dataset":
         without = next((p.place for p in prompts if p.response is None), None)
@@ -82,10 +118,11 @@ def _manifest(config: Config, key: str, path: str, room: Room) -> str:
     for prompt in prompts:
         if missing := next((a for a in audio_paths(prompt) if not Path(a).is_file()), None):
             faults += 1
-            check_share(config, faults, records, f"{prompt.place}: {missing}: no such audio file")
-    size = config.data.check or len(prompts)
+            refuse(faults, records, f"{prompt.place}: {missing}: no such audio file")
+    size = config.data.check if training and config.data.check else len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
     wrong = 0
+    found = [f"{b['place']}: {b['reason']}" for b in bad]
     for prompt in chosen:
         try:
             limit = config.data.max_audio_seconds
@@ -93,8 +130,10 @@ def _manifest(config: Config, key: str, path: str, room: Room) -> str:
             room.check(prompt, clips)
         except audio.BadAudio as e:
             wrong += 1
-            check_share(config, wrong + len(bad), len(chosen) + len(bad), f"{prompt.place}: {e}")
-    return f"{key} {path}: {len(prompts)} records, {len(bad) + wrong} bad, {len(chosen)} decoded"
+            found.append(f"{prompt.place}: {e}")
+            refuse(wrong + len(bad), len(chosen) + len(bad), f"{prompt.place}: {e}")
+    counts = f"{key} {path}: {len(prompts)} records, {len(bad) + wrong} bad, {len(chosen)} decoded"
+    return "\n  bad: ".join([counts, *found])
 
 
 def _check_answers(key: str, prompts: list[Prompt]) -> None:

@@ -123,7 +123,9 @@ def _part(part: Any, where: str, root: Path) -> dict[str, Any]:
     if not isinstance(part.get("path"), str) or not part["path"]:
         raise ValueError(f"{where}: the audio part has no path")
     text = part.get("transcript")
-    if not isinstance(text, str) or not text.strip():
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: transcript: expected a string, found {type(text).__name__}")
+    if not text or not text.strip():
         raise ValueError(f"{where}: the audio part has no transcript; the teacher needs one to read")
     path = (root / part["path"]).resolve()
     if not path.is_relative_to(root):
@@ -137,12 +139,14 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
         return
     if not Path(path).is_file():
         raise UserError(f"{path}: no such manifest; a JSONL file is expected")
-    with open(path, encoding="utf-8", errors="replace") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield f"{path}:{number}", json.loads(line.decode().strip())
+            except UnicodeDecodeError as e:
+                yield f"{path}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
             except json.JSONDecodeError as e:
                 yield f"{path}:{number}", ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
 

@@ -31,6 +31,7 @@ class Run:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    launches: list[dict[str, Any]]
     name: str  # its folder's last name, or as many of its last names as tell it from the other runs of a report
 
     @property
@@ -151,6 +152,11 @@ class _Evaluation(Line):
     groups: dict[str, dict[str, _Estimate]] | None = None
 
 
+class _Launch(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    seconds: float
+
+
 class _Sample(Line):
     id: str
     view: str
@@ -203,6 +209,7 @@ def read_run(folder: Path, name: str = "") -> Run:
         status=_status(folder / "status.json"),
         steps=list(read_lines(folder / "metrics.jsonl", _StepLine)),
         evaluations=list(evaluations.values()),  # the last of each stage and step counts: a resumed run repeats it
+        launches=list(read_lines(folder / "launches.jsonl", _Launch)),
         samples=[s for of_step in samples.values() for s in of_step],
         name=name or folder.resolve().name,
     )
@@ -339,8 +346,13 @@ def summarise(pipelines: list[Pipeline]) -> dict[str, Any]:
             for p in pipelines
         ],
         "runs": [r.status | {"name": r.name, "folder": str(r.folder), "state": r.state} for r in runs],
-        "wall_s": round(sum(seconds(r, "training") + seconds(r, "evaluations") for r in runs), 1),
+        "wall_s": round(sum(wall(r) for r in runs), 1),
     }
+
+
+def wall(run: Run) -> float:
+    """Seconds of all launches of a run, from command to exit; what it trained and evaluated when none is on record."""
+    return sum(line["seconds"] for line in run.launches) or seconds(run, "training") + seconds(run, "evaluations")
 
 
 def seconds(run: Run, what: str) -> float:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from opd.config import Config, UserError, checkpoints, dump_config
+from opd.config import Config, UserError, checkpoints, compared, dump_config
 
 PACKAGES = ("opd", "torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "torchaudio", "peft")
 # What a run makes once its config.yaml is there.
-MADE = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "checkpoints")
-NOT_COMPARED = ("run.overwrite", "rollout.urls", "teacher.urls", "launch", "metrics", "train.keep_checkpoints")
+MADE = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "launches.jsonl", "checkpoints")
 
 
 class Taken(UserError):
@@ -58,6 +60,9 @@ def check(config: Config) -> str:
     """
     folder = Path(config.run.dir)
     stored = folder / "config.yaml"
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise Taken(f"run.dir {folder}: expected a folder that can be written ({there} is none)")
     if config.run.overwrite:
         return "new"
     if not stored.is_file():
@@ -72,8 +77,8 @@ def check(config: Config) -> str:
         before = yaml.safe_load(stored.read_text())["config"]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
         raise Taken(f"{stored}: not readable as a run's config; move the folder away") from e
-    old, new = _flat(before), _flat(dump_config(config))
-    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _ignored(k)]
+    old, new = compared(before), compared(dump_config(config))
+    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if differing:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
         raise Taken(
@@ -104,6 +109,13 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def add_launch(folder: Path, began: float) -> None:
+    """Note in launches.jsonl how long a launch took that began at `began` (time.time()), loading and all."""
+    line = {"began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"), "seconds": time.time() - began}
+    with open(folder / "launches.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
 def prepare(config: Config) -> None:
     """Make the folder ready for `check`'s verdict; a new run writes its resolved config first."""
     folder = Path(config.run.dir)
@@ -123,13 +135,3 @@ def _status(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "status.json").read_text())
     except (OSError, json.JSONDecodeError):
         return {}
-
-
-def _ignored(key: str) -> bool:
-    return any(key == n or key.startswith(n + ".") for n in NOT_COMPARED)
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}

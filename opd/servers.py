@@ -8,6 +8,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,24 +65,26 @@ def starts_student(config: Config) -> bool:
     return not config.rollout.urls and (config.rollout.source == "student" or evaluates(config))
 
 
-def servers(config: Config) -> list[Command]:
+def servers(config: Config, resolve: Callable[[str, str], str] = resolve_model) -> list[Command]:
     """The servers that this machine has to start: those that the recipe needs and gives no URL for."""
     commands = []
     if starts_student(config):
-        commands.append(student_server(config, free_port()))
+        commands.append(student_server(config, free_port(), resolve))
     if config.teacher.kind == "server" and not config.teacher.urls:
-        commands.append(teacher_server(config, free_port()))
+        commands.append(teacher_server(config, free_port(), resolve))
     return commands
 
 
-def student_server(config: Config, port: int) -> Command:
+def student_server(config: Config, port: int, resolve: Callable[[str, str], str] = resolve_model) -> Command:
     """The vLLM server that samples from the student and takes new weights.
 
     Its development endpoints let whoever reaches the port replace the weights: loopback only.
     """
     extra = ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", json.dumps({"audio": 8})]
     extra += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
-    command = _server(config, "student", resolve_model(config.student.path), config.student.dtype, port, extra)
+    command = _server(
+        config, "student", resolve(config.student.path, "student.path"), config.student.dtype, port, extra
+    )
     command.env["VLLM_SERVER_DEV_MODE"] = "1"
     command.env[TRIM_AUDIO] = str(int(config.rollout.server.trim_audio))
     if "VLLM_PLUGINS" in os.environ:  # unset loads every plugin; a choice must not leave ours out
@@ -90,12 +93,12 @@ def student_server(config: Config, port: int) -> Command:
     return command
 
 
-def teacher_server(config: Config, port: int) -> Command:
+def teacher_server(config: Config, port: int, resolve: Callable[[str, str], str] = resolve_model) -> Command:
     """The vLLM server that scores token ids. Prompt log-probs hold [tokens, V] in memory: the batch is capped."""
     s = config.rollout.server
     tokens = max(2048, s.max_model_len, s.max_num_seqs)
     extra = ["--max-num-batched-tokens", str(tokens)]
-    return _server(config, "teacher", resolve_model(config.teacher.path), config.teacher.dtype, port, extra)
+    return _server(config, "teacher", resolve(config.teacher.path, "teacher.path"), config.teacher.dtype, port, extra)
 
 
 def _server(config: Config, name: str, model: str, dtype: str, port: int, extra: list[str]) -> Command:
@@ -121,7 +124,8 @@ def _server(config: Config, name: str, model: str, dtype: str, port: int, extra:
 def learner(config: Config, recipe: str, overrides: list[str], started: list[Command]) -> Command:
     """The learner processes, through `accelerate launch`; overrides tell them the servers' URLs."""
     urls = {c.name: json.dumps([c.url]) for c in started}
-    given = [f"{key}={urls[n]}" for n, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")) if n in urls]
+    given = [f"run.dir={config.run.dir}"]
+    given += [f"{key}={urls[n]}" for n, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")) if n in urls]
     n = config.launch.processes
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", str(n)]
     argv += ["--num_machines", "1", "--machine_rank", "0", "--main_process_ip", HOST]

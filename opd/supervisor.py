@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from opd.servers import Command
 
+TRANSFER_PREFIX = f"opd-{socket.gethostname()}-"  # a shared folder may serve several hosts
 GRACE_S = 8.0
 PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
 
@@ -119,6 +122,16 @@ def _alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def sweep(parent: str) -> None:
+    """Remove from the folder of a file transport what killed learners of this host left there."""
+    import psutil
+
+    for folder in Path(parent).glob(f"{TRANSFER_PREFIX}*-*"):
+        pid = folder.name.removeprefix(TRANSFER_PREFIX).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -158,9 +158,9 @@ class ServerTeacher(_Reader):
     masked there. A text LLM gives them next to nothing, so the difference to the local teacher is of that size.
     """
 
-    def __init__(self, config: Config, family: Family, urls: list[str]) -> None:
+    def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         super().__init__(config, family)
-        self.servers = [Server(u, config.rollout.timeout_s) for u in urls]
+        self.servers = [Server(u, config.rollout.timeout_s) for u in config.teacher.urls]
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         prompts = [self.prompt_ids(r.prompt) for r in rollouts]
@@ -196,14 +196,12 @@ class ServerTeacher(_Reader):
         return post_all(requests, self.config.rollout.concurrency, self.config.rollout.timeout_s)
 
 
-TEACHERS = {"local": LocalTeacher, "server": ServerTeacher}
+TEACHERS: dict[str, type[LocalTeacher] | type[ServerTeacher]] = {"local": LocalTeacher, "server": ServerTeacher}
 
 
 def make_teacher(config: Config, family: Family, device: torch.device) -> LocalTeacher | ServerTeacher:
     """The teacher that the recipe asks for."""
-    if config.teacher.kind == "server":
-        return ServerTeacher(config, family, config.teacher.urls)
-    return LocalTeacher(config, family, device)
+    return TEACHERS[config.teacher.kind](config, family, device)
 
 
 def check_tokenizers(family: Family, teacher: Any, teacher_path: str) -> None:

@@ -12,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from opd import checkpoint, extensions, run_folder
-from opd.batch import make_batch, make_samples, view_shares
-from opd.clips import ClipLoader, Room
+from opd.batch import all_reduce, make_batch, make_samples, view_shares
+from opd.clips import ClipLoader, Room, list_bad, listed
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.evaluate import Evaluator, decode
 from opd.http import Server, check_model
@@ -27,7 +28,7 @@ from opd.models import family_of
 from opd.prompts import PromptStream, read_manifest
 from opd.rollout import SOURCES, ResponseSource, VllmSampler
 from opd.teacher import LocalTeacher, ServerTeacher, make_teacher
-from opd.types import VIEWS, Batch, Sample, ScoredRollout
+from opd.types import VIEWS, Batch, Prompt, Sample, ScoredRollout
 from opd.views import transcript
 from opd.weight_sync import WeightSync
 
@@ -56,7 +57,7 @@ def loop(parts: Parts, start: int) -> None:
     for step in range(start, c.train.steps):
         clock = Clock()
         mine = parts.stream.shard(step, learner.rank, learner.world)
-        prompts, clips = parts.clips.load_batch(mine, parts.stream.prompts)
+        prompts, clips = load_clips(parts, mine)
         clock.lap("rest")
         rollouts = parts.source.respond(prompts, clips, step)
         clock.lap("rollout")
@@ -72,6 +73,16 @@ def loop(parts: Parts, start: int) -> None:
         if (step + 1) % c.train.checkpoint_every == 0 or step + 1 == c.train.steps:
             status(parts, "checkpointing", step + 1)
             checkpoint.save(learner, c.run.dir, step + 1, parts.seconds, c.train.keep_checkpoints)
+
+
+def load_clips(parts: Parts, mine: list[tuple[int, Prompt]]) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
+    """This rank's usable prompts and their clips. Raises UserError when the ranks together met too many bad records."""
+    found = parts.clips.load_batch(mine, parts.stream.prompts)
+    if all_reduce(torch.tensor(float(len(parts.clips.bad))), "max") > 0:
+        places: list[Any] = [None] * parts.learner.world
+        dist.all_gather_object(places, set(parts.clips.bad))
+        parts.clips.check(set().union(*places))
+    return found
 
 
 def push(parts: Parts, version: int) -> None:
@@ -114,10 +125,12 @@ def report_step(parts: Parts, done: int, batch: Batch, stats: dict[str, float], 
     rollouts = [s.scored.rollout for s in batch.samples]
     line: dict[str, Any] = {"step": done, "steps": c.train.steps, **stats}
     line["length/mean"] = batch.tokens / batch.responses
-    line["length/truncated"] = sum(r.truncated for r in rollouts) / len(rollouts)
+    truncated = all_reduce(torch.tensor(float(sum(r.truncated for r in rollouts))), "sum")
+    line["length/truncated"] = float(truncated) / batch.responses
     line["tokens"] = batch.tokens
     if c.rollout.source == "student":
-        line["version/lag"] = done - 1 - min(r.version for r in rollouts)
+        lag = done - 1 - min(r.version for r in rollouts)
+        line["version/lag"] = int(all_reduce(torch.tensor(float(lag)), "max"))
     line |= clock.metrics()
     parts.seconds += line["time/step"]
     line["seconds"] = parts.seconds
@@ -179,8 +192,8 @@ def status(parts: Parts, phase: str, step: int, detail: str = "") -> None:
 def build(config: Config, log: MetricsLog | None) -> Parts:
     """All parts of a run, from its recipe."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    path = resolve_model(config.student.path)
-    config.teacher.path = resolve_model(config.teacher.path)
+    path = resolve_model(config.student.path, "student.path")
+    config.teacher.path = resolve_model(config.teacher.path, "teacher.path")
     family = family_of(path)
     prompts, bad = read_manifest(config.data.train)
     learner_device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
@@ -194,13 +207,16 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         sampler = VllmSampler(config, family, config.rollout.urls)
         taken = [check_model(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
         room = Room(family, config.rollout.max_tokens, min(taken))
-        sync = WeightSync(sampler.servers, family, list(config.student.train), config.rollout.transfer_dir, rank)
+        sync = WeightSync(sampler.servers, family, config, rank)
     elif config.rollout.source == "student":
         raise UserError("rollout.urls: rollout.source student needs a server; `opd launch` starts one when it is empty")
     for url in config.teacher.urls if config.teacher.kind == "server" else []:
         check_model(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
     if config.teacher.kind == "server" and not config.teacher.urls:
         raise UserError("teacher.urls: teacher.kind server needs a server; `opd launch` starts one when it is empty")
+    if rank == 0:
+        known = listed(config)
+        list_bad(config, [b for b in bad if b["place"] not in known])
     clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), room)
     maker: Any = SOURCES[config.rollout.source]
     argument = {"student": sampler, "teacher": teacher, "dataset": family}[config.rollout.source]

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
+from opd.config import Config, RolloutConfig
 from opd.http import Server
 from opd.models.base import Family
+from opd.supervisor import TRANSFER_PREFIX, sweep
 
 CHUNK_BYTES = 1 << 30
-PREFIX = f"opd-{socket.gethostname()}-"  # a shared folder may serve several hosts
 
 
 class WeightTransport(Protocol):
@@ -39,9 +38,10 @@ class WeightTransport(Protocol):
 class FileTransport:
     """Chunks of safetensors in a folder that learner and servers share (/dev/shm on one machine)."""
 
-    def __init__(self, parent: str, servers: list[Server]) -> None:
-        _sweep(parent)
-        self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent)
+    def __init__(self, config: RolloutConfig, servers: list[Server]) -> None:
+        parent = config.transfer_dir
+        sweep(parent)
+        self.folder = tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=parent)
         self._buffer: dict[str, Tensor] = {}
         self._bytes = self._count = 0
         self._files: list[str] = []
@@ -80,24 +80,17 @@ class FileTransport:
         self._buffer, self._bytes, self._count = {}, 0, self._count + 1
 
 
-def _sweep(parent: str) -> None:
-    """Remove the folders of learners of this host that were killed."""
-    for folder in Path(parent).glob(f"{PREFIX}*-*"):
-        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-TRANSPORTS = {"file": FileTransport}
+TRANSPORTS: dict[str, Callable[[RolloutConfig, list[Server]], WeightTransport]] = {"file": FileTransport}
 
 
 class WeightSync:
     """Pushes what was trained; all ranks call `push`, rank 0 talks."""
 
-    def __init__(self, servers: list[Server], family: Family, train: list[str], transfer_dir: str, rank: int) -> None:
+    def __init__(self, servers: list[Server], family: Family, config: Config, rank: int) -> None:
         self.servers, self.family, self.rank = servers, family, rank
-        self.audio_trained = bool({"tower", "adapter"} & set(train))
-        self.transport: WeightTransport | None = FileTransport(transfer_dir, servers) if rank == 0 else None
+        self.audio_trained = bool({"tower", "adapter"} & set(config.student.train))
+        transport = TRANSPORTS[config.rollout.transport]
+        self.transport: WeightTransport | None = transport(config.rollout, servers) if rank == 0 else None
 
     def push(self, learner: Any, version: int) -> None:
         """Send the learner's trainable weights to every server as `version`, then reset what they made stale.

@@ -61,7 +61,7 @@ def setup(data: Path, student_url: str, tmp_path_factory: pytest.TempPathFactory
     config = config_of("2_xopd", data, tmp_path_factory.mktemp("run"), f"student.path={STUDENT}")
     local = InProcess()
     sampler = VllmSampler(config, local.family, [student_url])
-    sync = WeightSync(sampler.servers, local.family, ["llm"], config.rollout.transfer_dir, 0)
+    sync = WeightSync(sampler.servers, local.family, config, 0)
     prompts, bad = read_manifest(config.data.train)
     assert not bad
     batch, clips = ClipLoader(config, local.family.sampling_rate, len(prompts)).load_batch(

@@ -237,6 +237,43 @@ def test_other_tokenizer_is_refused(data: Path, tmp_path: Path, capsys) -> None:
     assert main(["check", path, *overrides]) == 2 and "differs from the student's in 2 ids" in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("folder", "fault", "message"),
+    [
+        ("teacher", "cut", "teacher.path {path}: model.safetensors is damaged"),
+        ("student", "cut", "student.path {path}: model.safetensors is damaged"),
+        ("student", "gone", "student.path {path}: expected model.safetensors, found none"),
+        ("teacher", "tokenizer", "teacher.path {path}: expected tokenizer files such as tokenizer.json, found none"),
+    ],
+)
+def test_damaged_checkpoints_are_named(
+    data: Path, tmp_path: Path, capsys, folder: str, fault: str, message: str
+) -> None:
+    path = tmp_path / folder
+    shutil.copytree(ROOT / "recipes/tiny" / folder, path)
+    weights = path / "model.safetensors"
+    if fault == "cut":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif fault == "gone":
+        weights.unlink()
+    else:
+        for file in path.glob("tokenizer*"):
+            file.unlink()
+    file, overrides = recipe("2_xopd", data, tmp_path / "run", f"student.path={STUDENT}")
+    assert main(["check", file, *overrides, f"{folder}.path={path}"]) == 2
+    assert message.format(path=path) in error_line(capsys)
+
+
+def test_held_out_records_must_all_be_good(data: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    record = json.loads((folder / "test.jsonl").read_text().splitlines()[2])
+    (folder / record["messages"][0]["content"][0]["path"]).write_bytes(b"")
+    path, overrides = recipe("2_xopd", folder, tmp_path / "run", f"student.path={STUDENT}", "data.check=1")
+    assert main(["check", path, *overrides, f"eval.test={folder / 'test.jsonl'}"]) == 2
+    assert "test.jsonl:3: " in (last := error_line(capsys)) and "0 bytes" in last and "held-out" in last
+
+
 def test_bad_record_in_mid_run_is_skipped_and_listed(tmp_path: Path, data: Path) -> None:
     from opd.clips import ClipLoader
     from opd.config import UserError, load_config

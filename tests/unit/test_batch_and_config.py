@@ -110,7 +110,7 @@ def test_every_shipped_file_parses() -> None:
         ("objective.name=kd", "needs rollout.source teacher or dataset, found student"),
         ("train.prompts_per_step=1", "at least launch.processes (2)"),
         ("steps", "expected key.path=value"),
-        ("run.dir.x=1", "dir is a value, not a section"),
+        ("run.stage.x=1", "stage is a value, not a section"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(override: str, message: str) -> None:
@@ -141,3 +141,22 @@ def test_learning_rate_by_hand() -> None:
 def test_light_imports() -> None:
     code = "import sys, opd.cli, opd.config; assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_without_a_folder_gets_one_of_its_own_settings() -> None:
+    one, again, more = (
+        load_config("recipes/tiny/2_xopd.yaml", o) for o in ([], ["launch.processes=1"], ["run.seed=1"])
+    )
+    assert one.run.dir.startswith("runs/tiny-2_xopd-") and len(one.run.dir) == len("runs/tiny-2_xopd-") + 8
+    assert one.run.dir == again.run.dir != more.run.dir
+    assert load_config("recipes/tiny/2_xopd.yaml", ["run.dir=runs/x"]).run.dir == "runs/x"
+
+
+@pytest.mark.parametrize(
+    "key", ["data.max_bad_share", "optim.grad_clip", "objective.mu", "rollout.timeout_s", "optim.lr"]
+)
+@pytest.mark.parametrize("written", ["5e-1", ".5e0", "5.E-1", "0.5", "+5e-1"])
+def test_numbers_may_be_written_with_an_exponent(key: str, written: str) -> None:
+    config = load_config("recipes/tiny/2_xopd.yaml", [f"{key}={written}"])
+    section, name = key.split(".")
+    assert getattr(getattr(config, section), name) == 0.5

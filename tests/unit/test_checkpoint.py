@@ -80,7 +80,7 @@ def test_the_saved_model_is_the_one_in_memory_under_published_names(learner: Any
     assert final == tmp_path / "checkpoints/step_7" and names(tmp_path) == ["step_7"]
     assert json.loads((final / "state.json").read_text()) == {"step": 7, "seconds": 1.5, "world": 1}
     assert (final / "optimizer/rank_0.pt").read_text() == "shard"
-    assert resolve_model(str(tmp_path)) == str(final / "model")
+    assert resolve_model(str(tmp_path), "student.path") == str(final / "model")
 
     saved, shipped = load_file(final / "model/model.safetensors"), load_file(f"{STUDENT}/model.safetensors")
     assert saved.keys() == shipped.keys()

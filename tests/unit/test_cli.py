@@ -96,6 +96,15 @@ def test_dry_run_prints_the_commands_and_starts_nothing(recipe: Path, capsys: py
     assert not (recipe.parent / "run").exists()
 
 
+def test_dry_run_may_come_before_the_run_that_it_starts_from(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = "runs/a-run-to-come"
+    assert main(["launch", str(recipe), "--dry-run", f"student.path={before}"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"# not there yet: student.path {before}: " in shown and f"--model {before}/checkpoints/step_N/model" in shown
+    )
+
+
 def test_overrides_may_follow_options(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", str(recipe), "optim.lr=1e-4", "--dry-run", "train.steps=7", "--plain", "run.seed=3"]) == 0
     learner = capsys.readouterr().out.split("# learner")[1]

@@ -10,6 +10,8 @@ import pytest
 import soundfile
 
 from opd import audio
+from opd.clips import ClipLoader, list_bad, listed
+from opd.config import Config, UserError
 from opd.prompts import PromptStream, parse_record, read_manifest
 from opd.types import Prompt
 from opd.views import audio_paths, render, transcript
@@ -98,6 +100,18 @@ def test_stream_is_a_function_of_seed_and_step() -> None:
     assert {p.id for s in shards for _, p in s} == {p.id for p in stream.batch(3)}
 
 
+def test_lines_that_are_no_utf8_or_no_json_are_bad(tmp_path: Path) -> None:
+    good = json.dumps({"audio": "a.wav", "transcript": "caf\u00e9"}, ensure_ascii=False)
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(good.encode() + b"\r\n" + good.encode("latin-1") + b"\n" + good[:19].encode() + b"\n")
+    prompts, bad = read_manifest(str(path))
+    assert [transcript(p) for p in prompts] == ["user: caf\u00e9"]
+    assert [b["reason"] for b in bad] == [
+        f"not valid UTF-8 at byte {good.index(chr(233)) + 1}",
+        "not valid JSON: Expecting property name enclosed in double quotes at column 19",
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_formats_rates_and_channels(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"tone.{suffix}"
@@ -122,3 +136,42 @@ def test_too_long_says_how_long(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.tile(TONE, 3), 44100)
     with pytest.raises(audio.BadAudio, match=r"a.wav: 3.0 s long, at most 2 s expected"):
         audio.load(str(tmp_path / "a.wav"), 16000, 2)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_off_is_bad(tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"cut.{suffix}"
+    soundfile.write(path, np.tile(TONE, 5), 44100)
+    audio.load(str(path), 16000, 30)
+    whole = path.read_bytes()
+    cut = tmp_path / f"short.{suffix}"
+    cut.write_bytes(whole[: int(share * len(whole))])
+    if suffix == "mp3" and share > 0.9:
+        pytest.xfail("the last frame of an mp3 may be missing unnoticed: 26 ms")
+    with pytest.raises(audio.BadAudio, match=r"short\.\w+: (truncated|not readable)"):
+        audio.load(str(cut), 16000, 30)
+
+
+def test_bad_records_are_listed_once_and_counted_over_ranks(tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {
+            "run": {"dir": str(tmp_path)},
+            "data": {"train": "m.jsonl", "max_bad_share": 0.2},
+            "student": {"path": "s"},
+            "teacher": {"path": "t"},
+            "train": {"steps": 1},
+        }
+    )
+    part = {"type": "audio", "path": "/nowhere.wav", "transcript": "t"}
+    prompts = [Prompt(str(i), ({"role": "user", "content": [part]},), place=f"m.jsonl:{i}") for i in range(4)]
+    list_bad(config, [{"place": "m.jsonl:9", "id": "", "reason": "no transcript"}])
+    loader = ClipLoader(config, 16000, records=20, bad_before=1)
+    assert loader.load(prompts[0]) is None and loader.load(prompts[0]) is None
+    again = ClipLoader(config, 16000, records=20, bad_before=1)  # as after a resume
+    assert again.load(prompts[0]) is None and again.load(prompts[1]) is None
+    lines = [json.loads(line)["place"] for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
+    assert lines == ["m.jsonl:9", "m.jsonl:0", "m.jsonl:1"] and listed(config) == set(lines)
+    again.check({"m.jsonl:0", "m.jsonl:2"})  # of another rank: three in all, and the one before them
+    with pytest.raises(UserError, match="5 of 20 records are bad.*m.jsonl:0: /nowhere.wav: no such audio file"):
+        again.check({"m.jsonl:2", "m.jsonl:3"})

@@ -109,6 +109,7 @@ def test_learner(config: Config, machine: str) -> None:
     expected = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
     expected += shlex.split("--num_machines 1 --machine_rank 0 --main_process_ip 127.0.0.1 --main_process_port 4321")
     expected += shlex.split("--mixed_precision no --dynamo_backend no --module opd.train r.yaml optim.lr=1e-4")
+    expected += [f"run.dir={config.run.dir}"]
     expected += ['rollout.urls=["http://127.0.0.1:1"]', 'teacher.urls=["http://127.0.0.1:2"]']
     env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PATH"] = os.path.dirname(sys.executable) + ":/usr/bin"
@@ -249,6 +250,7 @@ class Run:
         command = [sys.executable, "-c", LAUNCHER, str(recipe), children + server, learner, str(ready)]
         self.launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.started: list[psutil.Process] = []
+        self.folder = recipe.parent / "run"
         deadline = time.monotonic() + 90
         while self.launcher.poll() is None and not ready.exists() and time.monotonic() < deadline:
             self._look()
@@ -310,6 +312,7 @@ def test_a_signal_stops_everything(run: Callable[..., Run], number: signal.Signa
     r = run()
     r.launcher.send_signal(number)
     assert r.end() == (128 + number, "") and not r.left()
+    assert json.loads((r.folder / "status.json").read_text())["phase"] == "interrupted"
 
 
 def test_a_stubborn_process_is_killed(run: Callable[..., Run]) -> None:

@@ -211,3 +211,12 @@ def test_tensorboard_gets_the_numbers_and_is_flushed(tmp_path: Path, monkeypatch
 def test_metrics_import_no_torch() -> None:
     code = "import sys, opd.metrics; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_copies_of_a_record_are_no_evidence() -> None:
+    values, names = [1.0, 0.0, 1.0, 1.0], ["a", "b", "c", "d"]
+    once = ratio_stderr(values, [1.0] * 4, names)
+    assert once == {**mean_stderr(values), "stderr": pytest.approx(mean_stderr(values)["stderr"])}
+    many = ratio_stderr(values * 9, [1.0] * 36, names * 9)
+    assert many == {"mean": 0.75, "stderr": pytest.approx(once["stderr"]), "n": 36}
+    assert ratio_stderr([1.0, 0.0], [1.0, 1.0], ["a", "a"]) == {"mean": 0.5, "stderr": None, "n": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from opd import run_folder
 from opd.config import Config, UserError, checkpoints, load_config, resolve_model
+from opd.report import read_run, wall
 
 RECIPE = str(Path(__file__).parents[2] / "recipes/tiny/2_xopd.yaml")
 
@@ -70,10 +72,10 @@ def test_checkpoints_are_whole_and_in_order(tmp_path: Path) -> None:
         (tmp_path / f"run/checkpoints/{name}").mkdir()
     (tmp_path / "run/checkpoints/step_300").write_text("a file")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_9", "step_20", "step_100"]
-    assert resolve_model(str(tmp_path / "run")) == str(tmp_path / "run/checkpoints/step_100/model")
+    assert resolve_model(str(tmp_path / "run"), "student.path") == str(tmp_path / "run/checkpoints/step_100/model")
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="a run folder without a finished checkpoint"):
-        resolve_model(str(tmp_path / "empty"))
+        resolve_model(str(tmp_path / "empty"), "student.path")
 
 
 def test_every_differing_key_is_named_up_to_six(tmp_path: Path) -> None:
@@ -165,3 +167,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     wanted = pytest.raises(UserError, match="run.dir .*file/run: expected a folder that can be written")
     with wanted, run_folder.lock(tmp_path / "file/run"):
         raise AssertionError("held")
+
+
+def test_wall_time_is_of_all_launches(tmp_path: Path) -> None:
+    run_folder.prepare(config(tmp_path))
+    folder = tmp_path / "run"
+    assert wall(read_run(folder)) == 0.0
+    for ago in (20, 10):
+        run_folder.add_launch(folder, time.time() - ago)
+    assert wall(read_run(folder)) == pytest.approx(30, abs=2)

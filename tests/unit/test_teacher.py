@@ -67,7 +67,9 @@ def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monke
         return out
 
     monkeypatch.setattr(opd.teacher, "post_all", answer)
-    teacher = ServerTeacher(config, family, ["http://127.0.0.1:9"])
+    config = config.model_copy(deep=True)
+    config.teacher.urls = ["http://127.0.0.1:9"]
+    teacher = ServerTeacher(config, family, torch.device("cpu"))
     (scored,) = teacher.score([Rollout(spoken("secret.wav"), "speech", (300, 2), None, 0, False)])
     assert scored.teacher_logprobs.tolist() == [-0.5, -0.5]
     ((_, _, body),) = sent

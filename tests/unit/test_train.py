@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,3 +82,33 @@ def test_a_fault_of_ours_is_in_its_status(tmp_path: Path, monkeypatch: pytest.Mo
     assert start(tmp_path) == 1
     found = status(tmp_path)
     assert (found["phase"], found["user_error"], found["error"]) == ("failed", False, "RuntimeError: broken")
+
+
+def rollout(view: str, version: int, truncated: bool) -> Any:
+    return SimpleNamespace(
+        scored=SimpleNamespace(rollout=SimpleNamespace(view=view, version=version, truncated=truncated))
+    )
+
+
+def test_the_line_of_a_step(tmp_path: Path) -> None:
+    written: list[dict[str, Any]] = []
+    config = load_config(RECIPE, [f"run.dir={tmp_path}/run", "train.samples_per_step=0", "rollout.max_mismatch=0.5"])
+    log = SimpleNamespace(step=written.append, status=lambda *_: None)
+    parts: Any = SimpleNamespace(config=config, log=log, seconds=10.0)
+    samples = [
+        rollout("speech", 4, True),
+        rollout("text", 3, False),
+        rollout("text", 4, False),
+        rollout("text", 4, False),
+    ]
+    batch: Any = SimpleNamespace(samples=samples, tokens=20, responses=4)
+    clock = train.Clock()
+    clock.lap("rollout")
+    train.report_step(parts, 5, batch, {"mismatch/logprob": 0.4, "loss": 1.5}, clock)
+    (line,) = written
+    assert line["length/truncated"] == 0.25 and line["length/mean"] == 5.0 and line["version/lag"] == 1
+    assert line["loss"] == 1.5 and line["step"] == 5 and line["tokens"] == 20
+    assert line["time/step"] == pytest.approx(line["time/rollout"] + line["time/rest"])
+    assert line["seconds"] == parts.seconds == pytest.approx(10.0 + line["time/step"])
+    with pytest.raises(RuntimeError, match=r"step 6: mean .* is 0.600, more than rollout.max_mismatch=0.5"):
+        train.report_step(parts, 6, batch, {"mismatch/logprob": 0.6}, clock)

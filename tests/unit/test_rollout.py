@@ -1,0 +1,85 @@
+"""What the student's server is asked for: the very distribution that the learner computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import opd.rollout
+from opd.config import load_config
+from opd.models import family_of
+from opd.models.base import Family
+from opd.rollout import VllmSampler
+from opd.types import Prompt
+
+PART = {"type": "audio", "path": "a.wav", "transcript": "what is one plus two"}
+PROMPT = Prompt("q", ({"role": "user", "content": [PART]},))
+CLIPS = {"a.wav": np.zeros(16000, np.float32)}
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return family_of("recipes/tiny/student")
+
+
+def ask(
+    family: Family, monkeypatch: pytest.MonkeyPatch, temperature: float, seed: int = 4, **changed: Any
+) -> tuple[list[Any], Any]:
+    """The requests that two jobs make, and their rollouts; `changed` goes into the answers' choices."""
+    sent: list[Any] = []
+
+    def answer(requests: list[Any], *_: Any) -> list[Any]:
+        sent.extend(requests)
+        entries = [{"token": f"token_id:{i}", "logprob": -0.25} for i in (300, family.eos_ids[0])]
+        choice = {"index": 0, "token_ids": [300, family.eos_ids[0]], "logprobs": {"content": entries}} | changed
+        ids = [family.prompt_ids([{"role": "user", "content": c}], n) for c, n in ((PART, [16000]), (TEXT, []))]
+        return [{"prompt_token_ids": i + changed.get("read", []), "choices": [choice]} for i in ids]
+
+    PART, TEXT = [{"type": "audio"}], PROMPT.messages[0]["content"][0]["transcript"]
+    monkeypatch.setattr(opd.rollout, "post_all", answer)
+    config = load_config("recipes/tiny/2_xopd.yaml", [f"run.seed={seed}"])
+    sampler = VllmSampler(config, family, ["http://127.0.0.1:9"])
+    jobs: Any = [(PROMPT, "speech", "3/0"), (PROMPT, "text", "3/0")]
+    return sent, sampler.sample(jobs, CLIPS, 1, temperature, check=False)
+
+
+def test_requests_spell_out_the_distribution(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, rollouts = ask(family, monkeypatch, 0.7)
+    bodies = [body for _, _, body in sent]
+    for body in bodies:
+        assert body["temperature"] == 0.7 and body["n"] == 1
+        assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
+        assert (
+            body["logit_bias"] == {str(i): -100.0 for i in family.banned_ids} and family.audio_id in family.banned_ids
+        )
+        assert body["stop_token_ids"] == family.eos_ids and body["return_token_ids"] and body["logprobs"]
+    assert bodies[0]["seed"] != bodies[1]["seed"]
+    assert [b["seed"] for _, _, b in ask(family, monkeypatch, 1.0)[0]] == [b["seed"] for b in bodies]
+    assert not {b["seed"] for _, _, b in ask(family, monkeypatch, 1.0, seed=5)[0]} & {b["seed"] for b in bodies}
+    speech, text = (str(body["messages"]) for body in bodies)
+    assert "input_audio" in speech and "one plus two" not in speech
+    assert "input_audio" not in text and "one plus two" in text
+    assert [r.token_ids for r in rollouts] == [(300, family.eos_ids[0])] * 2 and not rollouts[0].truncated
+    assert rollouts[0].logprobs is not None and rollouts[0].logprobs.tolist() == [-0.25, -0.25]
+
+
+def test_an_answer_without_a_log_prob_for_each_token_is_refused(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(opd.rollout.ServerError, match="prompt q: expected token ids with a log-prob each"):
+        ask(family, monkeypatch, 1.0, token_ids=[300])
+
+
+def test_an_answer_without_an_end_of_turn_is_truncated(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"token": "token_id:300", "logprob": -0.25}
+    _, rollouts = ask(family, monkeypatch, 1.0, token_ids=[300], logprobs={"content": [entry]})
+    assert all(r.truncated for r in rollouts)
+
+
+def test_a_prompt_that_the_server_reads_otherwise_is_refused(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        opd.rollout.ServerError, match=r"prompt q \(speech view\): .* first difference at \d+: \[7\], \[\]"
+    ):
+        ask(family, monkeypatch, 1.0, read=[7])
