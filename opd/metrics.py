@@ -149,6 +149,15 @@ class MetricsLog:
         content["user_error"] = user_error
         write_atomic(self.run_dir / "status.json", json.dumps(content))
 
+    def failed(self, rank: int, steps: int, error: str, user_error: bool) -> None:
+        """Tell why a rank failed, unless another did so first: the others then fail for want of it."""
+        try:
+            before = json.loads((self.run_dir / "status.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            before = {}
+        if before.get("phase") != "failed":
+            self.status("failed", f"rank {rank}", before.get("step", 0), steps, error, user_error)
+
     def truncate_after(self, step: int) -> None:
         """Drop every line of a later step, and a last line that was cut off, before a resumed run writes again.
 

@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         rank = int(os.environ.get("RANK", "0"))
         if config is not None and ours and Path(config.run.dir).is_dir():
             log = MetricsLog(Path(config.run.dir), [], "", "")
-            log.status("failed", f"rank {rank}", 0, config.train.steps, message, user_error=code == 2)
+            log.failed(rank, config.train.steps, message, user_error=code == 2)
         print(f"opd: error: {message}", file=sys.stderr, flush=True)
         os._exit(code)  # other ranks may wait in a collective: no orderly shutdown is possible
     dist.destroy_process_group()

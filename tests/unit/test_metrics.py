@@ -220,3 +220,16 @@ def test_copies_of_a_record_are_no_evidence() -> None:
     many = ratio_stderr(values * 9, [1.0] * 36, names * 9)
     assert many == {"mean": 0.75, "stderr": pytest.approx(once["stderr"]), "n": 36}
     assert ratio_stderr([1.0, 0.0], [1.0, 1.0], ["a", "a"]) == {"mean": 0.5, "stderr": None, "n": 2}
+
+
+def test_the_first_failure_is_the_one_that_counts(tmp_path: Path) -> None:
+    log = log_in(tmp_path)
+    log.status("training", "", 7, 9)
+    log.failed(1, 9, "the server is gone", user_error=False)
+    log.failed(0, 9, "connection closed by peer", user_error=True)
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["error"], found["detail"], found["step"]) == ("the server is gone", "rank 1", 7)
+    assert not found["user_error"]
+    log.status("loading", "", 0, 9)
+    log.failed(0, 9, "again", user_error=True)
+    assert json.loads((tmp_path / "status.json").read_text())["error"] == "again"
