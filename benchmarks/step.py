@@ -25,6 +25,7 @@ OVERRIDES = ["objective.lambda=0", "train.checkpoint_every=1000", "eval.test=", 
 
 
 def main() -> int:
+    """Time both and print the medians by phase and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="recipes/tiny/2_xopd.yaml")
     parser.add_argument("--student", default="recipes/tiny/student")
@@ -47,6 +48,7 @@ def main() -> int:
 
 
 def run_ours(args: argparse.Namespace) -> list[dict[str, float]]:
+    """The metrics of every step of an X-OPD run through `opd launch`."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"run.dir={folder}/run", f"train.steps={args.steps}", f"student.path={args.student}", *OVERRIDES]
         overrides += [f"train.prompts_per_step={CLIPS}", f"rollout.n={ANSWERS}", f"rollout.max_tokens={TOKENS}"]
@@ -57,6 +59,7 @@ def run_ours(args: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def run_reference(args: argparse.Namespace) -> list[float]:
+    """Seconds of every step of the plain loop, in a process of its own."""
     command = [sys.executable, __file__, "--reference-only", "--recipe", args.recipe, "--student", args.student]
     command += ["--steps", str(args.steps)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -114,6 +117,7 @@ def reference(recipe: str, student: str, steps: int) -> list[float]:
 
 
 def left_pad(prompts):  # type: ignore[no-untyped-def]
+    """Prompts of different lengths as [B, L], their ends in one column."""
     import torch
 
     longest = max(map(len, prompts))

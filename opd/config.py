@@ -35,10 +35,14 @@ _Loader.add_implicit_resolver(
 
 
 class Section(BaseModel):
+    """A section of a recipe: unknown keys and wrong types are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
 
 class RunConfig(Section):
+    """The run folder, its seed, and what the run makes."""
+
     dir: str = Field(
         "", description="run folder, resumed by the same command; none: runs/<recipe>-<hash of the config>"
     )
@@ -48,6 +52,8 @@ class RunConfig(Section):
 
 
 class StudentConfig(Section):
+    """The speech LLM and which of its parts are trained."""
+
     path: str = Field(description="checkpoint folder, hub id, or a run folder (its newest checkpoint)")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
@@ -55,6 +61,8 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
+    """The text LLM that grades, and where it runs."""
+
     kind: Literal["local", "server"] = "local"
     path: str = Field(description="checkpoint folder or hub id of the text LLM")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -63,6 +71,8 @@ class TeacherConfig(Section):
 
 
 class DataConfig(Section):
+    """The training manifest and how much of it may be bad."""
+
     train: str = Field(description="manifest (JSONL, or anything `datasets` reads as JSON or Parquet)")
     max_audio_seconds: PositiveFloat = 30.0
     max_bad_share: float = Field(0.01, ge=0, le=1, description="the run fails when more of the records are bad")
@@ -81,6 +91,8 @@ class ServerConfig(Section):
 
 
 class RolloutConfig(Section):
+    """Where responses come from, how they are sampled, how new weights get there."""
+
     source: Literal["student", "teacher", "dataset"] = "student"
     n: PositiveInt = Field(4, description="responses per prompt and view (source: student)")
     temperature: PositiveFloat = 1.0
@@ -95,6 +107,8 @@ class RolloutConfig(Section):
 
 
 class ObjectiveConfig(Section):
+    """The loss (opd/objectives.py) and its settings."""
+
     name: Literal["xopd", "kd"] = "xopd"
     lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="weight of the text view; 1 - lambda: speech")
     average: Literal["response", "token"] = Field("response", description="per-response mean, or one mean over tokens")
@@ -105,6 +119,8 @@ class ObjectiveConfig(Section):
 
 
 class OptimConfig(Section):
+    """AdamW, its learning-rate schedule, gradient clipping."""
+
     lr: PositiveFloat = 2e-6
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
     eps: PositiveFloat = 1e-8
@@ -116,6 +132,8 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """Steps, batches, memory, checkpoints."""
+
     steps: PositiveInt
     prompts_per_step: PositiveInt = 256
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward and backward pass")
@@ -128,6 +146,8 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
+    """What is measured on held-out records, and when."""
+
     test: str | None = Field(None, description="manifest of held-out questions with answers")
     retention: str | None = Field(None, description="manifest of a skill that training must not cost")
     limit: PositiveInt | None = Field(None, description="records of each manifest; all by default")
@@ -137,12 +157,16 @@ class EvalConfig(Section):
 
 
 class LaunchConfig(Section):
+    """The learner processes of `opd launch`."""
+
     processes: PositiveInt = Field(2, description="learner processes on this machine")
     threads: NonNegativeInt = Field(0, description="OpenMP threads of a learner process, CPU only; 0: share the cores")
     health_timeout_s: PositiveInt = 600
 
 
 class MetricsConfig(Section):
+    """Where numbers go besides metrics.jsonl."""
+
     sinks: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="beside metrics.jsonl")
     project: str = "opd"
 

@@ -179,11 +179,13 @@ class Sums:
         self.totals: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Count `values` [B, T] where `mask` [B, T] is 1 towards the mean called `name`."""
         pair = self.sums.setdefault(name, [0.0, 0.0])
         pair[0] += float((values.detach() * mask).sum())
         pair[1] += float(mask.sum())
 
     def total(self, name: str, value: Tensor) -> None:
+        """Add a scalar to the sum called `name`."""
         self.totals[name] = self.totals.get(name, 0.0) + float(value.detach())
 
     def reduce(self) -> dict[str, float]:

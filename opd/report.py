@@ -68,10 +68,12 @@ class Pipeline:
 
     @property
     def name(self) -> str:
+        """Name of the pipeline: that of its last run."""
         return self.runs[-1].name
 
     @property
     def title(self) -> str:
+        """Names of its runs in the order of training."""
         return " → ".join(r.name for r in self.runs)
 
     @property

@@ -103,6 +103,7 @@ class Clock:
         self._mark = self.start
 
     def lap(self, name: str) -> None:
+        """Put the seconds since the last lap down to a phase."""
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._mark
         self._mark = now

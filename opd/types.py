@@ -66,6 +66,7 @@ class Sample:
 
     @property
     def response_ids(self) -> tuple[int, ...]:
+        """[T] token ids of the response."""
         return self.scored.rollout.token_ids
 
 

@@ -44,6 +44,7 @@ TYPED_CHECKED, SPOKEN_CHECKED = 2000, 1000  # questions per split that the repor
 
 
 def main() -> None:
+    """Build tokenizer, teacher, tower and student in a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets teacher/, student/ and BUILD.json")
     parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and order (default %(default)s)")

@@ -62,10 +62,12 @@ class Padded:
 
     @property
     def targets(self) -> Tensor:  # [B, T]
+        """[B, T], the ids to predict."""
         return self.ids[:, self.start :]
 
     @property
     def supervised(self) -> Tensor:  # [B, T] 1.0 where a response token is
+        """[B, T], 1.0 where a response token is to be predicted."""
         return self.mask[:, self.start :].float()
 
 

@@ -31,6 +31,7 @@ Evaluation = dict[str, Any]
 
 
 def main() -> int:
+    """`figures.py sweep` or `figures.py seeds`: run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sweep", "seeds"))
     parser.add_argument("--out", type=Path, default=Path("runs/figures"))

@@ -35,6 +35,7 @@ Record = dict[str, Any]
 
 
 def main() -> None:
+    """Write manifests and speak their clips."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--train", type=_count, default=2000, help="training questions (default %(default)s)")

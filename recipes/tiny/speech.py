@@ -50,6 +50,7 @@ class Clip:
 
     @property
     def seconds(self) -> float:
+        """Length of the utterance."""
         return len(self.wave) / RATE
 
 
