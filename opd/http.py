@@ -17,6 +17,9 @@ RETRIES = 2  # of a request that never reached the server
 TLS = ssl.create_default_context()  # made once: it reads every root certificate, 40 ms
 
 
+ASK_S = 20.0  # for a server to say what it holds
+
+
 class ServerError(RuntimeError):
     """A server failed or answered nonsense in mid-run; the message names its URL and the request."""
 
@@ -44,15 +47,16 @@ class Server:
         Raises UserError when it cannot be reached.
         """
         try:
-            found = self._checked(self._client.get("/v1/models"), "/v1/models")["data"][0]
+            answer = self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s))
+            found = self._checked(answer, "/v1/models")["data"][0]
             return found["root"], found["max_model_len"]
-        except httpx.HTTPError as e:
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise UserError(
                 f"{self.url}: no vLLM server answers there ({type(e).__name__}); start it, mend the URL in the recipe, "
                 "or leave the list empty and let `opd launch` start one"
             ) from e
-        except (KeyError, IndexError, TypeError) as e:
-            raise UserError(f"{self.url}: answers, but not as a vLLM server does (/v1/models has no model)") from e
+        except (ServerError, KeyError, IndexError, TypeError) as e:
+            raise UserError(f"{self.url}: answers, but not as a vLLM server does: /v1/models names no model") from e
 
     def _retry(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         for attempt in range(RETRIES + 1):
@@ -75,7 +79,10 @@ def check_model(server: Server, key: str, path: str, wanted: str) -> int:
 
     Raises UserError, naming the setting `key` and the model `wanted` by the recipe, when it holds another.
     """
-    root, max_model_len = server.model()
+    try:
+        root, max_model_len = server.model()
+    except UserError as e:
+        raise UserError(f"{key}: {e}") from e
     if root != path and Path(root).resolve() != Path(path).resolve():
         raise UserError(f"{key}: {server.url} serves {root}, the recipe names {wanted}; start it with that model")
     return max_model_len

@@ -154,14 +154,18 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
 def _datasets_records(path: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    if path.startswith("hub:"):
-        name, _, split = path[4:].partition(":")
-        data = datasets.load_dataset(name, split=split or "train")
-    else:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such manifest")
-        kind = Path(path).suffix[1:]
-        data = datasets.load_dataset(kind, data_files=path, split="train")
+    name, _, split = path.removeprefix("hub:").partition(":")
+    hub = path.startswith("hub:")
+    if not hub and not Path(path).is_file():
+        raise UserError(f"{path}: no such manifest")
+    try:
+        if hub:
+            data = datasets.load_dataset(name, split=split or "train")
+        else:
+            data = datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train")
+    except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
+        reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
+        raise UserError(f"{path}: `datasets` cannot read it: {reason[0][:300]}") from e
     for i, row in enumerate(data):
         yield f"{path}:{i + 1}", _drop_none(row)
 

@@ -112,6 +112,14 @@ def test_lines_that_are_no_utf8_or_no_json_are_bad(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["m.json", "m.csv", "m.parquet"])
+def test_files_that_datasets_cannot_read_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"audio": "a.wav", "transcript"\n\x00\xff,,"')
+    with pytest.raises(UserError, match=f"{name}: `datasets` cannot read it: .+"):
+        read_manifest(str(path))
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_formats_rates_and_channels(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"tone.{suffix}"
