@@ -167,7 +167,8 @@ def test_both_teachers_agree(data: Path, teacher_url: str, setup, tmp_path: Path
     rollouts = sample(sampler, prompts, clips, "speech")
     config = config_of("2_xopd", data, tmp_path, f"student.path={STUDENT}")
     here = LocalTeacher(config, local.family, torch.device("cpu"))
-    there = ServerTeacher(config, local.family, [teacher_url])
+    config.teacher.urls = [teacher_url]
+    there = ServerTeacher(config, local.family, torch.device("cpu"))
     for a, b in zip(here.score(rollouts), there.score(rollouts), strict=True):
         assert np.abs(a.teacher_logprobs - b.teacher_logprobs).max() < 1e-3
     assert here.respond(prompts, 24) == there.respond(prompts, 24)
