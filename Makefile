@@ -3,10 +3,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VLLM_NO_USAGE_STATS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint unit clean
+.PHONY: help setup quickstart test test-families lint unit clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## create .venv with the pinned CPU stack (quick when nothing changed)
 	@requirements/install.sh
@@ -19,6 +19,9 @@ quickstart: setup ## make the tiny world, train both stages on the CPU, write a 
 
 test: lint ## lint, then every test
 	.venv/bin/pytest tests
+
+test-families: setup ## every speech LLM family against real vLLM and ZeRO-3, on small random checkpoints (20 minutes)
+	.venv/bin/opd families --check
 
 lint: setup ## ruff and mypy
 	.venv/bin/ruff check .

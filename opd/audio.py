@@ -40,7 +40,7 @@ def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
     _check_whole(path, declared, len(wave))
     wave = wave.mean(axis=1)
     check(wave, source_rate, path)
-    return resample(wave, source_rate, rate)
+    return whole_frames(resample(wave, source_rate, rate), rate)
 
 
 def check(wave: np.ndarray, rate: int, name: str) -> None:
@@ -61,6 +61,11 @@ def resample(wave: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     import torchaudio
 
     return torchaudio.functional.resample(torch.from_numpy(wave), source_rate, rate).numpy()
+
+
+def whole_frames(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Fill [samples] up with silence to whole frames of 10 ms: what libraries make of half a frame differs."""
+    return np.pad(wave, (0, -len(wave) % (rate // 100)))
 
 
 def to_base64_wav(wave: np.ndarray, rate: int) -> str:

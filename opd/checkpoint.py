@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from opd.config import UserError, checkpoints
 from opd.learner import Learner
+from opd.models.base import Family
 
 
 def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -> Path:
@@ -50,19 +51,28 @@ def save_model(learner: Learner, folder: Path) -> None:
     The names are those of published checkpoints, which vLLM knows and transformers translates as it loads.
     (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)
     """
-    from huggingface_hub import save_torch_state_dict
-
-    state: dict[str, torch.Tensor] = {}
-    for name, value in learner.gathered(trainable_only=False):
-        if value is not None:
-            state[learner.family.to_vllm(name)] = value
+    state = {name: value for name, value in learner.gathered(trainable_only=False) if value is not None}
     if learner.rank == 0:
         hf: Any = learner.model.hf
-        hf.config.save_pretrained(folder)
-        hf.generation_config.save_pretrained(folder)
-        learner.family.processor.save_pretrained(folder)
-        save_torch_state_dict(state, folder)
+        write_model(learner.family, hf, state | buffers(hf), folder)
     dist.barrier()
+
+
+def write_model(family: Family, hf: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a model as files; `state` holds its parameters and persistent buffers by their names in memory."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    family.save_extras(hf, folder)
+    published = {n: v for name, tensor in state.items() for n, v in family.published(name, tensor)}
+    save_torch_state_dict(published, folder)
+    family.save_other_weights(state, folder)
+
+
+def buffers(hf: Any) -> dict[str, torch.Tensor]:
+    """What a state dict holds besides parameters, such as the statistics of batch norms."""
+    parameters = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
+    return {n: b.detach().cpu() for n, b in hf.state_dict().items() if n not in parameters}
 
 
 def load_newest(learner: Learner, run_dir: str) -> tuple[int, float]:

@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
     _recipe_command(commands, "check", "check recipe, models, tokenizers and data; start nothing", _check)
     _recipe_command(commands, "train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
+    families = commands.add_parser("families", help="list the speech LLM families, or prove that they work here")
+    families.add_argument("names", nargs="*", metavar="NAME", help="of a family; all by default")
+    families.add_argument("--check", action="store_true", help="try them on small random checkpoints: minutes each")
+    families.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints, runs and logs there")
+    families.set_defaults(run=_families)
     report = commands.add_parser("report", help="write report.json and report.html of one or more runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     report.add_argument("--out", type=Path, help="folder to write to (default: the last run's)")
@@ -70,6 +75,12 @@ def _train(args: argparse.Namespace) -> int:
     from opd import train
 
     return train.main([args.recipe, *args.overrides])
+
+
+def _families(args: argparse.Namespace) -> int:
+    from opd import family_check
+
+    return family_check.check(args.names, args.keep) if args.check else family_check.show()
 
 
 def _report(args: argparse.Namespace) -> int:

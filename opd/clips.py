@@ -26,9 +26,17 @@ class Room:
     max_tokens: int
     max_model_len: int | None
 
+    def filled(self, clip: np.ndarray) -> np.ndarray:
+        """A clip [samples] with the silence behind it that its family's tower needs to hear it alike in any company."""
+        entry, rate = self.family.entry, self.family.sampling_rate
+        tail = int(entry.tail_s * rate)
+        return np.pad(clip, (0, max(tail, int(entry.shortest_s * rate) - len(clip))))
+
     def check(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> None:
         """Raise BadAudio when a view of the prompt cannot be put into ids, or leaves no room for max_tokens more."""
         heard = [len(clips[p]) for p in audio_paths(prompt)]
+        if len(heard) > self.family.entry.clips:
+            raise audio.BadAudio(f"it has {len(heard)} clips; {self.family.entry.name} takes {self.family.entry.clips}")
         ids = max(len(self.family.prompt_ids(render(prompt, v), heard if v == "speech" else [])) for v in VIEWS)
         if self.max_model_len is not None and ids + self.max_tokens > self.max_model_len:
             raise audio.BadAudio(
@@ -58,6 +66,7 @@ class ClipLoader:
             limit = self.config.data.max_audio_seconds
             clips = {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
             if self.room is not None:
+                clips = {p: self.room.filled(c) for p, c in clips.items()}
                 self.room.check(prompt, clips)
             return clips
         except audio.BadAudio as e:

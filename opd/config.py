@@ -55,6 +55,7 @@ class StudentConfig(Section):
     """The speech LLM and which of its parts are trained."""
 
     path: str = Field(description="checkpoint folder, hub id, or a run folder (its newest checkpoint)")
+    family: str | None = Field(None, description="see `opd families`; none: by the checkpoint's config.json")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
     attention: Literal["sdpa", "eager"] = "sdpa"

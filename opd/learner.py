@@ -40,7 +40,8 @@ class Learner:
         model = _load(family, config, settings)
         if config.train.gradient_checkpointing:
             hf: Any = model.hf
-            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            whole = hf if hf.supports_gradient_checkpointing else hf.get_submodule(family.language_model)
+            whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         params = [p for p in model.parameters() if p.requires_grad]
         if not params:
             raise UserError(f"student.train {config.student.train}: {model_path} has no parameter there")
@@ -51,9 +52,9 @@ class Learner:
         self.model.train()
         silent = np.zeros(family.sampling_rate // 2, np.float32)
         self._silent_clip = family.features([silent])
-        self._silence: Tensor | None = None
+        self._silence: list[Tensor] | None = None
         if self.model.adapter_trained and not self.model.tower_trained:
-            self._silence = self._engine_call(features=self._silent_clip)[0][:1]
+            self._silence = self._engine_call(features=self._silent_clip)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class Learner:
         if self.model.tower_trained:
             inputs["features"] = self.family.features([clips[k] for k in keys]) if keys else self._silent_clip
         elif keys:
-            inputs["audio"] = torch.cat([audio[k] for k in keys])
+            inputs["audio"] = [audio[k] for k in keys]
         elif self._silence is not None:
             inputs["audio"] = self._silence
         for name in ("ids", "position_ids", "attends", "row", "positions"):

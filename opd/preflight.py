@@ -18,7 +18,7 @@ from opd.views import audio_paths
 
 def check(config: Config) -> list[str]:
     """Check a recipe without a server or GPU: one line per thing checked. Raises UserError at the first fault."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     from opd.learner import deepspeed_settings
     from opd.models import family_of
@@ -28,16 +28,17 @@ def check(config: Config) -> list[str]:
     stage = (deepspeed_settings(config).get("zero_optimization") or {}).get("stage", 0)
     lines.append(f"DeepSpeed settings: ZeRO stage {stage}")
     student = resolve_model(config.student.path, "student.path")
-    family = family_of(student)
+    family = family_of(student, config.student.family)
     whole_weights(student, "student.path")
     lines.append(f"student {config.student.path}: {type(family).__name__}, {family.vocab_size} ids")
     teacher = resolve_model(config.teacher.path, "teacher.path")
     whole_weights(teacher, "teacher.path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)
+        tokenizer = family.text_tokenizer(teacher)
     except (OSError, ValueError) as e:
         raise UserError(f"teacher.path {teacher}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
-    if not tokenizer.get_vocab() or len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    if len(tokenizer) <= (len(added) if isinstance(added, dict) else 0):
         raise UserError(f"teacher.path {teacher}: expected tokenizer files such as tokenizer.json, found none")
     check_tokenizers(family, tokenizer, teacher)
     about = AutoConfig.from_pretrained(teacher)
@@ -126,7 +127,7 @@ def _manifest(config: Config, key: str, path: str, room: Room) -> str:
     for prompt in chosen:
         try:
             limit = config.data.max_audio_seconds
-            clips = {p: audio.load(p, room.family.sampling_rate, limit) for p in audio_paths(prompt)}
+            clips = {p: room.filled(audio.load(p, room.family.sampling_rate, limit)) for p in audio_paths(prompt)}
             room.check(prompt, clips)
         except audio.BadAudio as e:
             wrong += 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.config import Config, resolve_model
+from opd.families import family_entry
 from opd.vllm_plugin import BACKEND, TRIM_AUDIO
 
 HOST = "127.0.0.1"
@@ -80,11 +81,12 @@ def student_server(config: Config, port: int, resolve: Callable[[str, str], str]
 
     Its development endpoints let whoever reaches the port replace the weights: loopback only.
     """
-    extra = ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", json.dumps({"audio": 8})]
-    extra += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
-    command = _server(
-        config, "student", resolve(config.student.path, "student.path"), config.student.dtype, port, extra
-    )
+    model = resolve(config.student.path, "student.path")
+    family = family_entry(model, config.student.family)
+    limits = {m: family.clips if m == "audio" else 0 for m in family.modalities}
+    extra = ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", json.dumps(limits)]
+    extra += ["--weight-transfer-config", json.dumps({"backend": BACKEND}), *family.server]
+    command = _server(config, "student", model, config.student.dtype, port, extra)
     command.env["VLLM_SERVER_DEV_MODE"] = "1"
     command.env[TRIM_AUDIO] = str(int(config.rollout.server.trim_audio))
     if "VLLM_PLUGINS" in os.environ:  # unset loads every plugin; a choice must not leave ours out

@@ -39,11 +39,9 @@ class _Reader:
     """Tokenises text views with the teacher's own tokenizer and chat template."""
 
     def __init__(self, config: Config, family: Family) -> None:
-        from transformers import AutoTokenizer
-
         self.config, self.family = config, family
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(config.teacher.path, trust_remote_code=False)
+            self.tokenizer = family.text_tokenizer(config.teacher.path)
         except (OSError, ValueError) as e:
             raise UserError(f"teacher.path {config.teacher.path}: no loadable tokenizer: {_first_line(e)}") from e
         check_tokenizers(family, self.tokenizer, config.teacher.path)
@@ -51,8 +49,7 @@ class _Reader:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of the text view with the generation prompt."""
         messages = [_plain(m) for m in render(prompt, "text")]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.family.text_ids(self.tokenizer, messages)
 
 
 class LocalTeacher(_Reader):

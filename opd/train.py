@@ -195,7 +195,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     rank, world = dist.get_rank(), dist.get_world_size()
     path = resolve_model(config.student.path, "student.path")
     config.teacher.path = resolve_model(config.teacher.path, "teacher.path")
-    family = family_of(path)
+    family = family_of(path, config.student.family)
     prompts, bad = read_manifest(config.data.train)
     learner_device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     teacher = make_teacher(config, family, torch.device(learner_device))

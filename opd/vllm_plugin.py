@@ -13,7 +13,10 @@ from typing import Any
 
 BACKEND = "opd_file"
 TRIM_AUDIO = "OPD_TRIM_AUDIO"
-TRIMMED = {"Qwen2AudioForConditionalGeneration": "opd.vllm_models:TrimmedQwen2Audio"}
+TRIMMED = {
+    "Qwen2AudioForConditionalGeneration": "opd.vllm_models:TrimmedQwen2Audio",
+    "GraniteSpeechForConditionalGeneration": "opd.vllm_models:ClipwiseGraniteSpeech",
+}
 
 
 def register() -> None:
@@ -26,6 +29,41 @@ def register() -> None:
     if os.environ.get(TRIM_AUDIO) == "1":
         for architecture, model in TRIMMED.items():
             ModelRegistry.register_model(architecture, model)
+
+
+def tied_heads(model: Any) -> list[tuple[Any, Any]]:
+    """Output layers that share their weight with an embedding: no update names them, and vLLM's CPU keeps a copy."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    others = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m not in heads]
+    return [(head, other) for head in heads for other in others if head.weight is other.weight]
+
+
+def repack_experts(model: Any) -> None:
+    """Have vLLM's CPU experts pack their weights again: their kernel keeps the old ones otherwise, silently."""
+    import torch
+
+    for module in model.modules() if not torch.cuda.is_available() else ():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            setattr(method, "moe_kernel", None)  # noqa: B010
+
+
+def load_through_wrappers() -> None:
+    """Have vLLM's Voxtral load its adapter by the loaders that a reload puts around parameters: it goes past them."""
+    import torch
+    import vllm.model_executor.models.voxtral as voxtral
+
+    plain = voxtral.default_weight_loader
+    if getattr(plain, "of_opd", False):
+        return
+
+    def load(parameter: torch.nn.Parameter, weight: torch.Tensor) -> None:
+        getattr(parameter, "weight_loader", plain)(parameter, weight)
+
+    load.of_opd = True  # type: ignore[attr-defined]
+    voxtral.default_weight_loader = load
 
 
 def _engine_class() -> type[Any]:
@@ -61,6 +99,10 @@ def _engine_class() -> type[Any]:
             self.folder = os.path.realpath(init_info.folder)
 
         def start_weight_update(self) -> None:
+            self.tied = tied_heads(self.model)
+            repack_experts(self.model)
+            if type(self.model).__name__ == "VoxtralForConditionalGeneration":
+                load_through_wrappers()
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -74,6 +116,9 @@ def _engine_class() -> type[Any]:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
+            for head, embedding in self.tied:
+                head.weight = embedding.weight
+                head.quant_method.process_weights_after_loading(head)
 
         def shutdown(self) -> None:
             pass

@@ -101,7 +101,8 @@ class WeightSync:
         for name, tensor in learner.gathered():
             if self.transport is not None:
                 assert tensor is not None
-                self.transport.add(self.family.to_vllm(name), tensor)
+                for published, value in self.family.published(name, tensor):
+                    self.transport.add(published, value)
         if self.transport is not None:
             self.transport.send(self.servers, version)
             for server in self.servers:

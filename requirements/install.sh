@@ -77,6 +77,11 @@ if ! torchaudio_works 2>/dev/null; then
     torchaudio_works || die "torchaudio does not work"
 fi
 
+# torchvision's published wheel is linked against CUDA torch too: every Python process here gets what it misses.
+site=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo 'import opd.torchvision_cpu' >"$site/opd_torchvision_cpu.pth"
+"$py" -c 'import torchvision' || die "torchvision does not load beside CPU torch"
+
 # Kept in the environment: what an earlier torch compiled, or a killed build left behind, is not there.
 say "DeepSpeed's communication extension (about half a minute)"
 rm -rf "$venv/torch_extensions"

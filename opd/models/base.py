@@ -6,22 +6,36 @@ Shape legend in opd/types.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from opd.audio import BadAudio
+from opd.config import UserError
+from opd.families import Entry
 from opd.objectives import EXCLUDED
 from opd.types import Message
 
-Part = Literal["tower", "adapter", "llm"]
+Part = Literal["tower", "adapter", "llm", "fixed"]  # fixed: never trained, such as a vision tower
 
 
 class Family(ABC):
-    """One speech LLM architecture: inputs, parts, special ids, and names as vLLM's loader knows them."""
+    """One speech LLM architecture: inputs, parts, special ids, and names as vLLM's loader knows them.
 
+    The methods that are not abstract do what most families need; a family says the rest in class variables.
+    """
+
+    model_class: ClassVar[str]  # in transformers
+    parts: ClassVar[dict[str, Part]]  # prefix of a parameter's name in memory -> part; any other belongs to the LLM
+    names: ClassVar[dict[str, str]]  # prefix in memory -> prefix as vLLM loads it; the first that fits
+    language_model: ClassVar[str] = "model.language_model"
+    audio_marks: ClassVar[tuple[str, ...]] = ()  # further tokens that only a prompt may hold
+
+    entry: Entry  # how it is known and served
     sampling_rate: int
     banned_ids: list[int]  # audio-only ids and padded vocabulary rows: never sampled, in no divergence
     audio_id: int  # placeholder id, one per audio embedding after expansion
@@ -30,45 +44,134 @@ class Family(ABC):
     tokenizer: Any
     processor: Any
 
-    @abstractmethod
     def __init__(self, path: str) -> None:
         """Read config, tokenizer and processor of the checkpoint; no weights."""
+        from transformers import AutoConfig, AutoProcessor
 
-    @abstractmethod
+        self.path = path
+        self.full_config = AutoConfig.from_pretrained(path)
+        self.config = self.model_config(self.full_config)
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.tokenizer = self.processor.tokenizer
+        self.extractor = self.feature_extractor()
+        self.sampling_rate = self.extractor.sampling_rate
+        self.vocab_size = self.config.get_text_config().vocab_size
+        self.audio_id = self.placeholder_id()
+        ids = [self.audio_id, *self.tokenizer.convert_tokens_to_ids(self.marks())]
+        self.banned_ids = sorted({*ids, *range(len(self.tokenizer), self.vocab_size)})
+        self.eos_ids = self.end_of_turn()
+        self.check()
+
+    # ---- what the checkpoint holds --------------------------------------------------------------------------------
+
+    def model_config(self, config: Any) -> Any:
+        """The part of the checkpoint's config that describes the speech LLM: all of it, but for composite models."""
+        return config
+
+    def feature_extractor(self) -> Any:
+        """The processor's part that turns waveforms into features."""
+        return self.processor.feature_extractor
+
+    def placeholder_id(self) -> int:
+        """Id of the token that stands for a clip."""
+        return int(self.tokenizer.convert_tokens_to_ids(self.processor.audio_token))
+
+    def marks(self) -> list[str]:
+        """Tokens besides the placeholder that a response may not hold."""
+        return list(self.audio_marks)
+
+    def end_of_turn(self) -> list[int]:
+        """Ids that end a response, from generation_config.json, else the tokenizer's."""
+        from transformers import GenerationConfig
+
+        try:
+            eos: Any = GenerationConfig.from_pretrained(self.path).eos_token_id
+        except OSError:
+            eos = None
+        eos = eos if eos is not None else self.tokenizer.eos_token_id
+        return sorted(set(eos if isinstance(eos, list) else [eos]))
+
+    def check(self) -> None:
+        """Raise UserError for a checkpoint that this family cannot train."""
+        if self.processor.chat_template is None:
+            raise UserError(f"student.path {self.path}: the processor has no chat template")
+
+    def text_tokenizer(self, path: str) -> Any:
+        """The tokenizer of a text teacher. Raises OSError or ValueError when there is none."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+    def text_ids(self, tokenizer: Any, messages: list[Message]) -> list[int]:
+        """Token ids of a chat of plain strings with the generation prompt, for a text teacher."""
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     def load(self, dtype: torch.dtype, attention: str) -> nn.Module:
         """The Hugging Face model of this checkpoint."""
+        import transformers
 
-    @abstractmethod
+        return getattr(transformers, self.model_class).from_pretrained(
+            self.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        )
+
+    def save_extras(self, hf: Any, folder: Path) -> None:
+        """Everything of a checkpoint but the weights: config, generation config, processor."""
+        self.full_config.save_pretrained(folder)
+        hf.generation_config.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def save_other_weights(self, state: dict[str, Tensor], folder: Path) -> None:  # noqa: B027 - most have none
+        """Weights in a further format, for vLLM, where it does not read the one of transformers."""
+
+    # ---- parts and names ------------------------------------------------------------------------------------------
+
     def part_of(self, name: str) -> Part:
         """Which part a parameter belongs to, by its Hugging Face name in memory."""
+        return next((part for prefix, part in self.parts.items() if name.startswith(prefix)), "llm")
 
-    @abstractmethod
     def to_vllm(self, name: str) -> str:
-        """A parameter's name as vLLM's `load_weights` wants it."""
+        """A parameter's name as vLLM's `load_weights` wants it, which is also its name in published checkpoints."""
+        for prefix, published in self.names.items():
+            if name.startswith(prefix):
+                return published + name.removeprefix(prefix)
+        return name
+
+    def published(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """One parameter in memory as vLLM and published checkpoints hold it: (name, tensor), several if split there."""
+        yield self.to_vllm(name), tensor
+
+    # ---- inputs and forward ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
-        """Model inputs of waveforms: `mel` [C, bins, F] and `frames` [C]."""
+        """Model inputs of waveforms, such as `mel` [C, bins, F] and `frames` [C]."""
 
     @abstractmethod
     def audio_tokens(self, samples: int) -> int:
         """Audio embeddings S of a clip of so many samples."""
 
     @abstractmethod
-    def run_tower(self, hf: nn.Module, features: dict[str, Tensor]) -> list[Tensor]:
-        """Tower output per clip, each [S, tower width]."""
+    def run_tower(self, hf: Any, features: dict[str, Tensor]) -> list[Tensor]:
+        """Tower output per clip, each [S, tower width] (or as this family's adapter takes it)."""
 
-    @abstractmethod
-    def run_adapter(self, hf: nn.Module, audio: Tensor) -> Tensor:
-        """[S, tower width] -> [S, H]."""
+    def run_adapter(self, hf: Any, audio: list[Tensor]) -> list[Tensor]:
+        """What `run_tower` gave, per clip -> embeddings per clip, each [S, H]."""
+        return list(self.adapter(hf)(torch.cat(audio)).split([len(a) for a in audio]))
 
-    @abstractmethod
-    def run_llm(self, hf: nn.Module, embeds: Tensor, position_ids: Tensor, bias: Tensor) -> Tensor:
+    def adapter(self, hf: Any) -> Any:
+        """The module between tower and LLM, when it works on one embedding at a time."""
+        return hf.model.multi_modal_projector
+
+    def run_llm(self, hf: Any, embeds: Tensor, position_ids: Tensor, bias: Tensor) -> Tensor:
         """Embeddings [R, L, H], positions [R, L], additive attention bias [R, 1, L, L] -> last hidden states."""
+        llm = hf.get_submodule(self.language_model)
+        out = llm(inputs_embeds=embeds, position_ids=position_ids, attention_mask=bias, use_cache=False)
+        return out.last_hidden_state
 
-    @abstractmethod
-    def head(self, hf: nn.Module) -> nn.Module:
-        """The output layer, H -> V."""
+    def head(self, hf: Any, hidden: Tensor) -> Tensor:
+        """Last hidden states [..., H] -> logits [..., V]."""
+        return hf.lm_head(hidden)
 
     def prompt_ids(self, messages: list[Message], clip_samples: list[int]) -> list[int]:
         """Token ids of a chat with the generation prompt, every audio placeholder expanded to its S ids.
@@ -101,9 +204,20 @@ class SpeechLM(nn.Module):
         self.tower_trained, self.adapter_trained = "tower" in train, "adapter" in train
         for name, p in hf.named_parameters():
             p.requires_grad_(family.part_of(name) in train and "embed_positions" not in name)
+        self.frozen = [prefix.rstrip(".") for prefix, part in family.parts.items() if part not in train]
         banned = torch.zeros(family.vocab_size, dtype=torch.bool)
         banned[family.banned_ids] = True
         self.register_buffer("banned", banned, persistent=False)
+
+    def train(self, mode: bool = True) -> SpeechLM:
+        """As any module's, but what is frozen stays in evaluation mode: no dropout, no moving batch statistics."""
+        super().train(mode)
+        for name in self.frozen:
+            self.hf.get_submodule(name).eval()
+        for module in self.hf.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, features: dict[str, Tensor] | None = None, **text: Any) -> Any:
         return self.encode(features) if not text else self.response_logits(features=features, **text)
@@ -113,7 +227,7 @@ class SpeechLM(nn.Module):
         assert features is not None
         with torch.no_grad():
             audio = self.family.run_tower(self.hf, features)
-            return audio if self.adapter_trained else [self.family.run_adapter(self.hf, a) for a in audio]
+            return audio if self.adapter_trained else self.family.run_adapter(self.hf, audio)
 
     def response_logits(
         self,
@@ -122,33 +236,35 @@ class SpeechLM(nn.Module):
         attends: Tensor,
         row: Tensor,
         positions: Tensor,
-        audio: Tensor | None = None,
+        audio: list[Tensor] | None = None,
         features: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits of the response tokens, banned ids at EXCLUDED.
 
         ids, position_ids [R, L]; attends [R, 1, L, L]; row [B]; positions [B, T]: see opd.batch.MicroBatch.
-        audio [sum of S, ...]: `encode`d embeddings of all placeholders of `ids` in order; or, with a trained tower,
-        `features` of the clips, `audio` None. A micro-batch without any placeholder passes a dummy (one clip, or one
-        embedding) so that every rank runs the same modules; it then counts for nothing.
+        audio: what `encode` gave for the clips of `ids` in the order of their placeholders; or, with a trained tower,
+        `features` of the clips, `audio` None. A micro-batch without any clip passes a dummy one so that every rank
+        runs the same modules; it then counts for nothing.
         Returns [B, T, V] in float32.
         """
         embed: Any = self.hf.get_input_embeddings
         embeds = embed()(ids)
         if self.tower_trained:
             assert features is not None
-            audio = torch.cat(self.family.run_tower(self.hf, features))
+            audio = self.family.run_tower(self.hf, features)
         if (self.tower_trained or self.adapter_trained) and audio is not None:
             audio = self.family.run_adapter(self.hf, audio)
-        where = ids == self.family.audio_id
         if audio is not None:
+            heard = torch.cat(audio).to(embeds.dtype)
+            where = ids == self.family.audio_id
             count = int(where.sum())
             if count == 0:
-                embeds = embeds + 0.0 * audio.sum().to(embeds.dtype)
+                embeds = embeds + 0.0 * heard.sum()
             else:
-                assert count == len(audio), f"{count} audio placeholders, {len(audio)} audio embeddings"
-                embeds = embeds.masked_scatter(where[..., None], audio.to(embeds.dtype))
+                assert count == len(heard), f"{count} audio placeholders, {len(heard)} audio embeddings"
+                embeds = embeds.masked_scatter(where[..., None], heard)
         bias = torch.zeros(attends.shape, dtype=embeds.dtype, device=embeds.device)
         bias = bias.masked_fill(~attends, torch.finfo(embeds.dtype).min)
         hidden = self.family.run_llm(self.hf, embeds, position_ids, bias)
-        return self.family.head(self.hf)(hidden[row[:, None], positions]).float().masked_fill(self.banned, EXCLUDED)
+        logits = self.family.head(self.hf, hidden[row[:, None], positions]).float()
+        return logits.masked_fill(self.banned, EXCLUDED)  # type: ignore[arg-type]

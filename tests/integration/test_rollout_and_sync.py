@@ -49,7 +49,7 @@ class InProcess:
         mb = collate(make_samples([ScoredRollout(r, None) for r in rollouts], clips, self.family))
         audio = None
         if mb.clips:
-            audio = torch.cat(self.model.encode(self.family.features([clips[k] for k in mb.clips])))
+            audio = self.model.encode(self.family.features([clips[k] for k in mb.clips]))
         names = ("ids", "position_ids", "attends", "row", "positions")
         logits = self.model(**{n: getattr(mb, n) for n in names}, audio=audio)
         chosen = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])[..., 0]

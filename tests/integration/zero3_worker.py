@@ -78,7 +78,7 @@ def reference_loss(model: SpeechLM, samples: list[Sample], clips: dict[str, np.n
     means: dict[str, list[float]] = {"speech": [], "text": []}
     for s in samples:
         mb = collate([s])
-        audio = torch.cat(model.encode(model.family.features([clips[k] for k in s.clips]))) if s.clips else None
+        audio = model.encode(model.family.features([clips[k] for k in s.clips])) if s.clips else None
         names = ("ids", "position_ids", "attends", "row", "positions")
         logits = model(**{n: getattr(mb, n) for n in names}, audio=audio)
         logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])[..., 0]

@@ -32,7 +32,7 @@ def recipe(tmp_path: Path) -> Path:
     """A valid recipe whose student and teacher are folders with an empty config."""
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "config.json").write_text('{"model_type": "qwen2_audio"}')
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(dir=tmp_path))
     return path
@@ -98,11 +98,12 @@ def test_dry_run_prints_the_commands_and_starts_nothing(recipe: Path, capsys: py
 
 def test_dry_run_may_come_before_the_run_that_it_starts_from(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = "runs/a-run-to-come"
-    assert main(["launch", str(recipe), "--dry-run", f"student.path={before}"]) == 0
+    assert main(["launch", str(recipe), "--dry-run", f"student.path={before}", "student.family=voxtral"]) == 0
     shown = capsys.readouterr().out
-    assert (
-        f"# not there yet: student.path {before}: " in shown and f"--model {before}/checkpoints/step_N/model" in shown
-    )
+    assert f"# not there yet: student.path {before}: " in shown and "--load-format mistral" in shown
+    assert f"--model {before}/checkpoints/step_N/model" in shown
+    assert main(["launch", str(recipe), "--dry-run", f"student.path={before}"]) == 2
+    assert "name its family: student.family=" in capsys.readouterr().err
 
 
 def test_overrides_may_follow_options(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ class Student:
         mb = collate(samples)
         heard = {k: self.model(features=self.model.family.features([clips[k]]))[0] for k in mb.clips}
         names = ("ids", "position_ids", "attends", "row", "positions")
-        audio = torch.cat([heard[k] for k in mb.clips]) if mb.clips else None
+        audio = [heard[k] for k in mb.clips] if mb.clips else None
         return mb, self.model(**{n: getattr(mb, n) for n in names}, audio=audio)
 
 

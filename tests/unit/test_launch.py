@@ -38,7 +38,7 @@ STEP = {"step": 2, "steps": 30, "loss": 0.5, "length/mean": 7.25, "samples_per_s
 def recipe(tmp_path: Path) -> Path:
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "config.json").write_text('{"model_type": "qwen2_audio"}')
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(dir=tmp_path))
     return path

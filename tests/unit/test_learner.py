@@ -80,7 +80,7 @@ def make_learner(family: Family, c: Config) -> Learner:
     it.optimizer = torch.optim.SGD([p for p in it.model.parameters() if p.requires_grad], lr=1.0)
     it._silent_clip = family.features([np.zeros(8000, np.float32)])
     trained = set(c.student.train)
-    it._silence = it.model(features=it._silent_clip)[0][:1] if "adapter" in trained and "tower" not in trained else None
+    it._silence = it.model(features=it._silent_clip) if "adapter" in trained and "tower" not in trained else None
     return it
 
 

@@ -87,8 +87,8 @@ def test_audio_tokens_are_the_processors(family, samples: int) -> None:
 def test_the_trimmed_tower_hears_what_the_full_window_hears(family, hf) -> None:
     both = [CLIPS["a"], CLIPS["b"]]
     with torch.no_grad():
-        ours = [family.run_adapter(hf, a) for a in family.run_tower(hf, family.features(both))]
-        alone = family.run_adapter(hf, family.run_tower(hf, family.features(both[1:]))[0])
+        ours = family.run_adapter(hf, family.run_tower(hf, family.features(both)))
+        (alone,) = family.run_adapter(hf, family.run_tower(hf, family.features(both[1:])))
         inputs = reference_inputs(family, *CHATS["two clips"])
         assert inputs["input_features"].shape[-1] == 3000
         frames = inputs["feature_attention_mask"].sum(-1)
@@ -111,7 +111,7 @@ def sample(family, chat: str, response: list[int]) -> Sample:
 def packed_logits(model: SpeechLM, samples: list[Sample]) -> tuple[object, torch.Tensor]:
     mb = collate(samples)
     heard = dict(zip(CLIPS, model.encode(model.family.features(list(CLIPS.values()))), strict=True))
-    audio = torch.cat([heard[k] for k in mb.clips]) if mb.clips else None
+    audio = [heard[k] for k in mb.clips] if mb.clips else None
     names = ("ids", "position_ids", "attends", "row", "positions")
     return mb, model(**{n: getattr(mb, n) for n in names}, audio=audio)
 
@@ -159,7 +159,7 @@ def test_only_what_is_trained_gets_a_gradient(family, train: list[str]) -> None:
     if "tower" in train:
         logits = model(**inputs, features=features)
     else:
-        logits = model(**inputs, audio=torch.cat(model(features=features)))
+        logits = model(**inputs, audio=model(features=features))
     torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None]).sum().backward()
     moved = {family.part_of(n) for n, p in model.hf.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved == set(train)
@@ -168,7 +168,7 @@ def test_only_what_is_trained_gets_a_gradient(family, train: list[str]) -> None:
 def test_a_dummy_clip_changes_no_text_answer(family) -> None:
     model = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm", "adapter"])
     mb, without = packed_logits(model, [sample(family, "no clip", [311, 312, 2])])
-    dummy = model(features=family.features([CLIPS["b"]]))[0][:1]
+    dummy = model(features=family.features([CLIPS["b"]]))
     names = ("ids", "position_ids", "attends", "row", "positions")
     logits = model(**{n: getattr(mb, n) for n in names}, audio=dummy)
     torch.testing.assert_close(logits, without, atol=0, rtol=0)
@@ -274,9 +274,9 @@ def test_wherever_the_window_is_cut(family, hf) -> None:
     waves = [rng.standard_normal(n).astype(np.float32) / 10 for n in lengths]
     expected = full_window(family, hf, waves)
     with torch.no_grad():
-        alone = [family.run_adapter(hf, family.run_tower(hf, family.features([w]))[0]) for w in waves]
+        alone = [family.run_adapter(hf, family.run_tower(hf, family.features([w])))[0] for w in waves]
         beside = family.run_tower(hf, family.features([waves[i] for i in (3, 11, 0)]))
-        beside = [family.run_adapter(hf, a) for a in beside]
+        beside = family.run_adapter(hf, beside)
     for i, (ours, theirs) in enumerate(zip(alone, expected, strict=True)):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, i=i: f"{lengths[i]}: {m}")
     for ours, i in zip(beside, (3, 11, 0), strict=True):
@@ -304,7 +304,7 @@ def test_clips_and_placeholders_must_agree(family, hf) -> None:
     names = ("ids", "position_ids", "attends", "row", "positions")
     heard = model(features=family.features([CLIPS["a"]]))[0]
     with pytest.raises(AssertionError, match="50 audio placeholders, 49 audio embeddings"):
-        model(**{n: getattr(mb, n) for n in names}, audio=heard[:-1])
+        model(**{n: getattr(mb, n) for n in names}, audio=[heard[:-1]])
     with pytest.raises(AssertionError, match="dropped an audio part"):
         family.prompt_ids(CHATS["no clip"][0], [16000])
 
@@ -367,7 +367,7 @@ def test_vllm_knows_these_names_as_they_are(family, hf) -> None:
 
 def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
     teacher = str(Path(STUDENT).parent / "teacher")
-    with pytest.raises(UserError, match=f"{teacher}: model_type 'qwen2' is not supported; supported: qwen2_audio"):
+    with pytest.raises(UserError, match=f"{teacher}: model_type 'qwen2' is not supported; supported: .*qwen2_audio"):
         family_of(teacher)
     with pytest.raises(UserError, match="no loadable config"):
         family_of(str(tmp_path))

@@ -1,0 +1,202 @@
+"""`opd families`: which there are, and with `--check` the proof, on small random checkpoints, that each works here.
+
+For each family: a real vLLM server and two real ZeRO-3 learner ranks (opd/family_worker.py), a fresh server on a
+checkpoint of ours, and two steps of X-OPD through `opd launch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from opd.config import Config, UserError, load_config
+from opd.families import FAMILIES, Entry
+from opd.servers import Command, free_port, learner, student_server
+from opd.supervisor import Process, stop_all
+
+AGREE = 1e-4  # nats, float32
+DIFFER = 0.1  # nats: what a push that was left out must cost
+TOLERANCES = {"parity": AGREE, "zero3": AGREE, "checkpoint": AGREE, "X-OPD": AGREE}
+PUSHES: dict[str, list[str]] = {"llm": ["llm"], "llm+adapter": ["llm", "adapter"], "all": ["llm", "adapter", "tower"]}
+RECIPE = {
+    "teacher": {"kind": "local", "dtype": "float32"},
+    "rollout": {"max_tokens": 12, "n": 2, "server": {"max_model_len": 2048}},
+    "train": {"steps": 2, "prompts_per_step": 2, "gradient_checkpointing": True},
+    "optim": {"lr": 1e-3},
+    "data": {"check": 0},
+}
+SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for ten minutes")
+
+
+def show() -> int:
+    """Print the table of families."""
+    for e in FAMILIES.values():
+        print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher}")
+    return 0
+
+
+def check(names: list[str], keep: Path | None) -> int:
+    """Check families and print a line for each; 0 when all hold. `keep`: a folder for checkpoints, runs and logs."""
+    if unknown := [n for n in names if n not in FAMILIES]:
+        raise UserError(f"families: {', '.join(unknown)}: not known; known: {', '.join(FAMILIES)}")
+    code = 0
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
+        for name in names or list(FAMILIES):
+            began = time.monotonic()
+            found = prove(FAMILIES[name], Path(str(folder), name))
+            faults = judge(found)
+            code = code or bool(faults)
+            print(f"{name:16} {'FAILS: ' + '; '.join(faults) if faults else 'holds'}  {describe(found)}", end="  ")
+            print(f"{time.monotonic() - began:.0f} s", flush=True)
+    return int(code)
+
+
+def prove(family: Entry, folder: Path) -> dict[str, Any]:
+    """Everything that is measured of one family; an "error" where a part of it did not run."""
+    from opd.models.tiny import build
+
+    folder.mkdir(parents=True, exist_ok=True)
+    build(family.name, folder)
+    recipe = write_recipe(folder, family.clips)
+    found: dict[str, Any] = {}
+    try:
+        with server(recipe, folder / "student", folder) as url:
+            found |= worker(recipe, folder / "trained", url, processes=2)
+        with server(recipe, folder / "trained", folder) as url:
+            found |= worker(recipe, folder / "trained", url, processes=1)
+        found["X-OPD"] = launch(recipe, folder)
+    except ChildProcessError as e:
+        found["error"] = str(e)
+    return found
+
+
+def judge(found: dict[str, Any]) -> list[str]:
+    """What does not hold, in words."""
+    faults = [found["error"]] if "error" in found else []
+    for name, limit in TOLERANCES.items():
+        if name in found and not found[name] <= limit:
+            faults.append(f"{name}: {found[name]:.1e}, at most {limit:g} expected")
+    for name, (stale, fresh) in found.get("push", {}).items():
+        if not fresh <= AGREE:
+            faults.append(f"push of {name}: {fresh:.1e} afterwards, at most {AGREE:g} expected")
+        if not stale > DIFFER:
+            faults.append(f"push of {name}: only {stale:.1e} when it is left out, more than {DIFFER:g} expected")
+    return faults
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The numbers in one line."""
+    parts = [f"{n} {found[n]:.0e}" for n in TOLERANCES if n in found]
+    parts += [f"push of {n} {stale:.1f} -> {fresh:.0e}" for n, (stale, fresh) in found.get("push", {}).items()]
+    return ", ".join(parts)
+
+
+def write_recipe(folder: Path, clips: int) -> Path:
+    """A recipe and a manifest: prompts with one clip and with `clips`, with text beside it, in one turn and two."""
+    import soundfile
+    import yaml
+
+    rng = np.random.default_rng(0)
+    (folder / "clips").mkdir(exist_ok=True)
+    parts = []
+    for i, (text, seconds) in enumerate(zip(SENTENCES, (2.01, 0.9, 1.5, 3.3), strict=True)):
+        t = np.arange(int(16000 * seconds)) / 16000
+        tone = np.sin(2 * np.pi * (200 + 90 * i) * t * (1 + 0.2 * t)) * 0.3 + rng.normal(0, 0.02, len(t))
+        soundfile.write(folder / f"clips/{i}.wav", tone, 16000, subtype="FLOAT")
+        parts.append({"type": "audio", "path": f"clips/{i}.wav", "transcript": text})
+    more: dict[str, Any] = {"type": "text", "text": " answer."}
+    reply = {"role": "assistant", "content": "ten"}
+    asked: list[list[Any]] = [  # content of the user's turns
+        [[parts[0]]],
+        [[parts[1], more]],
+        [[parts[2], parts[3], more]],
+        [[parts[3]], [parts[0]]],
+        ["who?", [parts[1]]],
+    ]
+    lines = []
+    for turns in asked:
+        chat = [m for content in turns for m in ({"role": "user", "content": content}, reply)][:-1]
+        if sum(part["type"] == "audio" for m in chat for part in m["content"] if isinstance(part, dict)) <= clips:
+            lines.append(json.dumps({"messages": chat}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["student"] = {"path": str(folder / "student"), "dtype": "float32"}
+    recipe["teacher"]["path"] = str(folder / "teacher")
+    recipe["data"]["train"] = str(folder / "prompts.jsonl")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+@contextlib.contextmanager
+def server(recipe: Path, model: Path, folder: Path) -> Iterator[str]:
+    """URL of a vLLM server that holds `model`, stopped at the end."""
+    config = load_config(recipe, [f"student.path={model}"])
+    process = Process(student_server(config, free_port()), folder / f"{model.name}-server.log")
+    try:
+        deadline = time.monotonic() + config.launch.health_timeout_s
+        while not _healthy(process.command.url):
+            if process.code is not None or time.monotonic() > deadline:
+                raise ChildProcessError(f"vLLM does not serve it, see {process.log}")
+            time.sleep(0.2)
+        yield process.command.url
+    finally:
+        stop_all([process])
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def worker(recipe: Path, out: Path, url: str, processes: int) -> dict[str, Any]:
+    """Findings of opd/family_worker.py: of two ranks on the student, or of one on the checkpoint that they wrote."""
+    overrides = [f"run.dir={out.parent}/worker", f'rollout.urls=["{url}"]']
+    overrides += ["student.train=[llm, adapter, tower]"]
+    if processes == 1:
+        overrides += [f"student.path={out}", "run.stage=fresh"]
+    config: Config = load_config(recipe, [*overrides, f"launch.processes={processes}"])
+    command: Command = learner(config, str(recipe), overrides, [])
+    module = command.argv.index("opd.train")
+    argv = [*command.argv[:module], "opd.family_worker", str(out), *command.argv[module + 1 :]]
+    log = out.parent / f"worker-{processes}.log"
+    return json.loads(_run(argv, command.env, log, out.with_suffix(".json")))
+
+
+def launch(recipe: Path, folder: Path) -> float:
+    """Two steps of X-OPD; the greater of their mean |learner - sampler|."""
+    argv = [
+        sys.executable,
+        "-m",
+        "opd.cli",
+        "launch",
+        str(recipe),
+        f"run.dir={folder}/run",
+        "run.overwrite=true",
+        "--plain",
+    ]
+    lines = _run(argv, {}, folder / "launch.log", folder / "run" / "metrics.jsonl").splitlines()
+    return max(json.loads(line)["mismatch/logprob"] for line in lines)
+
+
+def _run(argv: list[str], env: dict[str, str], log: Path, result: Path) -> str:
+    import os
+
+    with open(log, "wb") as f:
+        code = subprocess.run(
+            argv, env={**os.environ, **env}, stdout=f, stderr=subprocess.STDOUT, timeout=900
+        ).returncode
+    if code or not result.is_file():
+        raise ChildProcessError(f"{Path(log).name} ended with exit code {code}, see {log}")
+    return result.read_text()

@@ -1,0 +1,172 @@
+"""The thinkers of Qwen2.5-Omni (arXiv 2503.20215) and Qwen3-Omni (arXiv 2509.17765): they hear and write text.
+
+The tower's last projections play the adapter's part. Vision stays as it is; talker and vocoder are left out of our
+checkpoints, whose config is still the full Omni one, as vLLM expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd.models.base import Family
+from opd.models.qwen2_audio import lengths, log_mel
+
+
+class Omni(Family):
+    """What both thinkers share."""
+
+    language_model = "model"
+    names = {"": "thinker."}
+
+    def model_config(self, config: Any) -> Any:
+        return getattr(config, "thinker_config", config)
+
+    def marks(self) -> list[str]:
+        names = ("image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
+        return [getattr(self.processor, f"{name}_token") for name in names]
+
+    def save_extras(self, hf: Any, folder: Path) -> None:
+        from transformers import AutoConfig
+
+        if not hasattr(self.full_config, "thinker_config"):  # vLLM knows the composite config alone
+            kind = self.config.model_type.removesuffix("_thinker")
+            thinker = self.config.to_dict()
+            self.full_config = AutoConfig.for_model(kind, thinker_config=thinker)
+        for switch in ("enable_talker", "enable_audio_output"):
+            if hasattr(self.full_config, switch):
+                setattr(self.full_config, switch, False)
+        super().save_extras(hf, folder)
+
+    def run_tower(self, hf: Any, features: dict[str, Tensor]) -> list[Tensor]:
+        frames = features["frames"]
+        heard = torch.arange(features["mel"].shape[-1], device=frames.device) < frames[:, None]
+        packed = features["mel"].permute(0, 2, 1)[heard].permute(1, 0)  # [bins, frames of all clips]
+        hidden = before(self.first_projection(hf), lambda: self.call_tower(hf.audio_tower, packed, frames))
+        return list(hidden.split([int(self.embeddings(int(f))) for f in frames]))
+
+    def first_projection(self, hf: Any) -> Any:
+        """Where the adapter starts."""
+        raise NotImplementedError
+
+    def call_tower(self, tower: Any, packed: Tensor, frames: Tensor) -> Any:
+        """Run the tower on frames of all clips one behind the other [bins, sum of F]."""
+        raise NotImplementedError
+
+    def embeddings(self, frames: int) -> int:
+        """Audio embeddings of so many frames."""
+        raise NotImplementedError
+
+    def audio_tokens(self, samples: int) -> int:
+        return self.embeddings(-(-samples // self.extractor.hop_length))
+
+
+class Qwen25Omni(Omni):
+    """The thinker of Qwen2.5-Omni; text teacher: Qwen2.5-Instruct."""
+
+    model_class = "Qwen2_5OmniThinkerForConditionalGeneration"
+    parts = {"audio_tower.proj.": "adapter", "audio_tower.": "tower", "visual.": "fixed"}
+
+    def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
+        return log_mel(self.extractor, clips)
+
+    def embeddings(self, frames: int) -> int:
+        return int(lengths(frames)[1])
+
+    def audio_tokens(self, samples: int) -> int:
+        return super().audio_tokens(min(samples, self.extractor.n_samples))
+
+    def first_projection(self, hf: Any) -> Any:
+        return hf.audio_tower.proj
+
+    def call_tower(self, tower: Any, packed: Tensor, frames: Tensor) -> Any:
+        return tower(packed, feature_lens=frames, aftercnn_lens=lengths(frames)[0])
+
+    def adapter(self, hf: Any) -> Any:
+        return hf.audio_tower.proj
+
+
+class Qwen3OmniMoe(Omni):
+    """The thinker of Qwen3-Omni, a mixture of experts; text teacher: Qwen3-30B-A3B-Instruct."""
+
+    model_class = "Qwen3OmniMoeThinkerForConditionalGeneration"
+    parts = {
+        "audio_tower.proj1.": "adapter",
+        "audio_tower.proj2.": "adapter",
+        "audio_tower.": "tower",
+        "visual.": "fixed",
+    }
+
+    def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
+        return pad_mels([mel_of(self.extractor, clip) for clip in clips])
+
+    def embeddings(self, frames: int) -> int:
+        return convolved(frames, self.config.audio_config.n_window)
+
+    def first_projection(self, hf: Any) -> Any:
+        return hf.audio_tower.proj1
+
+    def call_tower(self, tower: Any, packed: Tensor, frames: Tensor) -> Any:
+        return tower(packed, feature_lens=frames)
+
+    def adapter(self, hf: Any) -> Any:
+        tower = hf.audio_tower
+        return lambda x: tower.proj2(tower.act(tower.proj1(x)))
+
+    def published(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Experts, fused in memory, one by one."""
+        prefix, _, last = self.to_vllm(name).rpartition(".")
+        if not prefix.endswith(".experts"):
+            yield f"{prefix}.{last}", tensor
+            return
+        for e, expert in enumerate(tensor):
+            if last == "gate_up_proj":
+                for part, half in zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True):
+                    yield f"{prefix}.{e}.{part}.weight", half.clone()
+            else:
+                yield f"{prefix}.{e}.{last}.weight", expert.clone()
+
+
+def mel_of(extractor: Any, clip: np.ndarray) -> Tensor:
+    """Log-mel spectrogram [bins, F] of one clip, filled up to whole frames and no further, as vLLM makes it."""
+    filled = np.pad(clip, (0, -len(clip) % extractor.hop_length))
+    rate = extractor.sampling_rate
+    out = extractor(filled, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt")
+    return out["input_features"][0]
+
+
+def pad_mels(mels: list[Tensor], multiple: int = 1) -> dict[str, Tensor]:
+    """`mel` [C, bins, F] padded to a multiple, and `frames` [C]."""
+    frames = [m.shape[-1] for m in mels]
+    longest = -(-max(frames) // multiple) * multiple
+    mel = torch.stack([torch.nn.functional.pad(m, (0, longest - m.shape[-1])) for m in mels])
+    return {"mel": mel, "frames": torch.tensor(frames)}
+
+
+def convolved(frames: int, window: int) -> int:
+    """Embeddings of so many frames after three convolutions of stride 2, in chunks of 2 * window frames."""
+    whole, rest = divmod(frames, 2 * window)
+
+    def thrice(f: int) -> int:
+        for _ in range(3):
+            f = (f - 1) // 2 + 1 if f else 0
+        return f
+
+    return whole * thrice(2 * window) + thrice(rest)
+
+
+def before(module: Any, run: Callable[[], Any]) -> Tensor:
+    """What `run` hands to `module`: the input of its only call in there."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        run()
+    finally:
+        hook.remove()
+    (tensor,) = seen
+    return tensor

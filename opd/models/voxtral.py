@@ -1,0 +1,148 @@
+"""Voxtral: Whisper tower over full windows of 30 s, two-layer projector, Mistral LLM (arXiv 2507.13264).
+
+vLLM reads Mistral's own files (params.json, tekken.json, consolidated.safetensors); transformers reads Hugging Face's.
+A checkpoint of ours holds both. Text teacher: a Mistral LLM with the same tekken.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd.config import UserError
+from opd.models.whisper import Windowed
+from opd.types import Message
+
+MISTRAL = ("params.json", "tekken.json")
+CONSOLIDATED = "consolidated.safetensors"
+TOWER = "mm_whisper_embeddings.whisper_encoder."
+RENAMED = [
+    (r"model\.language_model\.(.*)", r"model.\1"),
+    (r"model\.multi_modal_projector\.linear_1\.(.*)", r"mm_whisper_embeddings.audio_language_projection.0.\1"),
+    (r"model\.multi_modal_projector\.linear_2\.(.*)", r"mm_whisper_embeddings.audio_language_projection.2.\1"),
+    (r"model\.audio_tower\.conv1\.(.*)", TOWER + r"conv_layers.0.\1"),
+    (r"model\.audio_tower\.conv2\.(.*)", TOWER + r"conv_layers.1.\1"),
+    (
+        r"model\.audio_tower\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(.*)",
+        TOWER + r"transformer.layers.\1.attention.w\2.\3",
+    ),
+    (
+        r"model\.audio_tower\.layers\.(\d+)\.self_attn\.out_proj\.(.*)",
+        TOWER + r"transformer.layers.\1.attention.wo.\2",
+    ),
+    (
+        r"model\.audio_tower\.layers\.(\d+)\.self_attn_layer_norm\.(.*)",
+        TOWER + r"transformer.layers.\1.attention_norm.\2",
+    ),
+    (r"model\.audio_tower\.layers\.(\d+)\.final_layer_norm\.(.*)", TOWER + r"transformer.layers.\1.ffn_norm.\2"),
+    (r"model\.audio_tower\.layers\.(\d+)\.fc([12])\.(.*)", TOWER + r"transformer.layers.\1.feed_forward.w\2.\3"),
+    (r"model\.audio_tower\.layer_norm\.(.*)", TOWER + r"transformer.norm.\1"),
+]
+
+
+class Voxtral(Windowed):
+    """Inputs, parts and names of Voxtral."""
+
+    model_class = "VoxtralForConditionalGeneration"
+    merged = 4
+
+    def marks(self) -> list[str]:
+        return ["[BEGIN_AUDIO]"]
+
+    def placeholder_id(self) -> int:
+        return int(self.config.audio_token_id)
+
+    def check(self) -> None:
+        for name in MISTRAL:
+            if Path(self.path).is_dir() and not Path(self.path, name).is_file():
+                raise UserError(f"student.path {self.path}: expected Mistral's {name} beside config.json, found none")
+
+    def text_tokenizer(self, path: str) -> Any:
+        """Mistral's own, which the student has too, where the teacher brings it."""
+        from transformers.tokenization_mistral_common import MistralCommonBackend
+
+        if Path(path).is_dir() and not Path(path, "tekken.json").is_file():
+            return super().text_tokenizer(path)
+        return MistralCommonBackend.from_pretrained(path)
+
+    def text_ids(self, tokenizer: Any, messages: list[Message]) -> list[int]:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+
+    def to_vllm(self, name: str) -> str:
+        """As Mistral names it, in part: vLLM takes the LLM's names from Hugging Face."""
+        for pattern, published in RENAMED:
+            if re.fullmatch(pattern, name):
+                return re.sub(pattern, published, name)
+        return name
+
+    def save_extras(self, hf: Any, folder: Path) -> None:
+        super().save_extras(hf, folder)
+        for name in MISTRAL:
+            if not (folder / name).exists():
+                shutil.copyfile(Path(self.path, name), folder / name)
+
+    def save_other_weights(self, state: dict[str, Tensor], folder: Path) -> None:
+        """transformers reads its own names; vLLM the file that `consolidated` is."""
+        from huggingface_hub import save_torch_state_dict
+        from safetensors.torch import save_file
+
+        for stale in folder.glob("model*.safetensors*"):
+            stale.unlink()
+        save_torch_state_dict(state, folder)
+        mistral = {self.to_vllm(n): v.contiguous() for n, v in state.items() if "embed_positions" not in n}
+        save_file(mistral, folder / CONSOLIDATED, metadata={"format": "pt"})
+
+    def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
+        size = self.extractor.n_samples
+        mels, counts = [], []
+        for clip in clips:  # one spectrogram over the clip filled up to whole windows, then cut
+            filled = np.pad(clip, (0, -len(clip) % size))
+            out = self.extractor(filled, sampling_rate=self.sampling_rate, truncation=False, return_tensors="pt")
+            mels.append(torch.stack(out["input_features"][0].split(self.extractor.nb_max_frames, -1)))
+            counts.append(len(mels[-1]))
+        mel = torch.cat(mels)
+        return {"mel": mel, "frames": torch.full((len(mel),), mel.shape[-1]), "windows": torch.tensor(counts)}
+
+    def audio_tokens(self, samples: int) -> int:
+        windows = -(-samples // self.extractor.n_samples)
+        return windows * self.extractor.nb_max_frames // (2 * self.merged)
+
+    def run_windows(self, tower: Any, mel: Tensor, frames: Tensor) -> list[Tensor]:
+        hidden = tower(mel.to(tower.conv1.weight.dtype)).last_hidden_state
+        return list(hidden.reshape(len(mel), -1, self.merged * hidden.shape[-1]))
+
+    def prompt_ids(self, messages: list[Message], clip_samples: list[int]) -> list[int]:
+        silent = _silence(self.sampling_rate)
+        chat = [{**m, "content": _parts(m["content"], silent)} for m in messages]
+        ids = self.processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0].tolist()
+        window, lengths = self.audio_tokens(1), iter([self.audio_tokens(n) for n in clip_samples])
+        expanded: list[int] = []
+        at = 0
+        while at < len(ids):
+            clip = ids[at] == self.audio_id
+            expanded += [ids[at]] * (next(lengths) if clip else 1)
+            at += window if clip else 1
+        assert next(lengths, None) is None, "the chat template dropped an audio part"
+        return expanded
+
+
+def _parts(content: Any, clip: str) -> Any:
+    if isinstance(content, str):
+        return content
+    return [{"type": "audio", "base64": clip} if part["type"] == "audio" else part for part in content]
+
+
+def _silence(rate: int) -> str:
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(rate // 10, np.float32), rate, format="wav")
+    return base64.b64encode(buffer.getvalue()).decode()
