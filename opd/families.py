@@ -30,7 +30,7 @@ class Entry:
 FAMILIES = {
     entry.name: entry
     for entry in (
-        Entry("qwen2_audio", "opd.models.qwen2_audio:Qwen2Audio", ("qwen2_audio",), "Qwen/Qwen-7B-Chat"),
+        Entry("qwen2_audio", "opd.models.qwen2_audio:Qwen2Audio", ("qwen2_audio",), "Qwen/Qwen2-7B-Instruct"),
         Entry(
             "qwen2_5_omni",
             "opd.models.omni:Qwen25Omni",

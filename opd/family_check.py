@@ -41,7 +41,7 @@ SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for te
 def show() -> int:
     """Print the table of families."""
     for e in FAMILIES.values():
-        print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher}")
+        print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher} (unchecked)")
     return 0
 
 
