@@ -21,6 +21,7 @@ from opd.objectives import OBJECTIVES, Tokens
 from opd.types import VIEWS, Batch, Sample
 
 CLIPS_PER_CALL = 8  # of the frozen tower
+GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TeacherLogits = Callable[[list[Sample], int], Tensor]  # samples, T -> [B, T, V]
 
@@ -158,18 +159,31 @@ class Learner:
     # ---- weights --------------------------------------------------------------------------------------------------
 
     def gathered(self, trainable_only: bool = True) -> Iterator[tuple[str, Tensor | None]]:
-        """(Hugging Face name, full tensor on rank 0, None elsewhere), one parameter at a time.
+        """(Hugging Face name, full tensor on rank 0, None elsewhere), few parameters at a time.
 
         A collective: every rank must exhaust it.
         """
         import deepspeed
 
-        for name, p in self.model.hf.named_parameters():
-            if trainable_only and not p.requires_grad:
-                continue
-            with deepspeed.zero.GatheredParameters([p]):
-                value = p.data.detach().cpu().clone() if self.rank == 0 else None
-            yield name, value
+        named = [(n, p) for n, p in self.model.hf.named_parameters() if p.requires_grad or not trainable_only]
+        for group in _groups(named):
+            with deepspeed.zero.GatheredParameters([p for _, p in group]):
+                values = [p.data.detach().cpu().clone() if self.rank == 0 else None for _, p in group]
+            yield from zip((n for n, _ in group), values, strict=True)
+
+
+def _groups(named: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """Parameters in runs of at most GATHERED elements together: one collective for many small ones."""
+    groups: list[list[tuple[str, Any]]] = []
+    elements = 0
+    for name, p in named:
+        size = getattr(p, "ds_numel", p.numel())
+        if not groups or elements + size > GATHERED:
+            groups.append([])
+            elements = 0
+        groups[-1].append((name, p))
+        elements += size
+    return groups
 
 
 class Sums:

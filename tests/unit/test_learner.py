@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd.batch import _dummy, make_batch, make_samples, view_shares
 from opd.config import Config, load_config
-from opd.learner import Learner, learning_rate
+from opd.learner import Learner, _groups, learning_rate
 from opd.models import family_of
 from opd.models.base import Family, SpeechLM
 from opd.objectives import EXCLUDED
@@ -358,3 +358,10 @@ def test_evaluation_logits_carry_no_gradient_and_leave_training_mode(family: Fam
         n = len(ANSWERS[i][2])
         assert mb.targets[i, :n].tolist() == list(ANSWERS[i][2]) and mb.mask[i].sum() == n
         torch.testing.assert_close(logits[i, :n], out.detach().float(), atol=1e-5, rtol=1e-6)
+
+
+def test_parameters_are_gathered_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.learner.GATHERED", 10)
+    named = [(str(i), torch.zeros(n)) for i, n in enumerate((4, 6, 1, 30, 2, 2))]
+    assert [[n for n, _ in g] for g in _groups(named)] == [["0", "1"], ["2"], ["3"], ["4", "5"]]
+    assert _groups([]) == []
