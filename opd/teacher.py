@@ -69,6 +69,23 @@ class LocalTeacher(_Reader):
         self.device = device
         self.banned = torch.zeros(family.vocab_size, dtype=torch.bool, device=device)
         self.banned[family.banned_ids] = True
+        self._check_head()
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of last hidden states [..., H]; some LLMs scale them."""
+        return self.model.get_output_embeddings()(hidden).float() / getattr(self.model.config, "logits_scaling", 1.0)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """An LLM may do to its logits what is not known here: its log-probs would then be wrong, silently."""
+        ids = torch.arange(8, device=self.device)[None]
+        whole = self.model(input_ids=ids, use_cache=False).logits.float()
+        ours = self._head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(whole, ours, atol=0.01 * float(whole.abs().max()), rtol=0.01):
+            raise UserError(
+                f"teacher.path {self.config.teacher.path}: {type(self.model).__name__} does more to its logits than "
+                "its output layer and logits_scaling; have vLLM serve it: teacher.kind=server"
+            )
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         from trl.trainer.utils import selective_log_softmax
@@ -141,7 +158,7 @@ class LocalTeacher(_Reader):
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         rows = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = self.model.get_output_embeddings()(rows).float()
+        logits = self._head(rows)
         out = torch.full((*logits.shape[:2], len(self.banned)), EXCLUDED, device=logits.device)
         shared = min(logits.shape[-1], len(self.banned))
         out[..., :shared] = logits[..., :shared]

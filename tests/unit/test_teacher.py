@@ -119,3 +119,30 @@ def test_another_tokenizer_is_refused(family: Family) -> None:
 
     with pytest.raises(UserError, match=r"differs from the student's in 2 ids \(id: student / teacher\): 300: "):
         check_tokenizers(family, Swapped(), "somewhere")
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("granite", {"logits_scaling": 4.0}), ("gemma2", {})])
+def test_what_an_llm_does_to_its_logits(
+    family: Family, config: Config, tmp_path: Path, kind: str, settings: dict[str, float]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **settings))
+    model.get_input_embeddings().weight.data.normal_(0, 40)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(config.teacher.path).save_pretrained(tmp_path)
+    config = config.model_copy(deep=True)
+    config.teacher.path = str(tmp_path)
+    if kind == "gemma2":  # which squeezes them into a range
+        with pytest.raises(UserError, match="Gemma2ForCausalLM does more to its logits"):
+            LocalTeacher(config, family, torch.device("cpu"))
+        return
+    teacher = LocalTeacher(config, family, torch.device("cpu"))
+    ids = torch.tensor([[300, 301, 302]])
+    rows = teacher._forward(ids, torch.ones_like(ids), torch.tensor([[0, 1, 2]]))
+    expected = teacher.model(input_ids=ids).logits[..., : rows.shape[-1]]
+    kept = ~teacher.banned[: expected.shape[-1]]
+    torch.testing.assert_close(rows[..., : len(kept)][..., kept], expected[..., kept].float())
