@@ -112,7 +112,9 @@ def listed(config: Config) -> set[str]:
 
 
 def list_bad(config: Config, bad: list[dict[str, str]]) -> None:
-    """Add records to bad_records.jsonl."""
+    """Add records to bad_records.jsonl, which a run without any does not have."""
+    if not bad:
+        return
     with open(Path(config.run.dir, "bad_records.jsonl"), "a") as f:
         f.write("".join(json.dumps(b) + "\n" for b in bad))
 
