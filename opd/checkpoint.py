@@ -46,7 +46,7 @@ def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -
 
 
 def save_model(learner: Learner, folder: Path) -> None:
-    """Write the whole student as Hugging Face files: gathered one parameter at a time, held by rank 0.
+    """Write the whole student as Hugging Face files: gathered few parameters at a time, held by rank 0.
 
     The names are those of published checkpoints, which vLLM knows and transformers translates as it loads.
     (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)

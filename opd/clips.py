@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from opd import audio
 from opd.config import Config, UserError
+from opd.metrics import read_lines
 from opd.types import VIEWS, Prompt
 from opd.views import audio_paths, render
 
@@ -105,10 +107,15 @@ class ClipLoader:
             check_share(self.config, count + self.bad_before, self.records, ": ".join(example))
 
 
+class _Bad(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    place: str
+
+
 def listed(config: Config) -> set[str]:
     """Places in the run folder's bad_records.jsonl, which an earlier start of the run may have written."""
     file = Path(config.run.dir, "bad_records.jsonl")
-    return {json.loads(line)["place"] for line in file.read_text().splitlines()} if file.is_file() else set()
+    return {line["place"] for line in read_lines(file, _Bad)}
 
 
 def list_bad(config: Config, bad: list[dict[str, str]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
 from opd.config import Config, UserError, load_config
 from opd.families import FAMILIES, Entry
+from opd.http import healthy
 from opd.servers import Command, free_port, learner, student_server
 from opd.supervisor import Process, stop_all
 
@@ -144,20 +145,13 @@ def server(recipe: Path, model: Path, folder: Path) -> Iterator[str]:
     process = Process(student_server(config, free_port()), folder / f"{model.name}-server.log")
     try:
         deadline = time.monotonic() + config.launch.health_timeout_s
-        while not _healthy(process.command.url):
+        while not healthy(process.command.url):
             if process.code is not None or time.monotonic() > deadline:
                 raise ChildProcessError(f"vLLM does not serve it, see {process.log}")
             time.sleep(0.2)
         yield process.command.url
     finally:
         stop_all([process])
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def worker(recipe: Path, out: Path, url: str, processes: int) -> dict[str, Any]:
@@ -191,8 +185,6 @@ def launch(recipe: Path, folder: Path) -> float:
 
 
 def _run(argv: list[str], env: dict[str, str], log: Path, result: Path) -> str:
-    import os
-
     with open(log, "wb") as f:
         code = subprocess.run(
             argv, env={**os.environ, **env}, stdout=f, stderr=subprocess.STDOUT, timeout=900

@@ -74,6 +74,14 @@ class Server:
         return parse(response, self.url + path)
 
 
+def healthy(url: str) -> bool:
+    """Whether a vLLM server is up and ready at `url`."""
+    try:
+        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def check_model(server: Server, key: str, path: str, wanted: str) -> int:
     """How many ids a server takes, once it is clear that it holds the model at `path`.
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import httpx
 import psutil
 
 from opd import preflight, run_folder
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.display import Display, make_display
+from opd.http import healthy
 from opd.metrics import MetricsLog, read_lines
 from opd.report import write_report
 from opd.servers import Command, learner, servers
@@ -172,7 +172,7 @@ def _wait_healthy(config: Config, processes: list[Process], display: Display, si
         signals.check()
         _all_alive(processes)
         for p in list(waiting):
-            if _healthy(p.command.url):
+            if healthy(p.command.url):
                 p.state = "healthy"
                 waiting.remove(p)
         if waiting and time.monotonic() > deadline:
@@ -180,13 +180,6 @@ def _wait_healthy(config: Config, processes: list[Process], display: Display, si
             raise RunFailed(f"not healthy after launch.health_timeout_s={config.launch.health_timeout_s}: {names}")
         display.refresh()
         time.sleep(POLL_S)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def _all_alive(processes: list[Process]) -> None:
@@ -216,7 +209,7 @@ def _watch(processes: list[Process], display: Display, signals: Signals) -> None
     message = status.get("error") or cause(trainer.log, trainer.code)
     if status.get("user_error"):
         raise UserError(message)
-    if silent := [p for p in others if not _healthy(p.command.url)]:
+    if silent := [p for p in others if not healthy(p.command.url)]:
         message += "; no longer healthy: " + ", ".join(f"the {p.command.name} server (see {p.log})" for p in silent)
     raise RunFailed(f"the learner ended with exit code {trainer.code}: {message}; see {trainer.log}")
 

@@ -78,7 +78,8 @@ class Family(ABC):
 
     def marks(self) -> list[str]:
         """Tokens besides the placeholder that a response may not hold."""
-        return list(self.audio_marks)
+        around = [getattr(self.processor, f"audio_{end}_token", None) for end in ("bos", "eos")]
+        return [*self.audio_marks, *(token for token in around if token is not None)]
 
     def end_of_turn(self) -> list[int]:
         """Ids that end a response, from generation_config.json, else the tokenizer's."""

@@ -6,6 +6,7 @@ checkpoints, whose config is still the full Omni one, as vLLM expects.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,17 @@ class Omni(Family):
         hidden = before(self.first_projection(hf), lambda: self.call_tower(hf.audio_tower, packed, frames))
         return list(hidden.split([int(self.embeddings(int(f))) for f in frames]))
 
+    @abstractmethod
     def first_projection(self, hf: Any) -> Any:
         """Where the adapter starts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call_tower(self, tower: Any, packed: Tensor, frames: Tensor) -> Any:
         """Run the tower on frames of all clips one behind the other [bins, sum of F]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embeddings(self, frames: int) -> int:
         """Audio embeddings of so many frames."""
-        raise NotImplementedError
 
     def audio_tokens(self, samples: int) -> int:
         return self.embeddings(-(-samples // self.extractor.hop_length))

@@ -21,9 +21,6 @@ class Qwen2Audio(Family):
     parts = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
     names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
 
-    def marks(self) -> list[str]:
-        return [self.processor.audio_bos_token, self.processor.audio_eos_token]
-
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         return log_mel(self.extractor, clips)
 

@@ -23,9 +23,6 @@ class Qwen3Asr(Family):
     parts = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
     names: ClassVar[dict[str, str]] = {}
 
-    def marks(self) -> list[str]:
-        return [self.processor.audio_bos_token, self.processor.audio_eos_token]
-
     def check(self) -> None:
         super().check()
         if not (self.config.get_text_config().tie_word_embeddings or self.config.tie_word_embeddings):

@@ -146,8 +146,13 @@ def test_too_long_says_how_long(tmp_path: Path) -> None:
         audio.load(str(tmp_path / "a.wav"), 16000, 2)
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+# Of an mp3 the last frame, 26 ms, may be missing unnoticed: nothing in the file tells.
+SHARES = (0.1, 0.5, 0.9)
+CUT = [(suffix, share) for suffix in ("wav", "flac", "ogg", "mp3") for share in SHARES]
+CUT += [(suffix, 0.999) for suffix in ("wav", "flac", "ogg")]
+
+
+@pytest.mark.parametrize(("suffix", "share"), CUT)
 def test_a_file_that_was_cut_off_is_bad(tmp_path: Path, suffix: str, share: float) -> None:
     path = tmp_path / f"cut.{suffix}"
     soundfile.write(path, np.tile(TONE, 5), 44100)
@@ -155,8 +160,6 @@ def test_a_file_that_was_cut_off_is_bad(tmp_path: Path, suffix: str, share: floa
     whole = path.read_bytes()
     cut = tmp_path / f"short.{suffix}"
     cut.write_bytes(whole[: int(share * len(whole))])
-    if suffix == "mp3" and share > 0.9:
-        pytest.xfail("the last frame of an mp3 may be missing unnoticed: 26 ms")
     with pytest.raises(audio.BadAudio, match=r"short\.\w+: (truncated|not readable)"):
         audio.load(str(cut), 16000, 30)
 
