@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -51,6 +51,15 @@ class RunConfig(Section):
     overwrite: bool = Field(False, description="delete whatever run the folder holds and start anew")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on the LLM's linear layers (LoRA, arXiv 2106.09685), through PEFT."""
+
+    r: PositiveInt = Field(16, description="rank of the update")
+    alpha: PositiveFloat = Field(32.0, description="the update is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into an adapter, in training")
+    targets: list[str] = Field([], description="names of linear layers; none: all of the LLM's but its output layer")
+
+
 class StudentConfig(Section):
     """The speech LLM and which of its parts are trained."""
 
@@ -59,15 +68,19 @@ class StudentConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
     attention: Literal["sdpa", "eager"] = "sdpa"
+    lora: LoraConfig | None = Field(None, description="train adapters instead of the LLM's own weights")
 
 
 class TeacherConfig(Section):
     """The text LLM that grades, and where it runs."""
 
-    kind: Literal["local", "server"] = "local"
+    kind: Literal["local", "server"] | None = Field(
+        None, description="none: server where the placement has teacher servers and the objective can use them"
+    )
     path: str = Field(description="checkpoint folder or hub id of the text LLM")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    urls: list[str] = Field([], description="kind server: base URLs; empty: the launcher starts one")
+    urls: list[str] = Field([], description="kind server: base URLs; empty: the launcher starts what it needs")
+    shard: bool = Field(False, description="local: ZeRO-3 over the learner's ranks instead of a copy on each")
     batch_tokens: PositiveInt = Field(16384, description="local: padded tokens in one forward pass")
 
 
@@ -88,6 +101,7 @@ class ServerConfig(Section):
     kv_cache_gib: PositiveInt = Field(1, description="VLLM_CPU_KVCACHE_SPACE, CPU only")
     threads: NonNegativeInt = Field(0, description="OpenMP threads of the server, CPU only; 0: all cores")
     trim_audio: bool = Field(True, description="run the audio tower over the clips only, not their fixed window")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU that a server takes")
     args: list[str] = Field([], description="further arguments of the vLLM server")
 
 
@@ -102,8 +116,13 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = 300.0
     concurrency: PositiveInt = 256
     max_mismatch: PositiveFloat = Field(0.5, description="mean |learner - sampler| log-prob that stops the run")
-    transport: Literal["file"] = Field("file", description="carries new weights to the servers")
-    transfer_dir: str = Field("/dev/shm", description="folder that learner and servers share, for new weights")
+    transport: Literal["file", "nccl", "ipc"] | None = Field(
+        None, description="carries new weights to the servers; none: as the placement has it, file without one"
+    )
+    sleep: bool | None = Field(
+        None, description="servers sleep while the learner works; none: where they share its device"
+    )
+    transfer_dir: str = Field("/dev/shm", description="file: folder that learner and servers share, for new weights")
     server: ServerConfig = ServerConfig()
 
 
@@ -158,9 +177,21 @@ class EvalConfig(Section):
 
 
 class LaunchConfig(Section):
-    """The learner processes of `opd launch`."""
+    """What `opd launch` starts, and where (opd/placement.py)."""
 
-    processes: PositiveInt = Field(2, description="learner processes on this machine")
+    placement: str | None = Field(
+        None, description="YAML of recipes/placements; none: all on this machine, without GPUs"
+    )
+    hosts: list[str] = Field([], description="address of each node of the placement, under which the others reach it")
+    node: NonNegativeInt | None = Field(None, description="which node this is; none: OPD_NODE, SLURM_NODEID, or 0")
+    port: PositiveInt | None = Field(
+        None, le=65000, description="first of the ports taken; none: free ones, 8100 on several nodes"
+    )
+    launcher: Literal["accelerate", "deepspeed"] = Field("accelerate", description="starts the learner processes")
+    lost_after_s: PositiveFloat = Field(60.0, description="a node that is silent for longer ends the run everywhere")
+    processes: PositiveInt | None = Field(
+        None, description="learner processes of all nodes; none: as the placement, else 2"
+    )
     threads: NonNegativeInt = Field(0, description="OpenMP threads of a learner process, CPU only; 0: share the cores")
     health_timeout_s: PositiveInt = 600
 
@@ -194,39 +225,54 @@ class Config(Section):
             raise ValueError(f"objective.name xopd needs rollout.source student, found {source}")
         if name == "kd" and source == "student":
             raise ValueError("objective.name kd needs rollout.source teacher or dataset, found student")
-        if name == "kd" and self.teacher.kind != "local":
+        if name == "kd" and self.teacher.kind == "server":
             raise ValueError("objective.name kd reads full vocabulary rows: teacher.kind must be local, found server")
-        if self.train.prompts_per_step < self.launch.processes:
-            raise ValueError(
-                f"train.prompts_per_step ({self.train.prompts_per_step}) must be at least "
-                f"launch.processes ({self.launch.processes}): every learner process needs a prompt"
-            )
+        if self.student.lora is not None and "llm" not in self.student.train:
+            raise ValueError(f"student.lora adapts the LLM: student.train must hold llm, found {self.student.train}")
         return self
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML recipe and apply dotted overrides such as `optim.lr=1e-4`.
 
-    Raises UserError that names the file and key, what was expected and what was found.
+    What the recipe leaves to its placement is filled in. Raises UserError that names the file and key, what was
+    expected and what was found.
     """
+    from opd.placement import place
+
     path = Path(recipe)
     if not path.is_file():
         raise UserError(f"{recipe}: no such recipe file")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{recipe}: not valid YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(raw, dict):
-        raise UserError(f"{recipe}: expected a mapping of sections, found {type(raw).__name__}")
+    raw = read_yaml(path)
     for item in overrides:
         _override(raw, item)
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as e:
-        raise UserError(f"{recipe}: " + "; ".join(_explain(err) for err in e.errors())) from e
+    config = validated(Config, raw, recipe)
+    place(config)
     if not config.run.dir:
         config.run.dir = _run_dir(path, config)
     return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises UserError that names it."""
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    return raw
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validated(section: type[S], raw: dict[str, Any], source: str | Path) -> S:
+    """`raw` as a `section`. Raises UserError that names the source and every key at fault."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as e:
+        raise UserError(f"{source}: " + "; ".join(_explain(err, section) for err in e.errors())) from e
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -239,6 +285,8 @@ NOT_COMPARED: tuple[str, ...] = (
     "run.dir",
     "run.overwrite",
     "rollout.urls",
+    "rollout.transport",
+    "rollout.sleep",
     "teacher.urls",
     "launch",
     "metrics",
@@ -281,10 +329,10 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"override {item!r}: the value is not valid YAML") from e
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, section: type[Section]) -> str:
     where = ".".join(str(p) for p in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {where}{_suggest(error['loc'])}"
+        return f"unknown key {where}{_suggest(error['loc'], section)}"
     if error["type"] == "missing":
         return f"{where} is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -293,10 +341,10 @@ def _explain(error: Any) -> str:
     return message
 
 
-def _suggest(loc: tuple[Any, ...]) -> str:
+def _suggest(loc: tuple[Any, ...], section: type[Section]) -> str:
     import difflib
 
-    model: Any = Config
+    model: Any = section
     for name in loc[:-1]:
         model = model.model_fields[name].annotation if name in getattr(model, "model_fields", {}) else None
     names = [f.alias or n for n, f in getattr(model, "model_fields", {}).items()]

@@ -22,7 +22,8 @@ import numpy as np
 from opd.config import Config, UserError, load_config
 from opd.families import FAMILIES, Entry
 from opd.http import healthy
-from opd.servers import Command, free_port, learner, student_server
+from opd.layout import Place, layout
+from opd.servers import learner, student_server
 from opd.supervisor import Process, stop_all
 
 AGREE = 1e-4  # nats, float32
@@ -142,7 +143,7 @@ def write_recipe(folder: Path, clips: int) -> Path:
 def server(recipe: Path, model: Path, folder: Path) -> Iterator[str]:
     """URL of a vLLM server that holds `model`, stopped at the end."""
     config = load_config(recipe, [f"student.path={model}"])
-    process = Process(student_server(config, free_port()), folder / f"{model.name}-server.log")
+    process = Process(student_server(config, Place.here("student")), folder / f"{model.name}-server.log")
     try:
         deadline = time.monotonic() + config.launch.health_timeout_s
         while not healthy(process.command.url):
@@ -161,7 +162,8 @@ def worker(recipe: Path, out: Path, url: str, processes: int) -> dict[str, Any]:
     if processes == 1:
         overrides += [f"student.path={out}", "run.stage=fresh"]
     config: Config = load_config(recipe, [*overrides, f"launch.processes={processes}"])
-    command: Command = learner(config, str(recipe), overrides, [])
+    command = learner(config, str(recipe), overrides, layout(config), 0)
+    assert command is not None
     module = command.argv.index("opd.train")
     argv = [*command.argv[:module], "opd.family_worker", str(out), *command.argv[module + 1 :]]
     log = out.parent / f"worker-{processes}.log"

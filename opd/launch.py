@@ -17,7 +17,9 @@ from opd import preflight, run_folder
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.display import Display, make_display
 from opd.http import healthy
+from opd.layout import layout
 from opd.metrics import MetricsLog, read_lines
+from opd.placement import placement_of
 from opd.report import write_report
 from opd.servers import Command, learner, servers
 from opd.supervisor import Process, adopt_orphans, stop_all, sweep
@@ -81,9 +83,7 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
     began = time.time()
     config = load_config(recipe, overrides)
     if dry_run:
-        started = servers(config, _expected_model)
-        for command in [*started, learner(config, recipe, overrides, started)]:
-            print(f"# {command.name}\n{command.shell()}\n")
+        show(config, recipe, overrides)
         return 0
     if preflight.finished(config):
         print(f"{config.run.dir}: this run is finished; set run.overwrite=true to do it again")
@@ -91,9 +91,11 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
     for line in preflight.check(config):
         print(f"checked: {line}", flush=True)
     with run_folder.lock(Path(config.run.dir)):
-        started = servers(config)
+        where = layout(config)
+        trainer = learner(config, recipe, overrides, where, 0)
+        assert trainer is not None
         try:
-            code = supervise(config, started, lambda: learner(config, recipe, overrides, started), plain)
+            code = supervise(config, servers(config, where, 0), lambda: trainer, plain)
         finally:
             sweep(config.rollout.transfer_dir)
             run_folder.add_launch(Path(config.run.dir), began)
@@ -102,6 +104,19 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
         for path in write_report([Path(config.run.dir)], Path(config.run.dir)):
             print(f"wrote {path}", flush=True)
     return code
+
+
+def show(config: Config, recipe: str, overrides: list[str]) -> None:
+    """Print what a launch would start, node by node."""
+    nodes = placement_of(config).nodes
+    config.launch.hosts = config.launch.hosts or ([f"node{n}" for n in range(nodes)] if nodes > 1 else [])
+    where = layout(config)
+    for node, host in enumerate(where.hosts):
+        if nodes > 1:
+            print(f"## node {node}, {host}\n")
+        trainer = learner(config, recipe, overrides, where, node)
+        for command in [*servers(config, where, node, _expected_model), *([trainer] if trainer else [])]:
+            print(f"# {command.name}\n{command.shell()}\n")
 
 
 def _expected_model(path: str, key: str) -> str:

@@ -10,8 +10,8 @@ from opd import audio, run_folder
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.http import Server, check_model
+from opd.layout import starts_student
 from opd.prompts import read_manifest
-from opd.servers import starts_student
 from opd.types import Prompt
 from opd.views import audio_paths
 

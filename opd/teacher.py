@@ -215,7 +215,7 @@ TEACHERS: dict[str, type[LocalTeacher] | type[ServerTeacher]] = {"local": LocalT
 
 def make_teacher(config: Config, family: Family, device: torch.device) -> LocalTeacher | ServerTeacher:
     """The teacher that the recipe asks for."""
-    return TEACHERS[config.teacher.kind](config, family, device)
+    return TEACHERS[config.teacher.kind or "local"](config, family, device)
 
 
 def check_tokenizers(family: Family, teacher: Any, teacher_path: str) -> None:

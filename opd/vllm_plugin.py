@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BACKEND = "opd_file"
+BACKENDS = {"file": BACKEND, "nccl": "opd_nccl", "ipc": "opd_ipc"}  # by rollout.transport
 TRIM_AUDIO = "OPD_TRIM_AUDIO"
 TRIMMED = {
     "Qwen2AudioForConditionalGeneration": "opd.vllm_models:TrimmedQwen2Audio",

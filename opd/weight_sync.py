@@ -89,7 +89,7 @@ class WeightSync:
     def __init__(self, servers: list[Server], family: Family, config: Config, rank: int) -> None:
         self.servers, self.family, self.rank = servers, family, rank
         self.audio_trained = bool({"tower", "adapter"} & set(config.student.train))
-        transport = TRANSPORTS[config.rollout.transport]
+        transport = TRANSPORTS[config.rollout.transport or "file"]
         self.transport: WeightTransport | None = transport(config.rollout, servers) if rank == 0 else None
 
     def push(self, learner: Any, version: int) -> None:

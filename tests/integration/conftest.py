@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from opd.config import Config, load_config
-from opd.servers import free_port, student_server, teacher_server
+from opd.layout import Place
+from opd.servers import student_server, teacher_server
 from opd.supervisor import Process, stop_all
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def student_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A live server with the shipped student; it dies with the tests."""
     folder = tmp_path_factory.mktemp("student")
     config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
-    process = Process(student_server(config, free_port()), folder / "server.log")
+    process = Process(student_server(config, Place.here("student")), folder / "server.log")
     try:
         yield wait_healthy(process)
     finally:
@@ -87,7 +88,7 @@ def teacher_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A live server with the shipped teacher."""
     folder = tmp_path_factory.mktemp("teacher")
     config = config_of("2_xopd", data, folder, f"student.path={STUDENT}", "teacher.kind=server")
-    process = Process(teacher_server(config, free_port()), folder / "server.log")
+    process = Process(teacher_server(config, Place.here("teacher")), folder / "server.log")
     try:
         yield wait_healthy(process)
     finally:

@@ -226,7 +226,8 @@ LAUNCHER = """
 import sys
 from opd.config import UserError, load_config
 from opd.launch import RunFailed, supervise
-from opd.servers import Command, free_port
+from opd.layout import free_port
+from opd.servers import Command
 recipe, server, learner, ready = sys.argv[1:]
 port = free_port()
 student = Command("student", [sys.executable, "-c", server, str(port)], {}, f"http://127.0.0.1:{port}")

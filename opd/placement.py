@@ -1,0 +1,152 @@
+"""Placements: which devices of which node hold rollout servers, teacher servers and learner ranks. Imports no torch.
+
+A placement is a YAML file (recipes/placements/) that knows nothing of models; a recipe names one as launch.placement.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from opd.config import Config, Section, UserError, read_yaml, validated
+
+
+class Group(Section):
+    """Servers or learner ranks of one node."""
+
+    node: NonNegativeInt = 0
+    devices: list[NonNegativeInt] = Field([], description="GPUs of that node; none: on the CPU")
+    count: PositiveInt = Field(1, description="on the CPU: servers, or learner ranks")
+
+
+class Servers(Group):
+    """vLLM servers: one for every `tensor_parallel` devices."""
+
+    tensor_parallel: PositiveInt = 1
+    memory: float | None = Field(None, gt=0, le=1, description="share of each device; none: the recipe's setting")
+
+    def parts(self) -> list[tuple[int, ...]]:
+        """Devices of each server; () on the CPU."""
+        n = self.tensor_parallel
+        return [tuple(self.devices[i : i + n]) for i in range(0, len(self.devices), n)] or [()] * self.count
+
+
+class Placement(Section):
+    """Who works where. A device may hold a rollout server and a learner rank: the server then sleeps meanwhile."""
+
+    about: str = ""
+    nodes: PositiveInt = 1
+    devices_per_node: NonNegativeInt = 0
+    rollout: list[Servers] = Field(min_length=1)
+    teacher: list[Servers] = Field([], description="none: the teacher is local, in every learner rank")
+    learner: list[Group] = Field(min_length=1)
+    transport: Literal["file", "nccl", "ipc"] = "file"
+
+    @property
+    def ranks(self) -> int:
+        """Learner ranks of all nodes."""
+        return sum(len(g.devices) or g.count for g in self.learner)
+
+    @property
+    def learner_nodes(self) -> list[int]:
+        """Nodes with learner ranks; the first holds rank 0."""
+        return [g.node for g in self.learner]
+
+    @property
+    def shared(self) -> bool:
+        """Whether rollout servers sleep while the learner works on their devices."""
+        return bool(_devices(self.rollout) & _devices(self.learner))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Placement:
+        groups: dict[str, list[Any]] = {"rollout": self.rollout, "teacher": self.teacher, "learner": self.learner}
+        for name, some in groups.items():
+            for g in some:
+                if g.node >= self.nodes:
+                    raise ValueError(f"{name}: node {g.node} of nodes: {self.nodes}; they count from 0")
+                if bad := [d for d in g.devices if d >= self.devices_per_node]:
+                    raise ValueError(f"{name}: device {bad[0]} of devices_per_node: {self.devices_per_node}")
+                if self.devices_per_node and not g.devices:
+                    raise ValueError(f"{name}: a group of node {g.node} names no devices")
+                if len(set(g.devices)) < len(g.devices):
+                    raise ValueError(f"{name}: a device twice in {g.devices}")
+                if isinstance(g, Servers) and g.devices and len(g.devices) % g.tensor_parallel:
+                    raise ValueError(
+                        f"{name}: {len(g.devices)} devices do not divide by tensor_parallel {g.tensor_parallel}"
+                    )
+            if len(_devices(some)) < sum(len(g.devices) for g in some):
+                raise ValueError(f"{name}: a device in two groups")
+        if both := _devices(self.teacher) & (_devices(self.rollout) | _devices(self.learner)):
+            raise ValueError(f"teacher: node, device {sorted(both)[0]} is taken; a teacher server shares with nobody")
+        if len(set(self.learner_nodes)) < len(self.learner):
+            raise ValueError("learner: one group a node")
+        if len({len(g.devices) or g.count for g in self.learner}) > 1:
+            raise ValueError("learner: every node that has ranks must have as many; launchers count on it")
+        if self.transport == "nccl" and (self.shared or not self.devices_per_node):
+            raise ValueError("transport nccl: rollout servers and learner need devices of their own; take ipc or file")
+        if self.transport == "ipc" and (not self.shared or len(_devices(self.rollout)) > 1 or self.ranks > 1):
+            raise ValueError("transport ipc: one rollout server and one rank must share a device; take nccl or file")
+        return self
+
+
+def _devices(groups: list[Servers] | list[Group]) -> set[tuple[int, int]]:
+    return {(g.node, d) for g in groups for d in g.devices}
+
+
+def load_placement(path: str) -> Placement:
+    """Read a placement. Raises UserError that names the file and key."""
+    if not Path(path).is_file():
+        raise UserError(f"launch.placement {path}: no such file")
+    return validated(Placement, read_yaml(Path(path)), path)
+
+
+def placement_of(config: Config) -> Placement:
+    """The recipe's placement; without one, everything on this machine's CPU."""
+    if config.launch.placement:
+        return load_placement(config.launch.placement)
+    teacher = [Servers()] if config.teacher.kind == "server" else []
+    return Placement(rollout=[Servers()], teacher=teacher, learner=[Group(count=config.launch.processes or 2)])
+
+
+def place(config: Config) -> None:
+    """Fill in what a recipe leaves to its placement: teacher.kind, rollout.transport and .sleep, launch.processes.
+
+    Raises UserError where the two contradict each other.
+    """
+    placement, name = placement_of(config), config.launch.placement
+    if config.teacher.kind is None:
+        serves = bool(placement.teacher or config.teacher.urls) and config.objective.name != "kd"
+        config.teacher.kind = "server" if serves else "local"
+    if config.teacher.kind == "server" and not config.teacher.urls and not placement_of(config).teacher:
+        raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
+    if config.rollout.transport is None:
+        config.rollout.transport = placement.transport
+    if config.rollout.sleep is None:
+        config.rollout.sleep = placement.shared
+    if config.launch.processes not in (None, placement.ranks):
+        raise UserError(f"launch.processes {config.launch.processes}: {name} has {placement.ranks} learner ranks")
+    config.launch.processes = placement.ranks
+    if config.train.prompts_per_step < placement.ranks:
+        raise UserError(
+            f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
+            f"launch.processes ({placement.ranks}): every learner process needs a prompt"
+        )
+
+
+def node_of(config: Config) -> int:
+    """Which node of the placement this machine is. Raises UserError when it has no such node."""
+    found = config.launch.node
+    if found is None:
+        word = os.environ.get("OPD_NODE") or os.environ.get("SLURM_NODEID") or "0"
+        if not word.isdigit():
+            raise UserError(f"OPD_NODE={word}: expected the number of this node, counting from 0")
+        found = int(word)
+    nodes = placement_of(config).nodes
+    if nodes == 1 and config.launch.node is None:
+        return 0
+    if found >= nodes:
+        raise UserError(f"launch.node {found}: {config.launch.placement or 'this recipe'} has {nodes} nodes, from 0")
+    return found
