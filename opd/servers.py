@@ -131,7 +131,7 @@ def learner(config: Config, recipe: str, overrides: list[str], where: Layout, no
         env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         env |= _threads(config.launch.threads or max(1, cores() // group.count))
     env |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
-    return Command("learner", argv, env)
+    return Command("learner" if len(placement.learner) == 1 else f"learner-{node}", argv, env)
 
 
 def _accelerate(placement: Placement, host: str, port: int, here: int) -> list[str]:

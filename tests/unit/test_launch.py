@@ -17,7 +17,7 @@ import pytest
 from opd import run_folder
 from opd.config import Config, UserError, load_config
 from opd.display import Display, LiveDisplay, describe_evaluation, describe_step
-from opd.launch import STARTED, cause
+from opd.supervise import STARTED, cause
 
 RECIPE = """
 run: {{dir: {dir}/run, seed: 5}}
@@ -152,21 +152,20 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 WORKS = "open(sys.argv[1], 'w').close(); time.sleep({seconds}); sys.exit({code})"
 LAUNCHER = """
 import sys
-from opd.config import UserError, load_config
-from opd.launch import RunFailed, supervise
+from pathlib import Path
+from opd.cluster import Alone
+from opd.config import load_config
 from opd.layout import free_port
 from opd.servers import Command
+from opd.supervise import supervise
 recipe, server, learner, ready = sys.argv[1:]
 port = free_port()
 student = Command("student", [sys.executable, "-c", server, str(port)], {}, f"http://127.0.0.1:{port}")
-try:
-    code = supervise(
-        load_config(recipe), [student], lambda: Command("learner", [sys.executable, "-c", learner, ready], {}), True
-    )
-except (RunFailed, UserError) as e:
-    print(e, file=sys.stderr)
-    code = 2 if isinstance(e, UserError) else 1
-sys.exit(code)
+trainer = Command("learner", [sys.executable, "-c", learner, ready], {})
+end = supervise(load_config(recipe), lambda: ([student], trainer), Alone(), True, [])
+if end.code:
+    print(end.message, file=sys.stderr)
+sys.exit(end.code)
 """
 
 
@@ -240,8 +239,7 @@ def test_a_run_that_ends_well_leaves_nothing(run: Callable[..., Run]) -> None:
 def test_a_signal_stops_everything(run: Callable[..., Run], number: signal.Signals) -> None:
     r = run()
     r.launcher.send_signal(number)
-    assert r.end() == (128 + number, "") and not r.left()
-    assert json.loads((r.folder / "status.json").read_text())["phase"] == "interrupted"
+    assert r.end() == (128 + number, f"stopped by {number.name}") and not r.left()
 
 
 def test_a_stubborn_process_is_killed(run: Callable[..., Run]) -> None:
@@ -249,7 +247,7 @@ def test_a_stubborn_process_is_killed(run: Callable[..., Run]) -> None:
     for _ in range(3):
         r.launcher.send_signal(signal.SIGINT)  # impatience must not leave half of them running
         time.sleep(0.3)
-    assert r.end() == (130, "") and not r.left()
+    assert r.end() == (130, "stopped by SIGINT") and not r.left()
 
 
 @pytest.mark.parametrize(("victim", "guard"), [("HTTPServer", False), ("HTTPServer", True)])
