@@ -104,22 +104,27 @@ def _mark(config: Config, end: End, nodes: int) -> None:
 def show(config: Config, recipe: str, overrides: list[str]) -> None:
     """Print what a launch would start, node by node."""
     nodes = placement_of(config).nodes
-    config.launch.hosts = config.launch.hosts or ([f"node{n}" for n in range(nodes)] if nodes > 1 else [])
+    if nodes > 1 and not config.launch.hosts:
+        config.launch.hosts = [f"node{n}" for n in range(nodes)]
+        overrides = [*overrides, f"launch.hosts=[{','.join(config.launch.hosts)}]"]
     where = layout(config)
+    missing: set[str] = set()
+
+    def expected(path: str, key: str) -> str:
+        """A dry run may come before the run whose checkpoint it starts from."""
+        try:
+            return resolve_model(path, key)
+        except UserError as e:
+            if not path.startswith("runs/") and not Path(path, "config.yaml").is_file():
+                raise
+            if path not in missing:
+                print(f"# not there yet: {e}\n")
+            missing.add(path)
+            return f"{path}/checkpoints/step_N/model"
+
     for node, host in enumerate(where.hosts):
         if nodes > 1:
             print(f"## node {node}, {host}\n")
         trainer = learner(config, recipe, overrides, where, node)
-        for command in [*servers(config, where, node, _expected_model), *([trainer] if trainer else [])]:
+        for command in [*servers(config, where, node, expected), *([trainer] if trainer else [])]:
             print(f"# {command.name}\n{command.shell()}\n")
-
-
-def _expected_model(path: str, key: str) -> str:
-    """`resolve_model` for a dry run, which may come before the run whose checkpoint it starts from."""
-    try:
-        return resolve_model(path, key)
-    except UserError as e:
-        if not path.startswith("runs/") and not Path(path, "config.yaml").is_file():
-            raise
-        print(f"# not there yet: {e}\n")
-        return f"{path}/checkpoints/step_N/model"

@@ -90,7 +90,7 @@ def _server(config: Config, place: Place, model: str, dtype: str, extra: list[st
     if place.devices:
         env["CUDA_VISIBLE_DEVICES"] = _list(place.devices)
         argv += ["--tensor-parallel-size", str(len(place.devices))]
-        argv += ["--gpu-memory-utilization", str(place.memory or s.gpu_memory_utilization)]
+        argv += ["--gpu-memory-utilization", str(s.gpu_memory_utilization or place.memory or 0.9)]
     else:
         argv.append("--enforce-eager")
         # One process for engine and model: two wait for each other by spinning, for a second after every message too.
