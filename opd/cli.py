@@ -32,9 +32,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="opd", description="On-policy distillation of speech LLMs.")
     parser.add_argument("--version", action="version", version=f"opd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    launch = _recipe_command(commands, "launch", "start servers and learner on this machine and train", _launch)
+    launch = _recipe_command(
+        commands, "launch", "start servers and learner and train; on several nodes, on each", _launch
+    )
     launch.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     launch.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
+    serve = _recipe_command(
+        commands, "serve", "start a recipe's servers on this machine, for a learner elsewhere", _serve
+    )
+    serve.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
     _recipe_command(commands, "check", "check recipe, models, tokenizers and data; start nothing", _check)
     _recipe_command(commands, "train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
     families = commands.add_parser("families", help="list the speech LLM families, or prove that they work here")
@@ -60,7 +66,13 @@ def _recipe_command(commands, name, text, run) -> argparse.ArgumentParser:
 def _launch(args: argparse.Namespace) -> int:
     from opd import launch
 
-    return launch.main(args.recipe, args.overrides, args.dry_run, args.plain)
+    return launch.main(lambda: launch.launch(args.recipe, args.overrides, args.dry_run, args.plain))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from opd import launch
+
+    return launch.main(lambda: launch.serve(args.recipe, args.overrides, args.plain))
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from opd import __version__, preflight, run_folder
@@ -24,10 +26,10 @@ class RunFailed(RuntimeError):
     """A server or the learner ended badly: the message names it, the cause and the log."""
 
 
-def main(recipe: str, overrides: list[str], dry_run: bool, plain: bool) -> int:
-    """`opd launch`: the errors of a run as one line."""
+def main(run: Callable[[], int]) -> int:
+    """The errors of a run as one line."""
     try:
-        return launch(recipe, overrides, dry_run, plain)
+        return run()
     except RunFailed as e:
         print(f"opd: error: {e}", file=sys.stderr)
         return 1
@@ -77,6 +79,27 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
         for path in write_report([folder], folder):
             print(f"wrote {path}", flush=True)
     return 0
+
+
+def serve(recipe: str, overrides: list[str], plain: bool) -> int:
+    """`opd serve`: this node's servers alone, until a signal comes; prints what a learner elsewhere has to be told.
+
+    Raises UserError when the recipe needs none here, RunFailed when a server dies.
+    """
+    config = load_config(recipe, overrides)
+    where, node = layout(config), node_of(config)
+    started = servers(config, where, node)
+    if not started:
+        raise UserError(f"{recipe}: no server of it runs on node {node}; see opd launch --dry-run")
+    told = [f"rollout.transport={config.rollout.transport}", f"teacher.kind={config.teacher.kind}"]
+    for kind, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")):
+        told += [f"{key}={json.dumps(urls)}"] if (urls := where.urls(kind)) else []
+    print(f"# for the learner, once they are healthy:\n{shlex.join(told)}\n", flush=True)
+    end = supervise(config, lambda: (started, None), Alone(), plain, [])
+    if end.code < 128:
+        raise RunFailed(end.message)
+    print(f"\n{end.message}", flush=True)
+    return end.code
 
 
 def _cluster(config: Config, where: Layout, node: int) -> Alone:
