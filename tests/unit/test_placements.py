@@ -77,6 +77,13 @@ def test_recipes_of_real_models_launch_on_every_placement(folder: str, recipe: s
     assert main(["launch", path, f"launch.placement=recipes/placements/{placement}.yaml", "--dry-run"]) == 0
 
 
+@pytest.mark.parametrize("path", [f"recipes/{name}/3_xopd_lora.yaml" for name in ("qwen2_audio_7b", "voxtral_mini_3b")])
+def test_recipes_with_lora_share_one_gpu(path: str) -> None:
+    config = load_config(path)
+    assert config.student.lora is not None and config.rollout.transport == "ipc" and config.rollout.sleep
+    assert main(["launch", path, "--dry-run"]) == 0
+
+
 def test_what_a_placement_decides() -> None:
     def config(placement: str, *more: str) -> Config:
         path = f"launch.placement=recipes/placements/{placement}.yaml"
