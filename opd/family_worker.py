@@ -22,6 +22,7 @@ from opd.family_check import LORA, PUSHES
 from opd.learner import Learner
 from opd.models import family_of
 from opd.models.base import Family, SpeechLM
+from opd.models.lora import adapters
 from opd.objectives import xopd
 from opd.prompts import read_manifest
 from opd.rollout import VllmSampler
@@ -131,6 +132,7 @@ class Check:
 def with_adapters(recipe: str, overrides: list[str], base: Path, out: Path) -> dict[str, Any]:
     """The same with LoRA adapters, on the checkpoint `base`, which the server holds; the merged one goes to `out`."""
     check = Check(load_config(recipe, [*overrides, f"student.path={base}", *LORA]))
+    assert all(a.weight.ds_tensor.numel() < a.weight.ds_numel for a in adapters(check.learner.model.hf)), "not sharded"
     before = check.mismatch(check.sample())
     ((stale, fresh),) = check.pushes({"LoRA": ["llm"]}).values()
     checkpoint.save_model(check.learner, out)
