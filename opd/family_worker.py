@@ -132,7 +132,8 @@ class Check:
 def with_adapters(recipe: str, overrides: list[str], base: Path, out: Path) -> dict[str, Any]:
     """The same with LoRA adapters, on the checkpoint `base`, which the server holds; the merged one goes to `out`."""
     check = Check(load_config(recipe, [*overrides, f"student.path={base}", *LORA]))
-    assert all(a.weight.ds_tensor.numel() < a.weight.ds_numel for a in adapters(check.learner.model.hf)), "not sharded"
+    weights: list[Any] = [a.weight for a in adapters(check.learner.model.hf)]
+    assert weights and all(w.ds_tensor.numel() < w.ds_numel for w in weights), "adapters are not sharded"
     before = check.mismatch(check.sample())
     ((stale, fresh),) = check.pushes({"LoRA": ["llm"]}).values()
     checkpoint.save_model(check.learner, out)

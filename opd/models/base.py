@@ -122,7 +122,7 @@ class Family(ABC):
         import transformers
 
         with torch.device("meta"):
-            return getattr(transformers, self.model_class)._from_config(self.config)
+            return getattr(transformers, self.model_class)(self.config)
 
     def save_extras(self, hf: Any, folder: Path) -> None:
         """Everything of a checkpoint but the weights: config, generation config, processor."""
