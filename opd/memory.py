@@ -90,20 +90,35 @@ class Zero:
 
 
 def trained(config: Config, shape: ModelShape) -> list[int]:
-    """Elements of every tensor with a gradient: of the parts in student.train, the LLM's replaced by its adapters."""
-    lora = config.student.lora
-    parts = {*config.student.train} - ({"llm"} if lora else set())
+    """Elements of every tensor with a gradient: of the parts in student.train, the LLM's replaced by its adapters.
+
+    Raises UserError when there is none.
+    """
+    parts = {*config.student.train} - ({"llm"} if config.student.lora else set())
     own = [w.numel for w in shape.weights if w.part in parts and "embed_positions" not in w.name]
-    adapters = [lora.r * side for w in adapted(config, shape) for side in w.shape] if lora else []
-    return own + adapters
+    if not (found := own + adapters(config, shape)):
+        raise UserError(f"student.train {config.student.train}: {shape.path} has no parameter there")
+    return found
+
+
+def adapters(config: Config, shape: ModelShape) -> list[int]:
+    """Elements of LoRA's matrices [r, in] and [out, r] of every adapted layer; none without student.lora."""
+    lora = config.student.lora
+    return [lora.r * side for w in adapted(config, shape) for side in w.shape] if lora else []
 
 
 def adapted(config: Config, shape: ModelShape) -> list[Weight]:
-    """Weights [out, in] that LoRA adapts with r * (in + out) elements. Experts fused into one tensor are none."""
+    """Weights [out, in] that LoRA adapts. Experts fused into one tensor are no linear layers.
+
+    Raises UserError when student.lora.targets names no linear layer of the LLM.
+    """
     lora = config.student.lora
     if lora is None:
         return []
     linear = [w for w in shape.weights if w.part == "llm" and w.linear]
+    names = {w.name.split(".")[-2] for w in linear}
+    if unknown := [t for t in lora.targets if t not in names]:
+        raise UserError(f"student.lora.targets: no linear layer {unknown[0]} in {shape.path}; it has {sorted(names)}")
     return [w for w in linear if not lora.targets or w.name.split(".")[-2] in lora.targets]
 
 
@@ -146,13 +161,14 @@ def states(zero: Zero, weights: list[int], trained: list[int], d: int, ranks: in
     return out
 
 
-def gathered(zero: Zero, weights: list[int], d: int) -> int:
+def gathered(zero: Zero, weights: list[int], d: int, ranks: int) -> int:
     """Bytes of parameters that stage 3 holds whole at a time.
 
     DeepSpeed keeps a parameter that is used again within stage3_max_reuse_distance elements: at the turn from forward
-    to backward that is the last half of them. With them comes what is prefetched, and the module at work.
+    to backward that is the last half of them. With them comes what is prefetched, and the module at work. A lone rank
+    uses its part, which is all, where it lies, unless that is on the host.
     """
-    if zero.stage < 3:
+    if zero.stage < 3 or (ranks == 1 and not zero.offload_param):
         return 0
     sharded = [n for n in weights if n > zero.persistence]
     return d * min(sum(sharded), zero.reuse // 2 + zero.prefetch + max(sharded, default=0))
@@ -199,17 +215,19 @@ def layer_bytes(shape: ModelShape, d: int, length: int, attention: str) -> int:
     return out
 
 
-def activations(shape: ModelShape, config: Config, mb: MicroBatch) -> int:
-    """Bytes of activations of one forward and backward pass.
+def activations(shape: ModelShape, config: Config, mb: MicroBatch) -> tuple[int, int]:
+    """(bytes kept from forward to backward, bytes that the backward pass of one layer adds).
 
-    With gradient checkpointing each layer keeps its input (dh a token), and one layer at a time its activations
-    again; without, every layer keeps all (arXiv 2205.05198, section 4). Backward needs the gradients of one layer's
-    widest tensors beside: d (2h + 2i). The attention bias [R, 1, L, L] and its making: 2d + 2 bytes per pair.
+    With gradient checkpointing each layer keeps its input (dh a token), and its activations come again one layer at a
+    time; without, every layer keeps all (arXiv 2205.05198, section 5). Kept beside: the attention bias [R, 1, L, L] (d)
+    and the mask that it was made of (1). Backward adds the gradients of a layer's widest tensors, d (2h + 2i).
     """
     d, m = SIZES[config.student.dtype], shape.decoder
     per_layer = layer_bytes(shape, d, mb.length, config.student.attention)
-    layers = m.layers * d * m.hidden + per_layer if config.train.gradient_checkpointing else m.layers * per_layer
-    return mb.tokens * (layers + d * (2 * m.hidden + 2 * m.intermediate) + mb.length * (2 * d + 2))
+    again = config.train.gradient_checkpointing
+    kept = (m.layers + 1) * d * m.hidden if again else m.layers * per_layer
+    adds = d * (2 * m.hidden + 2 * m.intermediate) + (per_layer if again else 0)
+    return mb.tokens * (kept + mb.length * (d + 1)), mb.tokens * adds
 
 
 def tower_bytes(shape: ModelShape, d: int, seconds: float, clips: int, kept: bool) -> int:
@@ -224,15 +242,15 @@ def tower_bytes(shape: ModelShape, d: int, seconds: float, clips: int, kept: boo
     return positions * d * (9 * t.width + 2 * t.intermediate) * (t.layers if kept else 1)
 
 
-# Float32 tensors [B, T, V] alive at once. xopd: logits over the temperature, and two gradients on the way back. kd: the
-# student's logits, their log-softmax at both temperatures, the teacher's rows, log-softmax and softmax, two products.
-ROWS = {"xopd": 3, "kd": 8}
+# Float32 tensors [B, T, V] alive at once, as a test counts them. xopd: logits over the temperature, and three gradients
+# on the way back. kd: the student's logits, their log-softmax at both temperatures, the teacher's rows, log-softmax and
+# softmax, two products.
+ROWS = {"xopd": 4, "kd": 8}
 
 
 def logits_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> int:
     """Bytes of logits and loss: float32 rows, at response positions only (opd/models/base.py, response_logits)."""
-    count = ROWS[config.objective.name] + (config.rollout.temperature != 1.0 and config.objective.name == "xopd")
-    return 4 * mb.positions * shape.decoder.vocab * count
+    return 4 * mb.positions * shape.decoder.vocab * ROWS[config.objective.name]
 
 
 def teacher_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Lengths, samples: int) -> Bytes:
@@ -262,10 +280,9 @@ def learner_memory(
     """All of one rank, at lengths that it must survive."""
     d = SIZES[config.student.dtype]
     with_gradient = trained(config, student)
-    adapters = with_gradient[-2 * len(adapted(config, student)) :] if config.student.lora else []
-    weights = [w.numel for w in student.weights] + adapters
+    weights = [w.numel for w in student.weights] + adapters(config, student)
     out = states(zero, weights, with_gradient, d, ranks)
-    live = gathered(zero, weights, d)
+    live = gathered(zero, weights, d, ranks)
     n = config.rollout.n if config.rollout.source == "student" else 1
     prompts = -(-config.train.prompts_per_step // ranks)
     local = config.teacher.kind == "local"
@@ -280,27 +297,28 @@ def learner_memory(
         tower = tower_bytes(student, d, lengths.audio, TOWER_CLIPS, kept=False)
         out.phases["tower"] = {"tower's activations": tower}
 
-    def passes(prompt: int, clips_per_row: int) -> Bytes:
+    def passes(prompt: int, clips_per_row: int) -> dict[str, Bytes]:
         mb = micro_batch(prompt, lengths.response, n, config.train.micro_batch_tokens)
-        mb_samples = mb.rows * mb.responses
-        found = {"activations": activations(student, config, mb), "logits and loss": logits_bytes(student, config, mb)}
+        kept, adds = activations(student, config, mb)
+        always = {"activations kept": kept, "largest gradient": max(with_gradient) * d}
         if live:
-            found["gathered parameters"] = live
-        found["largest gradient"] = max(with_gradient, default=0) * d
+            always["gathered parameters"] = live
         if zero.stage in (1, 2):
-            found["gradient bucket"] = zero.bucket * d
+            always["gradient bucket"] = zero.bucket * d
         if tower_trained and clips_per_row:
             clips = mb.rows * clips_per_row
-            found["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
+            always["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
+        loss = {**always, "logits and loss": logits_bytes(student, config, mb)}
         if local and config.objective.name == "kd":
-            masked = teacher_bytes(teacher, student.decoder.vocab, config, lengths, mb_samples)
-            found["teacher's activations"] = masked["teacher's activations"]
-        return found
+            reads = teacher_bytes(teacher, student.decoder.vocab, config, lengths, mb.rows * mb.responses)
+            loss["teacher's activations"] = reads["teacher's activations"]
+        return {"loss": loss, "backward": {**always, "a layer's backward": adds}}
 
     views = [passes(lengths.speech, 1)] if hears else []
     views += [passes(lengths.text, 0)] if config.objective.lambda_ > 0 else []
-    out.phases["forward and backward"] = max(views, key=lambda b: sum(b.values()))
-    shared = gathered(zero, [w.numel for w in teacher.weights], SIZES[config.teacher.dtype])
+    for phase in ("loss", "backward"):
+        out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
+    shared = gathered(zero, [w.numel for w in teacher.weights], SIZES[config.teacher.dtype], ranks)
     gather = {"teacher's gathered parameters": shared} if local and config.teacher.shard else {}
     if local and config.rollout.source == "student":
         samples = prompts * n * len(views)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
-from opd.config import Config, UserError, load_config
+from opd.config import Config, UserError, load_config, read_yaml, resolve_model
 from opd.layout import starts_student, starts_teacher
 from opd.memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
 from opd.placement import Placement, Servers, placement_of
-from opd.server_memory import CONTEXT, GIB, SLEEPING, ServerMemory, server_memory
+from opd.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, server_memory
 from opd.shapes import ModelShape, student_shape, teacher_shape
 from opd.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
 
@@ -100,7 +99,7 @@ class Plan:
     typical: Lengths
     zero: Zero
     learner: LearnerMemory
-    servers: dict[str, ServerMemory]  # by kind; empty on a CPU
+    servers: dict[Kind, ServerMemory]  # by kind; empty on a CPU
     uses: list[Use]
     hosts: list[Use]
     push: int  # bytes; 0 where nothing is pushed
@@ -122,6 +121,29 @@ class Plan:
     def gpus(self) -> int:
         """GPUs that hold something."""
         return len(self.uses)
+
+
+def load(recipe: str, overrides: list[str]) -> Config:
+    """A recipe as `load_config` reads it; a student that an earlier run is still to make has the shape of that run's.
+
+    The earlier run is of a recipe in the same folder, whose run.dir is this one's student.path.
+    """
+    config = load_config(recipe, overrides)
+    for other in sorted(Path(recipe).parent.glob("*.yaml")):
+        if _exists(config.student.path):
+            break
+        raw = read_yaml(other)
+        if (raw.get("run") or {}).get("dir") == config.student.path and (raw.get("student") or {}).get("path"):
+            config.student.path = raw["student"]["path"]
+    return config
+
+
+def _exists(path: str) -> bool:
+    try:
+        resolve_model(path, "student.path")
+    except UserError:
+        return False
+    return True
 
 
 def estimate(config: Config, machine: Machine | None = None) -> Plan:
@@ -148,7 +170,7 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     }
     uses = _devices(config, placement, machine, learner, kinds, servers) if on_gpus else []
     rollouts = sum(len(g.parts()) for g in kinds.get("student", []))
-    pushed = push_bytes(config, student) if rollouts and config.rollout.source == "student" else 0
+    pushed = push_bytes(config, student) if rollouts else 0
     hosts = _hosts(config, placement, machine, learner, kinds, student, teacher, pushed)
     transport = config.rollout.transport or "file"
     push_s = push_seconds(pushed, transport, rollouts, machine.speeds.links[transport])
@@ -167,7 +189,7 @@ def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Pa
     found: dict[str, Plan | str] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            config = load_config(recipe, [*overrides, f"launch.placement={path}"])
+            config = load(recipe, [*overrides, f"launch.placement={path}"])
             found[str(path)] = estimate(config, machine)
         except UserError as e:
             found[str(path)] = str(e)
@@ -197,7 +219,7 @@ def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
         for budget in (None, *(b for b in BUDGETS if b < largest)):
             tried = [*step, *_budget(plan.config, budget)]
             try:
-                if tried and estimate(load_config(recipe, [*overrides, *tried]), plan.machine).fits:
+                if tried and estimate(load(recipe, [*overrides, *tried]), plan.machine).fits:
                     return tried
             except UserError:
                 continue
@@ -220,8 +242,8 @@ def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: flo
     return Lengths(speech, text, response, seconds)
 
 
-def _kinds(config: Config, placement: Placement) -> dict[Literal["student", "teacher"], list[Servers]]:
-    kinds: dict[Literal["student", "teacher"], list[Servers]] = {}
+def _kinds(config: Config, placement: Placement) -> dict[Kind, list[Servers]]:
+    kinds: dict[Kind, list[Servers]] = {}
     if starts_student(config):
         kinds["student"] = placement.rollout
     if starts_teacher(config) and placement.teacher:
@@ -229,9 +251,7 @@ def _kinds(config: Config, placement: Placement) -> dict[Literal["student", "tea
     return kinds
 
 
-def _server(
-    config: Config, machine: Machine, shape: ModelShape, kind: Literal["student", "teacher"], group: Servers
-) -> ServerMemory:
+def _server(config: Config, machine: Machine, shape: ModelShape, kind: Kind, group: Servers) -> ServerMemory:
     return server_memory(config, shape, kind, group.tensor_parallel, machine.bytes, group.memory)
 
 
@@ -240,8 +260,8 @@ def _devices(
     placement: Placement,
     machine: Machine,
     learner: LearnerMemory,
-    kinds: dict[Literal["student", "teacher"], list[Servers]],
-    servers: dict[Literal["student", "teacher"], ServerMemory],
+    kinds: dict[Kind, list[Servers]],
+    servers: dict[Kind, ServerMemory],
 ) -> list[Use]:
     """Every GPU that holds something. A server takes all of its share; a shared one sleeps while the learner works."""
     uses: dict[tuple[int, int], Use] = {}
@@ -281,7 +301,7 @@ def _hosts(
     placement: Placement,
     machine: Machine,
     learner: LearnerMemory,
-    kinds: dict[Literal["student", "teacher"], list[Servers]],
+    kinds: dict[Kind, list[Servers]],
     student: ModelShape,
     teacher: ModelShape,
     pushed: int,
@@ -320,7 +340,7 @@ def _time(plan: Plan, rollouts: int) -> StepTime:
     devices = sum(len(g.devices) for g in plan.placement.teacher) if "teacher" in plan.servers else ranks
     teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds)
     work = learner_flops(c, plan.student, plan.typical) / (ranks * speeds.flops(plan.student))
-    return StepTime(rollout, teacher, work, plan.push_s, at_once)
+    return StepTime(rollout, teacher, work, plan.push_s if c.rollout.source == "student" else 0.0, at_once)
 
 
 def _shortfalls(plan: Plan) -> list[str]:
@@ -347,7 +367,8 @@ def _shortfalls(plan: Plan) -> list[str]:
 
 def gib(size: float) -> str:
     """Bytes for a reader."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"
+    unit, of = next(((u, n) for u, n in (("GiB", GIB), ("MiB", 1 << 20)) if abs(size) >= n / 10), ("KiB", 1 << 10))
+    return f"{size / of:.1f} {unit}"
 
 
 def where(uses: list[Use]) -> str:

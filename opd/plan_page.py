@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from opd.config import load_config
 from opd.memory import Bytes, Lengths
-from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, recommended, remedy, where
+from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, load, recommended, remedy, where
 from opd.server_memory import CONTEXT, GRAPHS, ServerMemory
 from opd.shapes import ModelShape
 
@@ -17,7 +16,7 @@ FOLDER = Path("recipes/placements")
 
 def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> int:
     """Print the plan of a recipe; 0 when its placement fits, 1 when it does not."""
-    config = load_config(recipe, overrides)
+    config = load(recipe, overrides)
     plan = estimate(config, machine)
     folder = Path(config.launch.placement).parent if config.launch.placement else FOLDER
     on_gpus = bool(plan.uses)
@@ -83,6 +82,8 @@ def _learner(plan: Plan) -> list[str]:
     for phase, rows in m.phases.items():
         lines += _table(f"  {phase}", {f"  {k}": v for k, v in rows.items()})
     lines += [f"  {'peak (' + m.worst + ')':34}{gib(m.peak):>12}"]
+    if c.student.lora and plan.student.decoder.experts > 1:
+        lines += ["  LoRA adapts attention alone here: experts fused into one tensor are no linear layers"]
     return lines + (_table("  on the host", {f"  {k}": v for k, v in m.host.items()}) if m.host else [])
 
 

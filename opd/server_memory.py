@@ -16,6 +16,7 @@ from opd.shapes import Decoder, ModelShape
 
 GIB = 1 << 30
 BLOCK = 16  # tokens, vLLM's default
+Kind = Literal["student", "teacher"]
 CONTEXT = GIB  # CUDA's context and NCCL's buffers, of any process on a GPU: assumed
 GRAPHS = GIB  # CUDA graphs: assumed
 SLEEPING = CONTEXT + GRAPHS  # what a server that sleeps keeps of its GPU
@@ -25,7 +26,7 @@ SLEEPING = CONTEXT + GRAPHS  # what a server that sleeps keeps of its GPU
 class ServerMemory:
     """One GPU of one server."""
 
-    kind: Literal["student", "teacher"]
+    kind: Kind
     tensor_parallel: int
     share: int  # bytes that vLLM may take
     weights: int
@@ -95,7 +96,7 @@ def batched_tokens(config: Config, kind: str, memory: int) -> int:
 def server_memory(
     config: Config,
     shape: ModelShape,
-    kind: Literal["student", "teacher"],
+    kind: Kind,
     tensor_parallel: int,
     memory: int,
     share: float | None,

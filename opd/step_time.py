@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from opd.config import Config
-from opd.memory import SIZES, Lengths, adapted, trained
+from opd.memory import SIZES, Lengths, adapted, adapters, trained
 from opd.server_memory import ServerMemory
 from opd.shapes import ModelShape
 
@@ -34,10 +34,8 @@ class Speeds:
 
 def push_bytes(config: Config, shape: ModelShape) -> int:
     """Bytes of one weight push: every tensor with a gradient; with LoRA the matrices that adapters are merged into."""
-    lora = config.student.lora
-    adapters = sum(lora.r * side for w in adapted(config, shape) for side in w.shape) if lora else 0
     merged = sum(w.numel for w in adapted(config, shape))
-    return (sum(trained(config, shape)) - adapters + merged) * SIZES[config.student.dtype]
+    return (sum(trained(config, shape)) - sum(adapters(config, shape)) + merged) * SIZES[config.student.dtype]
 
 
 def push_seconds(size: int, transport: str, servers: int, gbps: float) -> float:
