@@ -37,13 +37,19 @@ def states(learner: Learner) -> dict[str, int]:
         masters, gradients = optimizer.fp32_partitioned_groups_flat, [optimizer.grad_partitions_flat_buffer]
         sharded = held(p.ds_tensor for p in parameters)
         live = held(p.data for p in parameters if p.ds_persist)
-    else:
+    else:  # gradients live from the backward pass to the optimizer's step
         masters, gradients = optimizer.single_partition_of_fp32_groups, []
         sharded, live = held(p.data for p in parameters), 0
     moments = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()]
     buckets = [b.buffer for b in optimizer.ipg_buckets.values() if torch.is_tensor(b.buffer)]
-    parts = {"parameters": sharded, "persistent": live, "gradients": held(gradients)}
-    return parts | {"master": held(masters), "moments": held(moments), "bucket": held(buckets)}
+    return {
+        "parameters": sharded,
+        "small parameters, whole": live,
+        "gradients": held(gradients),
+        "float32 copy": held(masters),
+        "AdamW's moments": held(moments),
+        "gradient bucket": held(buckets),
+    }
 
 
 def main(out: str, *runs: str) -> None:
