@@ -66,8 +66,8 @@ def _lengths(name: str, n: Lengths) -> list[str]:
 
 
 def _table(title: str, rows: Bytes, total: str = "") -> list[str]:
-    lines = [title] + [f"  {name:34}{gib(size):>12}" for name, size in rows.items()]
-    return [*lines, f"  {total:34}{gib(sum(rows.values())):>12}"] if total else lines
+    lines = [title] + [f"  {name:40}{gib(size):>12}" for name, size in rows.items()]
+    return [*lines, f"  {total:40}{gib(sum(rows.values())):>12}"] if total else lines
 
 
 def _learner(plan: Plan) -> list[str]:
@@ -81,7 +81,7 @@ def _learner(plan: Plan) -> list[str]:
     lines = _table(f"Learner rank: {', '.join(about)}", m.device, "always there")
     for phase, rows in m.phases.items():
         lines += _table(f"  {phase}", {f"  {k}": v for k, v in rows.items()})
-    lines += [f"  {'peak (' + m.worst + ')':34}{gib(m.peak):>12}"]
+    lines += [f"  {'peak (' + m.worst + ')':40}{gib(m.peak):>12}"]
     if c.student.lora and plan.student.decoder.experts > 1:
         lines += ["  LoRA adapts attention alone here: experts fused into one tensor are no linear layers"]
     return lines + (_table("  on the host", {f"  {k}": v for k, v in m.host.items()}) if m.host else [])
