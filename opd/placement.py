@@ -136,6 +136,11 @@ def place(config: Config) -> None:
         )
 
 
+def memory_share(config: Config, group: float | None) -> float:
+    """Share of a device that a server takes: the recipe's word, else its group's, else 0.9."""
+    return config.rollout.server.gpu_memory_utilization or group or 0.9
+
+
 def node_of(config: Config) -> int:
     """Which node of the placement this machine is. Raises UserError when it has no such node."""
     found = config.launch.node
