@@ -158,8 +158,10 @@ class Learner:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def gathered(self, trainable_only: bool = True) -> Iterator[tuple[str, Tensor | None]]:
-        """(Hugging Face name, full tensor on rank 0, None elsewhere), few parameters at a time.
+    def gathered(
+        self, trainable_only: bool = True, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """(Hugging Face name, full tensor on rank 0's `device`, None on other ranks), few parameters at a time.
 
         A collective: every rank must exhaust it.
         """
@@ -168,7 +170,7 @@ class Learner:
         named = [(n, p) for n, p in self.model.hf.named_parameters() if p.requires_grad or not trainable_only]
         for group in _groups(named):
             with deepspeed.zero.GatheredParameters([p for _, p in group]):
-                values = [p.data.detach().cpu().clone() if self.rank == 0 else None for _, p in group]
+                values = [p.data.detach().to(device, copy=True) if self.rank == 0 else None for _, p in group]
             yield from zip((n for n, _ in group), values, strict=True)
 
 
