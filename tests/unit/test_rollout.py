@@ -36,9 +36,7 @@ def ask(
         entries = [{"token": f"token_id:{i}", "logprob": -0.25} for i in (300, family.eos_ids[0])]
         choice = {"index": 0, "token_ids": [300, family.eos_ids[0]], "logprobs": {"content": entries}} | changed
         ids = [family.prompt_ids([{"role": "user", "content": c}], n) for c, n in ((PART, [16000]), (TEXT, []))]
-        return [
-            Answer(urls[0], {"prompt_token_ids": i + changed.get("read", []), "choices": [choice]}) for i in ids
-        ]
+        return [Answer(urls[0], {"prompt_token_ids": i + changed.get("read", []), "choices": [choice]}) for i in ids]
 
     PART, TEXT = [{"type": "audio"}], PROMPT.messages[0]["content"][0]["transcript"]
     monkeypatch.setattr(opd.rollout, "post_all", answer)
