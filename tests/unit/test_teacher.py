@@ -13,6 +13,7 @@ import torch
 
 import opd.teacher
 from opd.config import Config, UserError, load_config
+from opd.http import Answer
 from opd.models import family_of
 from opd.models.base import Family
 from opd.teacher import LocalTeacher, ServerTeacher, check_tokenizers
@@ -58,12 +59,13 @@ def test_no_audio_reaches_a_local_teacher(family: Family, config: Config) -> Non
 def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
 
-    def answer(requests: list[Any], *_: Any) -> list[Any]:
+    def answer(urls: list[str], requests: list[Any], *_: Any) -> list[Any]:
         sent.extend(requests)
         out = []
-        for _, _, body in requests:
-            ids = body["prompt"]
-            out.append({"choices": [{"prompt_logprobs": [None, *({str(i): {"logprob": -0.5}} for i in ids[1:])]}]})
+        for request in requests:
+            ids = request.body["prompt"]
+            logprobs = [None, *({str(i): {"logprob": -0.5}} for i in ids[1:])]
+            out.append(Answer(urls[0], {"choices": [{"prompt_logprobs": logprobs}]}))
         return out
 
     monkeypatch.setattr(opd.teacher, "post_all", answer)
@@ -72,7 +74,8 @@ def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monke
     teacher = ServerTeacher(config, family, torch.device("cpu"))
     (scored,) = teacher.score([Rollout(spoken("secret.wav"), "speech", (300, 2), None, 0, False)])
     assert scored.teacher_logprobs.tolist() == [-0.5, -0.5]
-    ((_, _, body),) = sent
+    ((_, body, tokens),) = sent
+    assert tokens == len(body["prompt"]) + 1
     assert all(isinstance(i, int) and i not in family.banned_ids for i in body["prompt"])
     assert "audio" not in json.dumps(body) and "secret" not in json.dumps(body)
 
