@@ -25,7 +25,7 @@ class Skip(Exception):
     """A check has nothing to do for this recipe: why."""
 
 
-@dataclass
+@dataclass(repr=False)  # what is not known yet has no value
 class Facts:
     """A recipe and what is known of it so far. A check reads what those that it needs have put here."""
 
