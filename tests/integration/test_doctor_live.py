@@ -37,12 +37,12 @@ def test_the_tiny_pair_passes_every_check(data: Path, tmp_path: Path, capsys: py
 def test_a_server_with_other_weights_fails(data: Path, tmp_path: Path, student_url: str) -> None:
     config = config_of("2_xopd", data, tmp_path, f"student.path={STUDENT}", f'rollout.urls=["{student_url}"]')
     other = PlainStudent(config, family_of(STUDENT), [], {})
-    other.perturb()
+    for _ in range(2):  # once is what the doctor itself will do
+        other.perturb()
     sync = WeightSync(other.sampler.servers, other.family, config, 0)
     other.push(sync, 1)
     sync.close()
     code, found = doctor(data, tmp_path, f'rollout.urls=["{student_url}"]')
     assert code == 1 and [n for n, c in found.items() if c["outcome"] == "FAIL"] == ["log-probs"]
     assert "speech mean" in found["log-probs"]["found"] and "rollout.urls" in found["log-probs"]["remedy"]
-    assert found["weight push"]["outcome"] == "pass"  # which leaves the originals there:
-    assert doctor(data, tmp_path, f'rollout.urls=["{student_url}"]')[0] == 0
+    assert found["weight push"]["outcome"] == "pass"  # which leaves the originals there
