@@ -41,6 +41,9 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
     config = load_config(recipe, overrides)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: its folder does not exist")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it would break the table
     lines = []
     with ExitStack() as stack:
         for line in examine(checks(), Facts(config, stack=stack), server):

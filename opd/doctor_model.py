@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from opd.checks import Check, Facts, Skip, Warned
 from opd.config import Config, UserError
@@ -79,7 +78,6 @@ def start(facts: Facts, command: Command) -> str:
 
 def prompt_ids(facts: Facts) -> str:
     """vLLM reads the same prompt ids as the learner; the sampler compares each request."""
-    transformers.utils.logging.disable_progress_bar()  # they would break the table
     facts.probe = probe = PlainStudent(facts.asked, facts.family, facts.heard, facts.clips)
     on = device(facts.asked)
     if on != "cpu" and torch.cuda.mem_get_info(on)[0] > ROOM * probe.bytes:
