@@ -17,6 +17,10 @@ class BadAudio(ValueError):
     """A clip that cannot be used; the message says why and what was expected."""
 
 
+class TooLong(BadAudio):
+    """A clip, or a prompt with its clips, that is longer than the recipe has room for."""
+
+
 def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
     """Decode a clip (wav, flac, mp3, ogg; any sample rate; mono or more channels) to mono float32 at `rate` Hz.
 
@@ -33,7 +37,7 @@ def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
         with soundfile.SoundFile(path) as f:
             declared, source_rate = f.frames, f.samplerate
             if declared > max_seconds * source_rate:
-                raise BadAudio(f"{path}: {declared / source_rate:.1f} s long, at most {max_seconds:g} s expected")
+                raise TooLong(f"{path}: {declared / source_rate:.1f} s long, at most {max_seconds:g} s expected")
             wave = f.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as e:
         raise BadAudio(f"{path}: not readable as audio (wav, flac, mp3 or ogg expected)") from e

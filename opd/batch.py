@@ -37,6 +37,11 @@ class MicroBatch:
     teacher_logp: Tensor  # [B, T], 0 where the objective reads rows instead
     sampler_logp: Tensor  # [B, T], 0 where no student sampled
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on `device`."""
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return MicroBatch(**moved)
+
     @property
     def clips(self) -> list[str]:
         """Keys of the clips of all rows, in the order of the placeholders in `ids`."""

@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
     _recipe_command(commands, "check", "check recipe, models, tokenizers and data; start nothing", _check)
+    doctor = _recipe_command(commands, "doctor", "try everything that a run relies on, with real servers", _doctor)
+    doctor.add_argument("--no-server", action="store_true", help="stop before what needs a vLLM server")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
     _recipe_command(commands, "train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
     _plan_command(commands)
     families = commands.add_parser("families", help="list the speech LLM families, or prove that they work here")
@@ -122,6 +125,12 @@ def _check(args: argparse.Namespace) -> int:
     for line in preflight.check(load_config(args.recipe, args.overrides)):
         print(line)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from opd import doctor
+
+    return doctor.main(args.recipe, args.overrides, not args.no_server, args.json)
 
 
 def _train(args: argparse.Namespace) -> int:

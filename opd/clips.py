@@ -34,17 +34,22 @@ class Room:
         tail = int(entry.tail_s * rate)
         return np.pad(clip, (0, max(tail, int(entry.shortest_s * rate) - len(clip))))
 
-    def check(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> None:
-        """Raise BadAudio when a view of the prompt cannot be put into ids, or leaves no room for max_tokens more."""
+    def check(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> int:
+        """Ids of the prompt's longer view.
+
+        Raises BadAudio when a view of the prompt cannot be put into ids, TooLong when it leaves no room for max_tokens
+        more.
+        """
         heard = [len(clips[p]) for p in audio_paths(prompt)]
         if len(heard) > self.family.entry.clips:
             raise audio.BadAudio(f"it has {len(heard)} clips; {self.family.entry.name} takes {self.family.entry.clips}")
         ids = max(len(self.family.prompt_ids(render(prompt, v), heard if v == "speech" else [])) for v in VIEWS)
         if self.max_model_len is not None and ids + self.max_tokens > self.max_model_len:
-            raise audio.BadAudio(
+            raise audio.TooLong(
                 f"its {ids} prompt ids and rollout.max_tokens={self.max_tokens} do not fit into the server's "
                 f"{self.max_model_len} ids; raise rollout.server.max_model_len, or shorten the clip or the response"
             )
+        return ids
 
 
 class ClipLoader:

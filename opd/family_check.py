@@ -21,10 +21,9 @@ import numpy as np
 
 from opd.config import Config, UserError, load_config
 from opd.families import FAMILIES, Entry
-from opd.http import healthy
 from opd.layout import Place, layout
 from opd.servers import learner, student_server
-from opd.supervisor import Process, stop_all
+from opd.supervisor import serving
 
 AGREE = 1e-4  # nats, float32
 DIFFER = 0.1  # nats: what a push that was left out must cost
@@ -144,16 +143,9 @@ def write_recipe(folder: Path, clips: int) -> Path:
 def server(recipe: Path, model: Path, folder: Path) -> Iterator[str]:
     """URL of a vLLM server that holds `model`, stopped at the end."""
     config = load_config(recipe, [f"student.path={model}"])
-    process = Process(student_server(config, Place.here("student")), folder / f"{model.name}-server.log")
-    try:
-        deadline = time.monotonic() + config.launch.health_timeout_s
-        while not healthy(process.command.url):
-            if process.code is not None or time.monotonic() > deadline:
-                raise ChildProcessError(f"vLLM does not serve it, see {process.log}")
-            time.sleep(0.2)
-        yield process.command.url
-    finally:
-        stop_all([process])
+    command = student_server(config, Place.here("student"))
+    with serving(command, folder / f"{model.name}-server.log", config.launch.health_timeout_s) as url:
+        yield url
 
 
 def worker(recipe: Path, out: Path, url: str, processes: int) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from opd import checkpoint, extensions
 from opd.batch import all_reduce, collate, make_batch, make_samples
@@ -21,53 +23,51 @@ from opd.config import Config, load_config
 from opd.family_check import LORA, PUSHES
 from opd.learner import Learner
 from opd.models import family_of
-from opd.models.base import Family, SpeechLM
+from opd.models.base import Family
 from opd.models.lora import adapters
 from opd.objectives import xopd
+from opd.probe import Mismatch, PlainStudent, Probe
 from opd.prompts import read_manifest
-from opd.rollout import VllmSampler
-from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
+from opd.types import VIEWS, Prompt, Rollout, ScoredRollout, View
 from opd.weight_sync import WeightSync
 
 NOISE = 0.05  # standard deviation of what is added to each weight
 
 
-class Check:
+class Check(Probe):
     """A learner under ZeRO-3, a live server, and prompts with one clip, several, several turns, and none."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.family: Family = family_of(config.student.path)
+        family = family_of(config.student.path)
+        super().__init__(config, family, *load_prompts(config, family))
         self.learner = Learner(config, self.family, config.student.path)
         self.rank, self.world = self.learner.rank, self.learner.world
-        self.sampler = VllmSampler(config, self.family, config.rollout.urls)
-        self.prompts, bad = read_manifest(config.data.train)
-        assert not bad, bad
-        self.clips = load_clips(config, self.family, self.prompts)
 
     def sample(self) -> list[Rollout]:
         """Two answers to each prompt in each view, the same list on every rank."""
         box: list[Any] = [None]
         if self.rank == 0:
-            box = [ask(self.sampler, self.prompts, self.clips)]
+            box = [super().sample()]
         dist.broadcast_object_list(box)
         return box[0]
 
-    def mismatch(self, rollouts: list[Rollout]) -> float:
-        """Greatest |learner - sampler| log-prob over the tokens of all rollouts."""
+    def mismatch(self, rollouts: list[Rollout]) -> Mismatch:
+        """Of the tokens of all rollouts, over all ranks; each of them looks at one rollout at a time."""
         mine = rollouts[self.rank :: self.world]
         samples = make_samples([ScoredRollout(r, None) for r in mine], self.clips, self.family)
-        worst = 0.0
+        away = []
         for sample in samples:
             mb, logits = self.learner.eval_logits([sample], self.clips)
-            worst = max(worst, furthest(mb.targets, logits, sample))
-        return float(all_reduce(torch.tensor(worst), "max"))
+            logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])[0, :, 0].cpu()
+            away.append((logp - torch.from_numpy(sample.scored.rollout.logprobs)).abs())
+        every = torch.cat(away).double()
+        total, count = all_reduce(torch.tensor([every.sum(), float(len(every))]), "sum").tolist()
+        return Mismatch(total / count, float(all_reduce(every.max(), "max")))
 
     def sharded_loss(self, rollouts: list[Rollout], path: str) -> float:
         """|loss under ZeRO-3 - loss of the unsharded model of `path`| on one batch, the ranks together."""
-        family = family_of(path)
-        reference = SpeechLM(family.load(torch.float32, self.config.student.attention), family, ["llm"])
-        reference.eval()
+        plain = self.config.model_copy(update={"student": self.config.student.model_copy(update={"lora": None})})
+        reference = PlainStudent(plain, family_of(path), self.prompts, self.clips)
         scored = [ScoredRollout(r, self.graded(r)) for r in rollouts[self.rank :: self.world]]
         batch = make_batch(make_samples(scored, self.clips, self.family), self.clips, self.config)
         losses = []
@@ -78,7 +78,7 @@ class Check:
                     mb, logits = self.learner.eval_logits(part, self.clips)
                 else:
                     mb = collate(part)
-                    logits = plain_logits(reference, mb, self.clips)
+                    logits = reference.logits(mb)
                 logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])[..., 0]
                 total += float((xopd(logp, mb.teacher_logp, logp, mb.sampler_logp).loss * mb.weights).sum())
             losses.append(float(all_reduce(torch.tensor(total, dtype=torch.float64), "sum")))
@@ -96,21 +96,22 @@ class Check:
         batch = make_batch(make_samples(scored, self.clips, self.family), self.clips, self.config)
         return self.learner.step(batch, 0)["loss"]
 
-    def perturb(self, parts: list[str]) -> None:
-        """Add noise to the weights of some parts, the same on all ranks."""
+    def perturb(self) -> None:
+        """The same on all ranks."""
         import deepspeed
 
         generator = torch.Generator().manual_seed(7)
         for name, p in self.learner.model.hf.named_parameters():
-            if not p.requires_grad or self.family.part_of(name) not in parts:
+            if not p.requires_grad or self.family.part_of(name) not in self.parts:
                 continue
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 if self.rank == 0:
                     p.data.add_(NOISE * torch.randn(p.shape, generator=generator))
 
-    def gathered(self, device: torch.device | str = "cpu") -> Any:
-        """The learner's trained weights, those of the parts of this push."""
-        for name, value in self.learner.gathered(device=device):
+    def gathered(
+        self, trainable_only: bool = True, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        for name, value in self.learner.gathered(trainable_only, device):
             if self.family.part_of(name) in self.parts:
                 yield name, value
 
@@ -119,12 +120,8 @@ class Check:
         found = {}
         sync = WeightSync(self.sampler.servers, self.family, self.config, self.rank)
         for version, (name, self.parts) in enumerate(of.items(), 1):
-            self.perturb(self.parts)
-            stale = self.mismatch(self.sample())
             sync.audio_trained = self.parts != ["llm"]
-            sync.push(self, version)
-            self.sampler.version = version
-            found[name] = [stale, self.mismatch(self.sample())]
+            found[name] = [m.greatest for m in self.perturbed_and_pushed(sync, version)]
         sync.close()
         return found
 
@@ -134,55 +131,30 @@ def with_adapters(recipe: str, overrides: list[str], base: Path, out: Path) -> d
     check = Check(load_config(recipe, [*overrides, f"student.path={base}", *LORA]))
     weights: list[Any] = [a.weight for a in adapters(check.learner.model.hf)]
     assert weights and all(w.ds_tensor.numel() < w.ds_numel for w in weights), "adapters are not sharded"
-    before = check.mismatch(check.sample())
+    before = check.mismatch(check.sample()).greatest
     ((stale, fresh),) = check.pushes({"LoRA": ["llm"]}).values()
     checkpoint.save_model(check.learner, out)
     merged = check.sharded_loss(check.sample(), str(out))
     return {"push": [stale, fresh], "parity": before, "checkpoint": merged, "mixed": check.mixed_step(check.sample())}
 
 
-def load_clips(config: Config, family: Family, prompts: list[Prompt]) -> dict[str, np.ndarray]:
-    """Waveforms of all prompts, by path."""
+def load_prompts(config: Config, family: Family) -> tuple[list[Prompt], dict[str, np.ndarray]]:
+    """The manifest's prompts and their waveforms by path."""
+    prompts, bad = read_manifest(config.data.train)
+    assert not bad, bad
     room = Room(family, config.rollout.max_tokens, None)
     loader = ClipLoader(config, family.sampling_rate, len(prompts), room=room)
     clips: dict[str, np.ndarray] = {}
     for p in prompts:
         clips |= loader.load(p) or {}
-    return clips
-
-
-def ask(sampler: VllmSampler, prompts: list[Prompt], clips: dict[str, np.ndarray]) -> list[Rollout]:
-    """Two answers to each prompt in each view."""
-    jobs: list[tuple[Prompt, View, str]] = [(p, v, p.id) for v in VIEWS for p in prompts]
-    return sampler.sample(jobs, clips, 2, 1.0, check=False)
-
-
-def furthest(targets: torch.Tensor, logits: torch.Tensor, sample: Sample) -> float:
-    """Greatest |log-prob - sampler's| over one sample's tokens; targets [1, T], logits [1, T, V]."""
-    logp = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[0, :, 0]
-    return float((logp.cpu() - torch.from_numpy(sample.scored.rollout.logprobs)).abs().max())
-
-
-def plain_logits(model: SpeechLM, mb: Any, clips: dict[str, np.ndarray]) -> torch.Tensor:
-    """Logits [B, T, V] of an unsharded model."""
-    with torch.no_grad():
-        audio = model(features=model.family.features([clips[k] for k in mb.clips])) if mb.clips else None
-        names = ("ids", "position_ids", "attends", "row", "positions")
-        return model(audio=audio, **{n: getattr(mb, n) for n in names})
+    return prompts, clips
 
 
 def fresh(config: Config) -> dict[str, float]:
     """Greatest |transformers - vLLM| log-prob of a checkpoint that a fresh server holds."""
     family = family_of(config.student.path)
-    prompts, _ = read_manifest(config.data.train)
-    clips = load_clips(config, family, prompts)
-    model = SpeechLM(family.load(torch.float32, config.student.attention), family, ["llm"]).eval()
-    worst = 0.0
-    for rollout in ask(VllmSampler(config, family, config.rollout.urls), prompts, clips):
-        (sample,) = make_samples([ScoredRollout(rollout, None)], clips, family)
-        mb = collate([sample])
-        worst = max(worst, furthest(mb.targets, plain_logits(model, mb, clips), sample))
-    return {"checkpoint": worst}
+    plain = PlainStudent(config, family, *load_prompts(config, family))
+    return {"checkpoint": plain.mismatch(plain.sample()).greatest}
 
 
 def main() -> None:
@@ -199,7 +171,7 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     check = Check(config)
     rollouts = check.sample()
-    found: dict[str, Any] = {"prompts": len(rollouts), "parity": check.mismatch(rollouts)}
+    found: dict[str, Any] = {"prompts": len(rollouts), "parity": check.mismatch(rollouts).greatest}
     found["zero3"] = check.sharded_loss(rollouts, config.student.path)
     found["push"] = check.pushes(PUSHES)
     base = Path(f"{out}-base")

@@ -70,7 +70,7 @@ class Learner:
         stats = Sums()
         last = len(batch.micro_batches) - 1
         for i, samples in enumerate(batch.micro_batches):
-            mb = self._to_device(collate(samples))
+            mb = collate(samples).to(self.device)
             loss = self._loss(mb, self.logits(mb, audio, batch.clips), stats, teacher_logits)
             self.engine.set_gradient_accumulation_boundary(i == last)
             self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages over ranks: we mean the sum
@@ -144,7 +144,7 @@ class Learner:
     def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
         """One micro-batch and its logits without gradient; every rank calls it as often as every other."""
         self.model.eval()
-        mb = self._to_device(collate(samples))
+        mb = collate(samples).to(self.device)
         logits = self.logits(mb, self.encode(clips, samples), clips)
         self.model.train()
         return mb, logits
@@ -153,10 +153,6 @@ class Learner:
         if inputs.get("features") is not None:
             inputs["features"] = {k: v.to(self.device) for k, v in inputs["features"].items()}
         return self.engine(**inputs)
-
-    def _to_device(self, mb: MicroBatch) -> MicroBatch:
-        moved: dict[str, Any] = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in vars(mb).items()}
-        return MicroBatch(**moved)
 
     # ---- weights --------------------------------------------------------------------------------------------------
 

@@ -4,67 +4,101 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
+import numpy as np
+
 from opd import audio, run_folder
+from opd.checks import Check, Facts, Warned
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.http import Server, check_model
-from opd.layout import starts_student
+from opd.layout import starts_student, starts_teacher
+from opd.placement import node_of, placement_of
 from opd.prompts import read_manifest
-from opd.types import Prompt
 from opd.views import audio_paths
+
+HEARD = 8  # training records that are kept with their clips for what comes after
 
 
 def check(config: Config) -> list[str]:
     """Check a recipe without a server or GPU: one line per thing checked. Raises UserError at the first fault."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    facts, lines = Facts(config), []
+    for c in checks():
+        lines.append(f"{c.name}: {c.run(facts)}")
+    return lines
 
-    from opd.learner import deepspeed_settings
+
+def checks() -> tuple[Check, ...]:
+    """The cheap checks of a recipe, in their order."""
+    from opd import vocabulary as v  # needs torch
+
+    both = ("student", "teacher")
+    return (
+        Check("run folder", run_folder_, "choose another run.dir, or set run.overwrite=true"),
+        Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
+        Check("student", student, "name a whole checkpoint of a known family: `opd families`"),
+        Check("teacher", teacher, "name a whole checkpoint of a text LLM"),
+        Check("servers", servers, "start the servers of the recipe with its models, or take the URLs out", both),
+        Check("manifests", manifests, "mend or remove the records that are named"),
+        Check("versions", versions, "install what was tested: requirements/"),
+        Check("tokenizers", tokenizers, "choose a teacher with the student's tokenizer", both),
+        Check("chat templates", v.templates, "mend chat_template.jinja", ("tokenizers", "manifests")),
+        Check("clips", clips, "mend or remove them, or raise rollout.server.max_model_len", ("student", "manifests")),
+        Check(
+            "stop ids", v.stop_ids, "set eos_token_id in generation_config.json to what ends a turn", ("tokenizers",)
+        ),
+        Check("banned ids", v.banned_ids, "mend the family's banned_ids in opd/models/", ("student",)),
+        Check("placement", placement, "choose a placement of recipes/placements/ for the GPUs that are here"),
+    )
+
+
+def run_folder_(facts: Facts) -> str:
+    """The run folder holds nothing else."""
+    return f"{facts.config.run.dir}: {run_folder.check(facts.config)}"
+
+
+def deepspeed(facts: Facts) -> str:
+    """The DeepSpeed JSON sets ZeRO only."""
+    from opd.learner import deepspeed_settings  # needs torch
+
+    stage = (deepspeed_settings(facts.config).get("zero_optimization") or {}).get("stage", 0)
+    return f"ZeRO stage {stage}"
+
+
+def student(facts: Facts) -> str:
+    """The student is a whole checkpoint of a known family."""
     from opd.models import family_of
     from opd.models.lora import targets
-    from opd.teacher import check_tokenizers
 
-    lines = [f"run folder {config.run.dir}: {run_folder.check(config)}"]
-    stage = (deepspeed_settings(config).get("zero_optimization") or {}).get("stage", 0)
-    lines.append(f"DeepSpeed settings: ZeRO stage {stage}")
-    student = resolve_model(config.student.path, "student.path")
-    family = family_of(student, config.student.family)
-    whole_weights(student, "student.path")
-    lines.append(f"student {config.student.path}: {type(family).__name__}, {family.vocab_size} ids")
-    if config.student.lora is not None:
-        layers = targets(family.outline(), family, config.student.lora)
+    s = facts.config.student
+    path = resolve_model(s.path, "student.path")
+    family = family_of(path, s.family)
+    whole_weights(path, "student.path")
+    facts.student, facts.family = path, family
+    said = f"{s.path}: {type(family).__name__}, {family.vocab_size} ids"
+    if s.lora is not None:
+        layers = targets(family.outline(), family, s.lora)
         kinds = sorted({n.rpartition(".")[2] for n in layers})
-        lines.append(f"student.lora: adapters on {len(layers)} linear layers of the LLM: {', '.join(kinds)}")
-    teacher = resolve_model(config.teacher.path, "teacher.path")
-    whole_weights(teacher, "teacher.path")
+        said += f"; adapters on {len(layers)} linear layers of the LLM: {', '.join(kinds)}"
+    return said
+
+
+def teacher(facts: Facts) -> str:
+    """The teacher is a whole checkpoint of a text LLM, with a tokenizer."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    path = resolve_model(facts.config.teacher.path, "teacher.path")
+    whole_weights(path, "teacher.path")
     try:
-        tokenizer = family.text_tokenizer(teacher)
+        about = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as e:
-        raise UserError(f"teacher.path {teacher}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
-    added = getattr(tokenizer, "added_tokens_decoder", None)
-    if len(tokenizer) <= (len(added) if isinstance(added, dict) else 0):
-        raise UserError(f"teacher.path {teacher}: expected tokenizer files such as tokenizer.json, found none")
-    check_tokenizers(family, tokenizer, teacher)
-    about = AutoConfig.from_pretrained(teacher)
+        raise UserError(f"teacher.path {path}: no loadable config: {str(e).splitlines()[0]}") from e
     if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"teacher.path {teacher}: expected a text LLM, found model_type {about.model_type!r}")
-    lines.append(f"teacher {config.teacher.path}: same tokens as the student")
-    taken = [_server(config, "rollout.urls", u, student) for u in config.rollout.urls]
-    for url in config.teacher.urls if config.teacher.kind == "server" else []:
-        _server(config, "teacher.urls", url, teacher)
-    if taken:
-        lines.append(f"rollout.urls: {len(taken)} servers hold the student")
-    elif starts_student(config):
-        taken = [config.rollout.server.max_model_len]
-    room = Room(family, config.rollout.max_tokens, min(taken, default=None))
-    manifests = {
-        "data.train": config.data.train,
-        "eval.test": config.eval.test,
-        "eval.retention": config.eval.retention,
-    }
-    lines += [_manifest(config, key, path, room) for key, path in manifests.items() if path is not None]
-    return lines
+        raise UserError(f"teacher.path {path}: expected a text LLM, found model_type {about.model_type!r}")
+    facts.teacher = path
+    return f"{facts.config.teacher.path}: {about.model_type}"
 
 
 def finished(config: Config) -> bool:
@@ -95,54 +129,150 @@ def whole_weights(path: str, key: str) -> None:
             raise UserError(f"{key} {path}: {name} is damaged: {e}") from e
 
 
-def _server(config: Config, key: str, url: str, path: str) -> int:
+def servers(facts: Facts) -> str:
+    """Running servers that the recipe names hold its models; what the student's take is noted."""
+    config = facts.config
+    taken = [_holds(config, "rollout.urls", u, facts.student) for u in config.rollout.urls]
+    scoring = config.teacher.urls if config.teacher.kind == "server" else []
+    for url in scoring:
+        _holds(config, "teacher.urls", url, facts.teacher)
+    if not taken and starts_student(config):
+        taken = [config.rollout.server.max_model_len]
+    facts.max_model_len = min(taken, default=None)
+    if not config.rollout.urls and not scoring:
+        return "the recipe names none"
+    return f"{len(config.rollout.urls)} hold the student, {len(scoring)} the teacher"
+
+
+def _holds(config: Config, key: str, url: str, path: str) -> int:
     return check_model(Server(url, config.rollout.timeout_s), key, path, path)
 
 
-def _manifest(config: Config, key: str, path: str, room: Room) -> str:
+def versions(facts: Facts) -> str:
+    """Installed packages are what was tested."""
+    from opd.versions import compare
+
+    found = compare(vllm=starts_student(facts.config) or starts_teacher(facts.config))
+    if found.faults:
+        raise UserError("packages: " + ", ".join(found.faults) + "; install them, best in the tested version")
+    if found.other:
+        return Warned(f"{found.same} packages as tested; not as tested: {', '.join(found.other)}")
+    return f"{found.same} packages as tested"
+
+
+def tokenizers(facts: Facts) -> str:
+    """The teacher has a tokenizer, and it is the student's."""
+    from opd import vocabulary
+
+    path = facts.teacher
+    try:
+        facts.tokenizer = facts.family.text_tokenizer(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"teacher.path {path}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
+    added = getattr(facts.tokenizer, "added_tokens_decoder", None)
+    if len(facts.tokenizer) <= (len(added) if isinstance(added, dict) else 0):
+        raise UserError(f"teacher.path {path}: expected tokenizer files such as tokenizer.json, found none")
+    return vocabulary.tokenizers(facts)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def manifests(facts: Facts) -> str:
+    """Every record can be read, has what its use needs, and names clips that exist."""
+    config = facts.config
+    paths = {"data.train": config.data.train, "eval.test": config.eval.test, "eval.retention": config.eval.retention}
+    return "; ".join(_read(facts, key, path) for key, path in paths.items() if path is not None)
+
+
+def _read(facts: Facts, key: str, path: str) -> str:
+    config = facts.config
     try:
         prompts, bad = read_manifest(path, None if key == "data.train" else config.eval.limit)
     except UserError as e:
         raise UserError(f"{key}: {e}" + ("" if key == "data.train" else f"; to go without it: {key}=")) from e
-    training = key == "data.train"
-
-    def refuse(count: int, of: int, fault: str) -> None:
-        if not training:
-            raise UserError(f"{key}: {fault}; mend or remove it: every held-out record must be good")
-        check_share(config, count, of, fault)
-
     records = len(prompts) + len(bad)
     if bad:
-        refuse(len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")
-    if not training:
-        _check_answers(key, prompts)
-    elif config.rollout.source == "dataset":
-        without = next((p.place for p in prompts if p.response is None), None)
-        if without:
-            raise UserError(f"{key}: {without}: rollout.source dataset needs a `response` in every record")
-    faults = len(bad)
-    for prompt in prompts:
-        if missing := next((a for a in audio_paths(prompt) if not Path(a).is_file()), None):
-            faults += 1
-            refuse(faults, records, f"{prompt.place}: {missing}: no such audio file")
-    size = config.data.check if training and config.data.check else len(prompts)
+        _refuse(config, key, len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")
+    for p in prompts:
+        if key != "data.train" and (p.answer is None or p.response is None):
+            raise UserError(f"{key}: {p.place}: an evaluation needs `answer` and `response`, the record lacks one")
+        if key == "data.train" and config.rollout.source == "dataset" and p.response is None:
+            raise UserError(f"{key}: {p.place}: rollout.source dataset needs a `response` in every record")
+    gone = [(p, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]
+    if gone:
+        fault = f"{gone[0][0].place}: {gone[0][1]}: no such audio file"
+        _refuse(config, key, len(bad) + len({p.place for p, _ in gone}), records, fault)
+    facts.prompts[key], facts.bad[key] = prompts, bad
+    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad"
+
+
+def _refuse(config: Config, key: str, bad: int, of: int, fault: str) -> None:
+    if key != "data.train":
+        raise UserError(f"{key}: {fault}; mend or remove it: every held-out record must be good")
+    check_share(config, bad, of, fault)
+
+
+def clips(facts: Facts) -> str:
+    """A sample of the training records, and all that are held out, decode and fit."""
+    limit = facts.max_model_len
+    if limit is None and starts_student(facts.config):
+        limit = facts.config.rollout.server.max_model_len
+    room = Room(facts.family, facts.config.rollout.max_tokens, limit)
+    return "; ".join(_decode(facts, key, room) for key in facts.prompts)
+
+
+def _decode(facts: Facts, key: str, room: Room) -> str:
+    config, prompts, bad = facts.config, facts.prompts[key], facts.bad[key]
+    rate = room.family.sampling_rate
+    size = config.data.check if key == "data.train" and config.data.check else len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
-    wrong = 0
     found = [f"{b['place']}: {b['reason']}" for b in bad]
+    long, longest, seconds = 0, 0, [0.0]
     for prompt in chosen:
         try:
-            limit = config.data.max_audio_seconds
-            clips = {p: room.filled(audio.load(p, room.family.sampling_rate, limit)) for p in audio_paths(prompt)}
-            room.check(prompt, clips)
+            waves = {p: audio.load(p, rate, config.data.max_audio_seconds) for p in audio_paths(prompt)}
+            seconds += [len(w) / rate for w in waves.values()]
+            waves = {p: room.filled(w) for p, w in waves.items()}
+            longest = max(longest, room.check(prompt, waves))
         except audio.BadAudio as e:
-            wrong += 1
+            long += isinstance(e, audio.TooLong)
             found.append(f"{prompt.place}: {e}")
-            refuse(wrong + len(bad), len(chosen) + len(bad), f"{prompt.place}: {e}")
-    counts = f"{key} {path}: {len(prompts)} records, {len(bad) + wrong} bad, {len(chosen)} decoded"
-    return "\n  bad: ".join([counts, *found])
+            _refuse(config, key, len(found), len(chosen) + len(bad), f"{prompt.place}: {e}")
+            continue
+        if key == "data.train" and len(facts.heard) < HEARD:
+            facts.heard.append(prompt)
+            facts.clips |= waves
+    room_left = "" if room.max_model_len is None else f" + {room.max_tokens} of {room.max_model_len}"
+    heard = seconds[1:]
+    length = f"clips of {min(heard):.1f} to {max(heard):.1f} s, {np.mean(heard):.1f} on average, " if heard else ""
+    counts = f"{key}: {len(chosen)} of {len(prompts)} decoded, {len(found)} bad, {long} of them too long, "
+    return "\n  bad: ".join([f"{counts}{length}at most {longest} prompt ids{room_left}", *found])
 
 
-def _check_answers(key: str, prompts: list[Prompt]) -> None:
-    for p in prompts:
-        if p.answer is None or p.response is None:
-            raise UserError(f"{key}: {p.place}: an evaluation needs `answer` and `response`, the record lacks one")
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def placement(facts: Facts) -> str:
+    """The GPUs that the placement gives to this node are there."""
+    config = facts.config
+    where, node, name = placement_of(config), node_of(config), config.launch.placement
+    if not where.devices_per_node:
+        return "everything on the CPU"
+    groups = [*(where.rollout if starts_student(config) else []), *where.learner]
+    groups += where.teacher if starts_teacher(config) else []
+    named = sorted({d for g in groups if g.node == node for d in g.devices})
+    here = gpus()
+    if missing := [d for d in named if d >= here]:
+        raise UserError(f"launch.placement {name}: gives GPU {missing[-1]} to node {node}, {here} GPUs were found here")
+    return f"{name}: GPUs {named} of node {node}, {here} are here; {where.nodes} nodes"
+
+
+def gpus() -> int:
+    """NVIDIA GPUs of this machine, by its driver: without torch, whatever CUDA_VISIBLE_DEVICES says."""
+    try:
+        told = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
+        listed = sum(line.startswith("GPU ") for line in told.stdout.splitlines())
+    except (OSError, subprocess.TimeoutExpired):
+        listed = 0
+    return listed or len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from opd.servers import Command
@@ -74,6 +75,25 @@ def stop_all(processes: list[Process]) -> None:
         p.stop()
     for p in reversed(processes):
         p.wait()
+
+
+@contextlib.contextmanager
+def serving(command: Command, log: Path, timeout_s: float) -> Iterator[str]:
+    """URL of a server from the moment when it is healthy; stopped at the end. Raises ChildProcessError before that."""
+    from opd.http import healthy  # the guard does without
+
+    process = Process(command, log)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not healthy(command.url):
+            if process.code is not None:
+                raise ChildProcessError(f"the {command.name} server ended with exit code {process.code}, see {log}")
+            if time.monotonic() > deadline:
+                raise ChildProcessError(f"the {command.name} server is not healthy after {timeout_s:g} s, see {log}")
+            time.sleep(0.2)
+        yield command.url
+    finally:
+        stop_all([process])
 
 
 def adopt_orphans(on: bool) -> None:

@@ -5,7 +5,7 @@ No audio ever reaches it: prompts are rendered in the text view here and nowhere
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from opd.config import Config, UserError
 from opd.http import Request, ServerError, post_all
 from opd.models.base import Family
 from opd.objectives import EXCLUDED
-from opd.types import Prompt, Rollout, Sample, ScoredRollout
+from opd.types import Message, Prompt, Rollout, Sample, ScoredRollout
 from opd.views import render
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,8 +49,7 @@ class _Reader:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of the text view with the generation prompt."""
-        messages = [_plain(m) for m in render(prompt, "text")]
-        return self.family.text_ids(self.tokenizer, messages)
+        return text_prompt_ids(self.family, self.tokenizer, render(prompt, "text"))
 
 
 class LocalTeacher(_Reader):
@@ -218,10 +217,21 @@ def make_teacher(config: Config, family: Family, device: torch.device) -> LocalT
     return TEACHERS[config.teacher.kind or "local"](config, family, device)
 
 
-def check_tokenizers(family: Family, teacher: Any, teacher_path: str) -> None:
-    """Refuse a teacher whose tokenizer gives any shared id another meaning; the differing tokens are named.
+def text_prompt_ids(family: Family, tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Token ids of a chat in the text view, with the generation prompt, as a text teacher reads it."""
+    return family.text_ids(tokenizer, [_plain(m) for m in messages])
 
-    Ids that only the student has must be the audio-only ones, which are banned.
+
+TEXTS = (
+    *("What is 12 plus 3? It's fifteen.", "1 234 567.89 and 10%, 3/4, 2e-5", "  spaces at both ends  "),
+    *("Zürich, Привет, 你好, नमस्ते 🎧", "one line\nand another\n\n\tand a tab", "<b>no token</b> #1"),
+)
+
+
+def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Iterable[str] = TEXTS) -> None:
+    """Refuse a teacher whose tokenizer gives any shared id another meaning, or other ids to any of the texts.
+
+    The differing tokens are named. Ids that only the student has must be the audio-only ones, which are banned.
     """
     ours = {i: t for t, i in family.tokenizer.get_vocab().items()}
     theirs = {i: t for t, i in teacher.get_vocab().items()}
@@ -233,10 +243,10 @@ def check_tokenizers(family: Family, teacher: Any, teacher_path: str) -> None:
             f"teacher.path {teacher_path}: its tokenizer differs from the student's in {len(wrong)} ids "
             f"(id: student / teacher): {shown}; choose a teacher with the student's tokenizer"
         )
-    text = "What is 12 plus 3? It's fifteen."
-    a, b = (t(text, add_special_tokens=False).input_ids for t in (family.tokenizer, teacher))
-    if a != b:
-        raise UserError(f"teacher.path {teacher_path}: same vocabulary, but {text!r} becomes {b}, not {a}")
+    for text in texts:
+        a, b = (t(text, add_special_tokens=False).input_ids for t in (family.tokenizer, teacher))
+        if a != b:
+            raise UserError(f"teacher.path {teacher_path}: same vocabulary, but {text[:80]!r} becomes {b}, not {a}")
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from opd.layout import layout
 from opd.servers import Command
 
 HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "accelerate")
-COMMANDS = ("launch", "check", "train", "report")
+COMMANDS = ("launch", "check", "doctor", "train", "report")
 
 RECIPE = """
 run: {{dir: {dir}/run}}
@@ -67,7 +67,7 @@ def test_version() -> None:
     assert opd("--version").stdout.strip() == f"opd {__version__}"
 
 
-@pytest.mark.parametrize("command", ["launch", "check"])
+@pytest.mark.parametrize("command", ["launch", "check", "doctor"])
 def test_unknown_recipe_is_one_line_and_exit_2(command: str) -> None:
     done = opd(command, "nowhere.yaml")
     assert done.returncode == 2

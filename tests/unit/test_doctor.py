@@ -1,0 +1,392 @@
+"""Every check of `opd doctor` that needs no server: what passes, what fails, and what the table makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from opd import doctor, doctor_model, preflight
+from opd.checks import Check, Facts, Skip, Warned
+from opd.cli import main
+from opd.config import UserError, load_config
+from opd.models import family_of
+from opd.probe import Mismatch
+from opd.types import Prompt, Rollout, ScoredRollout
+
+ROOT = Path(__file__).parents[2]
+ASKED = ("what is one plus two", "sort nine two five", "reverse cat dog red", "what is two plus five")
+ANSWERS = ("three.", "two five nine.", "red dog cat.", "seven.")
+CHEAP = {c.name: c for c in preflight.checks()}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with student, teacher, and a manifest of four tones."""
+    monkeypatch.chdir(ROOT)
+    for name in ("student", "teacher"):
+        shutil.copytree(ROOT / "recipes/tiny" / name, tmp_path / name)
+    records = []
+    for i, (text, answer) in enumerate(zip(ASKED, ANSWERS, strict=True)):
+        tone = 0.3 * np.sin(np.arange(16000 + 4000 * i) / 9)
+        soundfile.write(tmp_path / f"{i}.wav", tone, 16000)
+        records.append({"audio": f"{i}.wav", "transcript": text, "response": answer, "id": f"q{i}"})
+    write(tmp_path, records)
+    return tmp_path
+
+
+def write(world: Path, records: list[dict[str, Any]]) -> None:
+    (world / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def overrides(world: Path, *more: str) -> list[str]:
+    given = [f"{name}.path={world}/{name}" for name in ("student", "teacher")]
+    return [*given, f"data.train={world}/train.jsonl", f"run.dir={world}/run", "eval.test=", "eval.retention=", *more]
+
+
+def facts_of(world: Path, *more: str) -> Facts:
+    return Facts(load_config("recipes/tiny/2_xopd.yaml", overrides(world, *more)))
+
+
+def lines(facts: Facts) -> dict[str, doctor.Line]:
+    return {line.name: line for line in doctor.examine(preflight.checks(), facts)}
+
+
+def edit(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_all_is_well(world: Path) -> None:
+    found = lines(facts_of(world))
+    assert list(found) == list(CHEAP) and {line.outcome for line in found.values()} == {"pass"}
+    assert found["tokenizers"].found == "same tokens, and the same ids for 14 texts"
+    assert "; 4 text views alike in both" in found["chat templates"].found
+    assert "4 of 4 decoded, 0 bad, 0 of them too long, clips of 1.0 to 1.8 s, 1.4 on" in found["clips"].found
+    assert " + 24 of 512" in found["clips"].found
+    assert found["stop ids"].found == "2 '<|im_end|>': both chat templates end turns so"
+    assert found["banned ids"].found == "3 '<|AUDIO|>', 4 '<|audio_bos|>', 5 '<|audio_eos|>'; 0 padded rows"
+
+
+def test_launch_goes_through_the_same_checks_and_stops_at_the_first_fault(world: Path) -> None:
+    told = preflight.check(facts_of(world).config)
+    assert [line.partition(":")[0] for line in told] == list(CHEAP)
+    (world / "0.wav").unlink()
+    with pytest.raises(UserError, match="0.wav: no such audio file"):
+        preflight.check(facts_of(world).config)
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_another_meaning_of_ids_fails_and_what_relies_on_it_is_not_run(world: Path) -> None:
+    file = world / "teacher/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    ids = tokenizer["model"]["vocab"]
+    a, b = [t for t, i in ids.items() if i in (300, 301)]
+    ids[a], ids[b] = ids[b], ids[a]
+    file.write_text(json.dumps(tokenizer))
+    found = lines(facts_of(world))
+    assert found["tokenizers"].outcome == "FAIL" and "differs from the student's in 2 ids" in found["tokenizers"].found
+    assert found["tokenizers"].remedy == CHEAP["tokenizers"].remedy
+    assert (found["stop ids"].outcome, found["stop ids"].found) == ("not run", "needs tokenizers")
+    assert found["clips"].outcome == found["banned ids"].outcome == "pass"
+
+
+def test_the_same_tokens_that_split_texts_differently_fail(world: Path) -> None:
+    file = world / "teacher/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
+    file.write_text(json.dumps(tokenizer))
+    found = lines(facts_of(world))["tokenizers"]
+    assert found.outcome == "FAIL" and 'same vocabulary, but "What is 12 plus 3?' in found.found
+
+
+def test_a_teacher_without_tokenizer_fails(world: Path) -> None:
+    for file in (world / "teacher").glob("tokenizer*"):
+        file.unlink()
+    found = lines(facts_of(world))["tokenizers"]
+    assert found.outcome == "FAIL" and "expected tokenizer files" in found.found
+
+
+def test_templates_may_differ_but_it_is_said(world: Path) -> None:
+    file = world / "teacher/chat_template.jinja"
+    file.write_text("<|im_start|>system\nAnswer.<|im_end|>\n" + file.read_text())
+    found = lines(facts_of(world))["chat templates"]
+    assert found.outcome == "warn" and "the text view of q0 has" in found.found
+    assert "they part at 1: 'user\\nwhat is one plus two<|im_end|>' and 'system\\nAn" in found.found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            "{{ m['content'] }}",
+            "{{ m['content'] if m['role'] == 'user' }}",
+            "the teacher's chat template: no token ends the answer in '<|im_start|>user",
+        ),
+        (
+            "{% if add_generation_prompt %}",
+            "{% if add_generation_prompt %}Well: ",
+            "the teacher's chat template: a prompt",
+        ),
+        ("{{ m['content'] }}", "{{ m['content'][:19] }}", "template loses the transcript 'what is one plus two'"),
+    ],
+)
+def test_templates_that_no_reply_can_follow_fail(world: Path, old: str, new: str, told: str) -> None:
+    file = world / "teacher/chat_template.jinja"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    found = lines(facts_of(world))["chat templates"]
+    assert found.outcome == "FAIL" and told in found.found
+
+
+def test_a_record_that_spells_the_placeholder_is_the_clips_affair(world: Path) -> None:
+    record = {"audio": "0.wav", "transcript": "say <|AUDIO|>"}
+    good = [{"audio": f"{i}.wav", "transcript": t} for i, t in enumerate(ASKED)]
+    write(world, [record, *good])
+    found = lines(facts_of(world, "data.max_bad_share=0.5"))
+    assert {line.outcome for line in found.values()} == {"pass"}
+    assert "train.jsonl:1: its text or transcript contains <|AUDIO|>" in found["clips"].found
+
+
+def test_wrong_stop_ids_fail(world: Path) -> None:
+    generation = world / "student/generation_config.json"
+    edit(generation, eos_token_id=0)
+    told = lines(facts_of(world))["stop ids"]
+    assert told.outcome == "FAIL"
+    assert told.found == (
+        "the student's chat template ends a turn with 2 '<|im_end|>', generation stops at 0 '<|endoftext|>'"
+    )
+    edit(generation, eos_token_id=[2, 3])
+    assert "stop id 3 '<|AUDIO|>' is banned" in lines(facts_of(world))["stop ids"].found
+    edit(generation, eos_token_id=[2, 502])
+    assert lines(facts_of(world))["stop ids"].outcome == "pass"
+    edit(generation, eos_token_id=[2, 900])
+    assert "stop id 900 is None to the student and None" in lines(facts_of(world))["stop ids"].found
+    edit(generation, eos_token_id=[0, 2])
+    assert lines(facts_of(world))["stop ids"].outcome == "warn"  # gold responses would close with 0
+
+
+def test_ids_that_are_not_banned_fail(world: Path) -> None:
+    facts = facts_of(world)
+    lines(facts)
+    family = facts.family
+    all_banned = list(family.banned_ids)
+    family.banned_ids = [i for i in all_banned if i != family.audio_id]
+    with pytest.raises(UserError, match=r"the audio placeholder 3 '<\|AUDIO\|>' is not banned"):
+        CHEAP["banned ids"].run(facts)
+    family.banned_ids, family.vocab_size = all_banned, family.vocab_size + 2
+    with pytest.raises(UserError, match="2 padded rows of the vocabulary are not banned, such as 503"):
+        CHEAP["banned ids"].run(facts)
+    word = family.tokenizer(" plus", add_special_tokens=False).input_ids[0]
+    family.banned_ids = [*all_banned, 503, 504, word]
+    with pytest.raises(UserError, match=rf"has the banned id {word} 'Ġplus'"):
+        CHEAP["banned ids"].run(facts)
+
+
+# ---- data, devices ----------------------------------------------------------------------------------------------
+
+
+def test_prompts_without_room_are_counted_and_refused(world: Path) -> None:
+    longest = int(lines(facts_of(world))["clips"].found.partition("at most ")[2].split()[0])
+    short = f"rollout.server.max_model_len={longest + 23}"
+    found = lines(facts_of(world, short))["clips"]
+    assert found.outcome == "FAIL" and f"its {longest} prompt ids and rollout.max_tokens=24 do not fit" in found.found
+    facts = facts_of(world, short, "data.max_bad_share=0.3")
+    found = lines(facts)["clips"]
+    assert found.outcome == "pass" and "4 of 4 decoded, 1 bad, 1 of them too long" in found.found
+    assert len(facts.heard) == 3
+    found = lines(facts_of(world, "data.max_audio_seconds=1.4", "data.max_bad_share=0.5"))["clips"]
+    assert "2 bad, 2 of them too long" in found.found
+
+
+@pytest.mark.parametrize(("here", "outcome"), [(2, "pass"), (1, "FAIL"), (0, "FAIL")])
+def test_gpus_of_the_placement_must_be_there(
+    world: Path, monkeypatch: pytest.MonkeyPatch, here: int, outcome: str
+) -> None:
+    monkeypatch.setattr(preflight, "gpus", lambda: here)
+    found = lines(facts_of(world, "launch.placement=recipes/placements/2gpu_1r_1l.yaml"))["placement"]
+    assert found.outcome == outcome
+    said = "GPUs [0, 1] of node 0, 2 are here" if here == 2 else f"gives GPU 1 to node 0, {here} GPUs were found here"
+    assert said in found.found
+
+
+def test_gpus_are_counted_by_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho '  MIG 1g: (UUID: y)'\necho 'GPU 1: A (UUID: z)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert preflight.gpus() == 2
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert preflight.gpus() == len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+@pytest.mark.parametrize(("short", "outcome"), [([], "pass"), (["GPU 0: 3.5 GiB short of 80"], "FAIL")])
+def test_memory(world: Path, monkeypatch: pytest.MonkeyPatch, short: list[str], outcome: str) -> None:
+    plan = ModuleType("opd.plan")
+    plan.estimate = lambda config: SimpleNamespace(fits=not short, shortfalls=short)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "opd.plan", plan)
+    check = next(c for c in doctor.checks() if c.name == "memory")
+    (line,) = doctor.examine([check], facts_of(world))
+    assert line.outcome == outcome and all(s in line.found for s in short)
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_stops_only_what_needs_it(world: Path) -> None:
+    def fails(facts: Facts) -> str:
+        raise ValueError("first\nsecond")
+
+    def skips(facts: Facts) -> str:
+        raise Skip("nothing to do")
+
+    made = [
+        Check("a", fails, "mend a"),
+        Check("b", lambda f: "fine", "", ("a",)),
+        Check("c", lambda f: Warned("odd"), ""),
+        Check("d", skips, ""),
+        Check("e", lambda f: "fine", "", ("c",), live=True),
+        Check("f", lambda f: "fine", "", ("b", "d", "c"), live=True),
+    ]
+    found = list(doctor.examine(made, facts_of(world)))
+    outcomes = [(line.name, line.outcome, line.found) for line in found]
+    assert outcomes == [
+        ("a", "FAIL", "ValueError: first"),
+        ("b", "not run", "needs a"),
+        ("c", "warn", "odd"),
+        ("d", "not run", "nothing to do"),
+        ("e", "pass", "fine"),
+        ("f", "not run", "needs b, d"),
+    ]
+    assert str(found[0]).split() == ["a", "FAIL", "ValueError:", "first;", "remedy:", "mend", "a"]
+    last = list(doctor.examine(made, facts_of(world), server=False))[-2:]
+    assert [(line.outcome, line.found) for line in last] == [("not run", "--no-server")] * 2
+
+
+def test_exit_codes_and_json(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = "recipes/tiny/2_xopd.yaml", world / "found.json"
+    assert main(["doctor", recipe, "--no-server", "--json", str(out), *overrides(world)]) == 0
+    shown, found = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
+    assert found["passed"] and [c["name"] for c in found["checks"]] == [c.name for c in doctor.checks()]
+    assert [line.split("  ")[0] for line in shown[:-1]] == [c["name"] for c in found["checks"]]
+    edit(world / "student/generation_config.json", eos_token_id=0)
+    assert main(["doctor", recipe, "--no-server", "--json", str(out), *overrides(world)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fails: stop ids (")
+    failed = next(c for c in json.loads(out.read_text())["checks"] if c["outcome"] == "FAIL")
+    assert failed["name"] == "stop ids" and failed["remedy"] and not json.loads(out.read_text())["passed"]
+    assert main(["doctor", "nowhere.yaml"]) == 2
+    assert main(["doctor", recipe, "optim.lrr=1"]) == 2
+    assert main(["doctor", recipe, "--json", f"{world}/none/found.json"]) == 2
+
+
+def test_every_line_is_explained() -> None:
+    text = (ROOT / "docs/doctor.md").read_text()
+    assert [c.name for c in doctor.checks() if f"**{c.name}**" not in text] == []
+    assert all(c.remedy for c in doctor.checks())
+    names = [c.name for c in doctor.checks()]
+    for i, check in enumerate(doctor.checks()):
+        assert set(check.needs) <= set(names[:i]), f"{check.name} needs what comes later"
+
+
+# ---- what is said of the live server's answers --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family() -> Any:
+    return family_of(str(ROOT / "recipes/tiny/student"))
+
+
+def response(ids: tuple[int, ...], truncated: bool = False) -> Rollout:
+    return Rollout(Prompt("q", ()), "speech", ids, np.zeros(len(ids), np.float32), 0, truncated)
+
+
+def test_samples_that_are_well(family: Any) -> None:
+    found = doctor_model.sampled([response((300, 2)), response((300, 301, 302), True)], family, 3)
+    assert found == "2 responses without banned ids; 1 were cut after 3 tokens, the others ended"
+    assert isinstance(doctor_model.sampled([response((300, 301, 302), True)], family, 3), Warned)
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (response((300, 3, 2)), "holds the banned id 3"),
+        (response((300, 2, 301, 2)), "goes on after a stop id"),
+        (response((300, 301)), "ends wrongly flagged"),
+        (response((300, 0), True), "ends after 2 of 24 tokens with 0, which is no stop id"),
+    ],
+)
+def test_samples_that_are_not(family: Any, bad: Rollout, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        doctor_model.sampled([response((300, 2)), bad], family, 24)
+
+
+SMALL, LARGE, NAN = Mismatch(1e-6, 1e-5), Mismatch(0.5, 4.0), Mismatch(float("nan"), float("nan"))
+
+
+def test_a_push_that_does_what_it_must(world: Path) -> None:
+    config = facts_of(world).config
+    assert doctor_model.judge_push(LARGE, SMALL, SMALL, config).startswith("left out: mean 5.0e-01, greatest 4.0e+00")
+    for stale, fresh, restored in ((LARGE, LARGE, SMALL), (LARGE, SMALL, LARGE), (LARGE, NAN, SMALL)):
+        with pytest.raises(UserError, match="float32: at most 0.0001 and 0.0001"):
+            doctor_model.judge_push(stale, fresh, restored, config)
+    for stale in (SMALL, NAN):
+        with pytest.raises(UserError, match="should cost more than 0.1"):
+            doctor_model.judge_push(stale, SMALL, SMALL, config)
+
+
+def test_limits_are_those_of_the_dtype(world: Path) -> None:
+    rounding = Mismatch(0.02, 0.4)
+    assert not doctor_model.agrees(rounding, facts_of(world).config)
+    config = facts_of(world, "student.dtype=bfloat16").config
+    assert doctor_model.agrees(rounding, config) and not doctor_model.agrees(Mismatch(0.06, 0.4), config)
+    assert not doctor_model.agrees(Mismatch(0.02, 1.5), config) and not doctor_model.agrees(NAN, config)
+
+
+class Reader:
+    """The teacher's seam: `right` knows each record's response, the other reads nothing."""
+
+    def __init__(self, family: Any, right: bool) -> None:
+        self.family, self.right = family, right
+        self.asked: list[Prompt] = []
+
+    def own(self, prompt: Prompt) -> tuple[int, ...]:
+        return (300 + int(prompt.id), 2)
+
+    def respond(self, prompts: list[Prompt], max_tokens: int) -> list[tuple[tuple[int, ...], bool]]:
+        self.asked += prompts
+        return [(self.own(p), False) for p in prompts]
+
+    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        out = []
+        for r in rollouts:
+            gold = r.prompt.response and self.family.tokenizer(r.prompt.response, add_special_tokens=False).input_ids
+            own = r.token_ids == (*gold, 2) if gold else r.token_ids == self.own(r.prompt)
+            value = -0.5 if own and self.right else -2.0
+            out.append(ScoredRollout(r, np.full(len(r.token_ids), value, np.float32)))
+        return out
+
+
+@pytest.mark.parametrize("gold", [True, False])
+def test_a_teacher_that_reads(family: Any, gold: bool) -> None:
+    prompts = [Prompt(str(i), (), response=a if gold else None) for i, a in enumerate(ANSWERS)]
+    good = Reader(family, right=True)
+    told = "gold responses" if gold else "its own greedy replies"
+    found = doctor_model.preference(good, prompts, family, 24)
+    assert found == f"{told}: a record's own before another's in 4 of 4, by 1.50 nats a token on average"
+    assert bool(good.asked) != gold
+    with pytest.raises(UserError, match="own before another's in 0 of 4, by 0.00 .*75% at least expected"):
+        doctor_model.preference(Reader(family, right=False), prompts, family, 24)
+
+
+def test_records_that_all_have_one_response_say_nothing(family: Any) -> None:
+    prompts = [Prompt(str(i), (), response="three.") for i in range(3)]
+    with pytest.raises(Skip, match="the 3 records have no two different responses"):
+        doctor_model.preference(Reader(family, right=True), prompts, family, 24)
