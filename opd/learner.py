@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,14 @@ class Learner:
         counted = mb.mask * (mb.weights > 0)
         with torch.no_grad():
             stats.add("entropy", entropy_from_logits(logits.detach()), counted)
-        objective = OBJECTIVES[self.config.objective.name]
+        objective = self.config.objective
         rows = None
         if objective.reads_rows:
             assert teacher_logits is not None
             rows = teacher_logits(mb.samples, mb.targets.shape[1]).to(logits.device)
         temperature = self.config.rollout.temperature
         tokens = Tokens(logits, mb.targets, rows, mb.teacher_logp, mb.sampler_logp, temperature)
-        terms = objective.terms(tokens, self.config.objective)
+        terms = OBJECTIVES[objective.name](tokens, objective)
         for name, values in terms.metrics.items():
             stats.add(name, values, counted)
         if terms.advantage is not None:
@@ -266,16 +267,26 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
+@contextmanager
+def sharded_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Within it, from_pretrained shards as it loads where the settings are of ZeRO-3.
+
+    transformers keeps the settings for the whole process: here for one model, whatever becomes of it.
+    """
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    alive = HfDeepSpeedConfig(settings)  # while it lives, from_pretrained shards as it loads (ZeRO-3)
+    alive = HfDeepSpeedConfig(settings)  # transformers holds a weak reference
     try:
-        hf = family.load(DTYPES[config.student.dtype], config.student.attention)
+        yield
     finally:
         unset_hf_deepspeed_config()
         del alive
+
+
+def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
+    with sharded_loading(settings):
+        hf = family.load(DTYPES[config.student.dtype], config.student.attention)
     return SpeechLM(hf, family, list(config.student.train))
 
 

@@ -10,7 +10,7 @@ from opd import audio, run_folder
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.http import Server, check_model
-from opd.layout import starts_student
+from opd.layout import asks_teacher_servers, starts_student
 from opd.prompts import read_manifest
 from opd.types import Prompt
 from opd.views import audio_paths
@@ -46,8 +46,11 @@ def check(config: Config) -> list[str]:
         raise UserError(f"teacher.path {teacher}: expected a text LLM, found model_type {about.model_type!r}")
     lines.append(f"teacher {config.teacher.path}: same tokens as the student")
     taken = [_server(config, "rollout.urls", u, student) for u in config.rollout.urls]
-    for url in config.teacher.urls if config.teacher.kind == "server" else []:
+    asked = config.teacher.urls if asks_teacher_servers(config) else []
+    for url in asked:
         _server(config, "teacher.urls", url, teacher)
+    if asked:
+        lines.append(f"teacher.urls: {len(asked)} servers hold the teacher")
     if taken:
         lines.append(f"rollout.urls: {len(taken)} servers hold the student")
     elif starts_student(config):
