@@ -86,13 +86,12 @@ def test_what_a_server_may_not_write(family: Family, config: Config, monkeypatch
         return [{"choices": [{"token_ids": [300, 2]}]} for _ in requests]
 
     monkeypatch.setattr(opd.teacher, "post_all", answer)
+    monkeypatch.setattr(family, "banned_ids", [*family.banned_ids, 503, 504])  # vLLM refuses ids that its model lacks
     config.teacher.urls = ["http://127.0.0.1:9"]
     teacher = ServerTeacher(config, family, torch.device("cpu"))
     assert teacher.respond([spoken("a.wav")], 5) == [((300, 2), False)]
-    rows = LocalTeacher(config, family, torch.device("cpu")).model.get_output_embeddings().weight.shape[0]
-    assert rows < family.vocab_size  # vLLM refuses ids that its model lacks
-    banned = {i for i in family.banned_ids if i < rows}
-    assert {int(i) for i in sent[0]["logit_bias"]} == banned and set(sent[0]["logit_bias"].values()) == {-100.0}
+    banned = {str(i): -100.0 for i in family.banned_ids if i < 503}
+    assert sent[0]["logit_bias"] == banned and 0 < len(banned) < len(family.banned_ids)
 
 
 def test_scores_are_the_models_log_probs(family: Family, config: Config) -> None:
@@ -213,6 +212,4 @@ def test_what_an_llm_does_to_its_logits(
     kept = ~teacher.banned[: expected.shape[-1]]
     torch.testing.assert_close(rows[..., : len(kept)][..., kept], expected[..., kept].float())
     raw = teacher.model.get_output_embeddings()(teacher.model.base_model(input_ids=ids).last_hidden_state)
-    assert (
-        raw[..., : len(kept)] - expected
-    ).abs().max() > 1  # it does do something: Granite scales, Gemma squeezes into a range
+    assert not torch.allclose(raw[..., : len(kept)], expected, atol=0.1)  # Granite scales, Gemma squeezes into a range
