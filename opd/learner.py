@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from opd.batch import MicroBatch, all_reduce, collate
 from opd.config import Config, UserError
 from opd.models.base import Family, SpeechLM
 from opd.objectives import OBJECTIVES, Tokens
+from opd.sharding import load_sharded
 from opd.types import VIEWS, Batch, Sample
 
 CLIPS_PER_CALL = 8  # of the frozen tower
@@ -267,26 +267,8 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def sharded_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """Within it, from_pretrained shards as it loads where the settings are of ZeRO-3.
-
-    transformers keeps the settings for the whole process: here for one model, whatever becomes of it.
-    """
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    alive = HfDeepSpeedConfig(settings)  # transformers holds a weak reference
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del alive
-
-
 def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
-    with sharded_loading(settings):
-        hf = family.load(DTYPES[config.student.dtype], config.student.attention)
+    hf = load_sharded(lambda: family.load(DTYPES[config.student.dtype], config.student.attention), settings)
     return SpeechLM(hf, family, list(config.student.train))
 
 

@@ -6,7 +6,6 @@ No audio ever reaches it: prompts are rendered in the text view here and nowhere
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +15,11 @@ from torch import Tensor
 from opd.batch import all_reduce
 from opd.config import Config, UserError
 from opd.http import Server, ServerError, post_all
-from opd.learner import DTYPES, deepspeed_settings, sharded_loading
+from opd.learner import DTYPES, deepspeed_settings
 from opd.models.base import Family
 from opd.objectives import EXCLUDED
 from opd.rollout import BAN
+from opd.sharding import load_sharded
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 from opd.views import render
 
@@ -68,14 +68,14 @@ class LocalTeacher(_Reader):
         super().__init__(config, family)
         self.sharded, self.device = config.teacher.shard, device
         settings = inference_settings(config) if self.sharded else None
+
+        def load() -> Any:
+            return AutoModelForCausalLM.from_pretrained(
+                config.teacher.path, dtype=DTYPES[config.teacher.dtype], trust_remote_code=False, use_safetensors=True
+            )
+
         try:
-            with sharded_loading(settings) if settings else nullcontext():
-                self.model = AutoModelForCausalLM.from_pretrained(
-                    config.teacher.path,
-                    dtype=DTYPES[config.teacher.dtype],
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                )
+            self.model = load_sharded(load, settings) if settings else load()
         except (OSError, ValueError) as e:
             raise UserError(f"teacher.path {config.teacher.path}: not loadable: {_first_line(e)}") from e
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would bend what is greedy

@@ -63,6 +63,7 @@ def main(student: str, out: str) -> None:
     small = ["train.prompts_per_step=2", f"student.path={student}", "teacher.batch_tokens=64"]
     config = load_config("recipes/tiny/1_warmstart.yaml", small)
     family = family_of(student)
+    config.student.dtype = "bfloat16"
     whole = LocalTeacher(config, family, torch.device("cpu"))
     sharded = teacher(config, family, "zero3")
     learner = Learner(config, family, student)
@@ -84,6 +85,15 @@ def main(student: str, out: str) -> None:
         mine = rollouts(3 - rank)
         samples = make_samples(whole.score(mine), {}, family)
         result[name] = differences(teacher(config, family, name), whole, mine, samples)
+    config.teacher.dtype = "bfloat16"
+    mine = rollouts(3 - rank)
+    whole = LocalTeacher(config, family, torch.device("cpu"))
+    samples = make_samples(whole.score(mine), {}, family)
+    result["bfloat16"] = differences(teacher(config, family, "zero3"), whole, mine, samples)
+    buffers = dict(family.load(torch.bfloat16, "sdpa").named_buffers())
+    result["student_buffers"] = len(buffers)
+    same = [torch.equal(b, buffers[n]) and b.dtype == buffers[n].dtype for n, b in learner.model.hf.named_buffers()]
+    result["same_buffers"] = sum(same)
     Path(out, f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
