@@ -1,6 +1,7 @@
 """Checkpoints: written aside, then renamed; a reader sees a whole one or none.
 
-    step_N/model/       Hugging Face files: transformers and vLLM load them as they are
+    step_N/model/       Hugging Face files: transformers and vLLM load them as they are; adapters are merged in
+    step_N/adapter/     with student.lora alone: the adapters, as PEFT's files, for student.path
     step_N/optimizer/   DeepSpeed's shards of optimizer state and trained parameters, one per rank
     step_N/state.json   the step and the seconds trained; the data position is a function of the step
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from opd.config import UserError, checkpoints
 from opd.learner import Learner
 from opd.models.base import Family
+from opd.models.lora import save_adapter
 
 
 def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -> Path:
@@ -32,6 +34,7 @@ def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -
         aside.mkdir(parents=True)
     dist.barrier()
     save_model(learner, aside / "model")
+    save_adapters(learner, aside / "adapter")
     learner.engine.save_checkpoint(str(aside), tag="optimizer", save_latest=False, exclude_frozen_parameters=True)
     dist.barrier()
     if learner.rank == 0:
@@ -55,6 +58,17 @@ def save_model(learner: Learner, folder: Path) -> None:
     if learner.rank == 0:
         hf: Any = learner.model.hf
         write_model(learner.family, hf, state | buffers(hf), folder)
+    dist.barrier()
+
+
+def save_adapters(learner: Learner, folder: Path) -> None:
+    """Write the adapters of student.lora, where they are all that is trained: beside a trained tower they are not
+    the student, which then is `model/` alone."""
+    if list(learner.config.student.train) != ["llm"] or learner.config.student.lora is None:
+        return
+    state = {name: value for name, value in learner.gathered_adapters() if value is not None}
+    if learner.rank == 0:
+        save_adapter(learner.model.hf, state, folder)
     dist.barrier()
 
 

@@ -32,11 +32,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="opd", description="On-policy distillation of speech LLMs.")
     parser.add_argument("--version", action="version", version=f"opd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    launch = _recipe_command(commands, "launch", "start servers and learner on this machine and train", _launch)
+    launch = _recipe_command(
+        commands, "launch", "start servers and learner and train; on several nodes, on each", _launch
+    )
     launch.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     launch.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
+    serve = _recipe_command(
+        commands, "serve", "start a recipe's servers on this machine, for a learner elsewhere", _serve
+    )
+    serve.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
     _recipe_command(commands, "check", "check recipe, models, tokenizers and data; start nothing", _check)
     _recipe_command(commands, "train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
+    _plan_command(commands)
     families = commands.add_parser("families", help="list the speech LLM families, or prove that they work here")
     families.add_argument("names", nargs="*", metavar="NAME", help="of a family; all by default")
     families.add_argument("--check", action="store_true", help="try them on small random checkpoints: minutes each")
@@ -57,10 +64,56 @@ def _recipe_command(commands, name, text, run) -> argparse.ArgumentParser:
     return parser
 
 
+def _plan_command(commands) -> None:
+    plan = _recipe_command(commands, "plan", "say where things go, and whether they fit", _plan)
+    plan.description = (
+        "Memory of every device, bytes of a weight push and a rough time, by formula from config.json files; nothing "
+        "is loaded. Exit code 0: the recipe's placement fits, 1: it does not, 2: a mistake in recipe or options."
+    )
+    number = plan.add_argument
+    number("--memory", type=float, default=80.0, metavar="GIB", help="of a GPU (default: 80)")
+    number("--gpus", type=int, metavar="N", help="of a node (default: as the placement has)")
+    number("--nodes", type=int, metavar="N", help="default: as the placement has")
+    number("--host-memory", type=float, metavar="GIB", help="of a node; without it not judged, but on a CPU")
+    number("--bandwidth", type=float, metavar="GB/S", help="of a weight push (default: nccl 50, ipc 500, file 2)")
+    number("--tflops", type=float, default=989.0, help="dense bfloat16 of a GPU (default: 989, an H100)")
+    number("--memory-bandwidth", type=float, default=3350.0, metavar="GB/S", help="of a GPU (default: 3350, an H100)")
+    number("--prompt-tokens", type=int, default=64, metavar="N", help="of a prompt beside its audio (default: 64)")
+    number("--clip-seconds", type=float, default=10.0, metavar="S", help="of a usual clip (default: 10)")
+    number("--response-tokens", type=int, metavar="N", help="of a usual response (default: half of rollout.max_tokens)")
+    number("--json", action="store_true", help="print JSON")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from opd import plan_page
+    from opd.plan import Machine
+    from opd.step_time import Speeds
+
+    names = ("memory", "host_memory", "bandwidth", "tflops", "memory_bandwidth", "clip_seconds")
+    for name in (*names, "gpus", "nodes", "prompt_tokens", "response_tokens"):
+        value = getattr(args, name)
+        if value is not None and value <= 0 and not (name == "gpus" and value == 0):
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, found {value:g}")
+    speeds = Speeds(tflops=args.tflops, hbm=args.memory_bandwidth)
+    if args.bandwidth is not None:
+        speeds.links.update(dict.fromkeys(speeds.links, args.bandwidth))
+    machine = Machine(
+        args.gpus, args.nodes, args.memory, args.host_memory, speeds, args.prompt_tokens, args.clip_seconds,
+        args.response_tokens,
+    )  # fmt: skip
+    return plan_page.main(args.recipe, args.overrides, machine, args.json)
+
+
 def _launch(args: argparse.Namespace) -> int:
     from opd import launch
 
-    return launch.main(args.recipe, args.overrides, args.dry_run, args.plain)
+    return launch.main(lambda: launch.launch(args.recipe, args.overrides, args.dry_run, args.plain))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from opd import launch
+
+    return launch.main(lambda: launch.serve(args.recipe, args.overrides, args.plain))
 
 
 def _check(args: argparse.Namespace) -> int:

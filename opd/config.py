@@ -103,7 +103,9 @@ class ServerConfig(Section):
     kv_cache_gib: PositiveInt = Field(1, description="VLLM_CPU_KVCACHE_SPACE, CPU only")
     threads: NonNegativeInt = Field(0, description="OpenMP threads of the server, CPU only; 0: all cores")
     trim_audio: bool = Field(True, description="run the audio tower over the clips only, not their fixed window")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU that a server takes")
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="share of a GPU that a server takes; none: as the placement, else 0.9"
+    )
     args: list[str] = Field([], description="further arguments of the vLLM server")
 
 

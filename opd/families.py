@@ -51,7 +51,7 @@ FAMILIES = {
             "voxtral",
             "opd.models.voxtral:Voxtral",
             ("voxtral",),
-            "mistralai/Ministral-3B-Instruct",
+            "mistralai/Ministral-8B-Instruct-2410",
             server=("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral"),
         ),
         Entry(

@@ -28,8 +28,9 @@ from opd.supervisor import Process, stop_all
 
 AGREE = 1e-4  # nats, float32
 DIFFER = 0.1  # nats: what a push that was left out must cost
-TOLERANCES = {"parity": AGREE, "zero3": AGREE, "checkpoint": AGREE, "X-OPD": AGREE}
+TOLERANCES = {"parity": AGREE, "zero3": AGREE, "LoRA checkpoint": AGREE, "checkpoint": AGREE, "X-OPD": AGREE}
 PUSHES: dict[str, list[str]] = {"llm": ["llm"], "llm+adapter": ["llm", "adapter"], "all": ["llm", "adapter", "tower"]}
+LORA = ["student.train=[llm]", "student.lora={r: 8, alpha: 64, targets: [q_proj, v_proj]}"]  # parts of a fused layer
 RECIPE = {
     "teacher": {"kind": "local", "dtype": "float32"},
     "rollout": {"max_tokens": 12, "n": 2, "server": {"max_model_len": 2048}},

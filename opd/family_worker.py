@@ -18,10 +18,11 @@ from opd import checkpoint, extensions
 from opd.batch import all_reduce, collate, make_batch, make_samples
 from opd.clips import ClipLoader, Room
 from opd.config import Config, load_config
-from opd.family_check import PUSHES
+from opd.family_check import LORA, PUSHES
 from opd.learner import Learner
 from opd.models import family_of
 from opd.models.base import Family, SpeechLM
+from opd.models.lora import adapters
 from opd.objectives import xopd
 from opd.prompts import read_manifest
 from opd.rollout import VllmSampler
@@ -62,9 +63,10 @@ class Check:
             worst = max(worst, furthest(mb.targets, logits, sample))
         return float(all_reduce(torch.tensor(worst), "max"))
 
-    def sharded_loss(self, rollouts: list[Rollout]) -> float:
-        """|loss under ZeRO-3 - loss of the unsharded model| on one batch, the ranks together."""
-        reference = SpeechLM(self.family.load(torch.float32, self.config.student.attention), self.family, ["llm"])
+    def sharded_loss(self, rollouts: list[Rollout], path: str) -> float:
+        """|loss under ZeRO-3 - loss of the unsharded model of `path`| on one batch, the ranks together."""
+        family = family_of(path)
+        reference = SpeechLM(family.load(torch.float32, self.config.student.attention), family, ["llm"])
         reference.eval()
         scored = [ScoredRollout(r, self.graded(r)) for r in rollouts[self.rank :: self.world]]
         batch = make_batch(make_samples(scored, self.clips, self.family), self.clips, self.config)
@@ -112,19 +114,31 @@ class Check:
             if self.family.part_of(name) in self.parts:
                 yield name, value
 
-    def pushes(self) -> dict[str, list[float]]:
+    def pushes(self, of: dict[str, list[str]]) -> dict[str, list[float]]:
         """Mismatch of each push of perturbed weights: [when it is left out, afterwards]."""
         found = {}
         sync = WeightSync(self.sampler.servers, self.family, self.config, self.rank)
-        for version, (name, self.parts) in enumerate(PUSHES.items(), 1):
+        for version, (name, self.parts) in enumerate(of.items(), 1):
             self.perturb(self.parts)
             stale = self.mismatch(self.sample())
-            sync.audio_trained = name != "llm"
+            sync.audio_trained = self.parts != ["llm"]
             sync.push(self, version)
             self.sampler.version = version
             found[name] = [stale, self.mismatch(self.sample())]
         sync.close()
         return found
+
+
+def with_adapters(recipe: str, overrides: list[str], base: Path, out: Path) -> dict[str, Any]:
+    """The same with LoRA adapters, on the checkpoint `base`, which the server holds; the merged one goes to `out`."""
+    check = Check(load_config(recipe, [*overrides, f"student.path={base}", *LORA]))
+    weights: list[Any] = [a.weight for a in adapters(check.learner.model.hf)]
+    assert weights and all(w.ds_tensor.numel() < w.ds_numel for w in weights), "adapters are not sharded"
+    before = check.mismatch(check.sample())
+    ((stale, fresh),) = check.pushes({"LoRA": ["llm"]}).values()
+    checkpoint.save_model(check.learner, out)
+    merged = check.sharded_loss(check.sample(), str(out))
+    return {"push": [stale, fresh], "parity": before, "checkpoint": merged, "mixed": check.mixed_step(check.sample())}
 
 
 def load_clips(config: Config, family: Family, prompts: list[Prompt]) -> dict[str, np.ndarray]:
@@ -186,10 +200,14 @@ def main() -> None:
     check = Check(config)
     rollouts = check.sample()
     found: dict[str, Any] = {"prompts": len(rollouts), "parity": check.mismatch(rollouts)}
-    found["zero3"] = check.sharded_loss(rollouts)
-    found["push"] = check.pushes()
-    checkpoint.save_model(check.learner, Path(out))
+    found["zero3"] = check.sharded_loss(rollouts, config.student.path)
+    found["push"] = check.pushes(PUSHES)
+    base = Path(f"{out}-base")
+    checkpoint.save_model(check.learner, base)
     found["mixed"] = check.mixed_step(rollouts)
+    lora = with_adapters(recipe, overrides, base, Path(out))
+    found["push"]["LoRA"], found["LoRA checkpoint"] = lora["push"], lora["checkpoint"]
+    found["parity"] = max(found["parity"], lora["parity"])
     if check.rank == 0:
         Path(f"{out}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -31,7 +31,7 @@ class Place:
     host: str
     port: int
     devices: tuple[int, ...] = ()  # none: CPU
-    memory: float | None = None  # share of each device; none: the recipe's setting
+    memory: float | None = None  # share of each device, where the recipe names none
     neighbours: int = 1  # servers of its kind on its node
 
     @property

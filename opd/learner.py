@@ -17,6 +17,7 @@ from torch import Tensor
 from opd.batch import MicroBatch, all_reduce, collate
 from opd.config import Config, UserError
 from opd.models.base import Family, SpeechLM
+from opd.models.lora import Piece, adapters, pieces
 from opd.objectives import OBJECTIVES, Tokens
 from opd.sharding import load_sharded
 from opd.types import VIEWS, Batch, Sample
@@ -65,6 +66,7 @@ class Learner:
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        torch.manual_seed(hash((self.config.run.seed, step, self.rank)))  # dropout is the same after a resume
         audio = self.encode(batch.clips, batch.samples)
         stats = Sums()
         last = len(batch.micro_batches) - 1
@@ -162,27 +164,35 @@ class Learner:
     def gathered(self, trainable_only: bool = True) -> Iterator[tuple[str, Tensor | None]]:
         """(Hugging Face name, full tensor on rank 0, None elsewhere), few parameters at a time.
 
-        A collective: every rank must exhaust it.
+        With student.lora as of the plain model: adapters merged into what they adapt. `trainable_only`: what training
+        changes, and what vLLM has to be given beside it (opd.models.lora.pieces). A collective: every rank must
+        exhaust it.
         """
+        yield from self._whole(list(pieces(self.model.hf, trainable_only)))
+
+    def gathered_adapters(self) -> Iterator[tuple[str, Tensor | None]]:
+        """As `gathered`, the adapters of student.lora themselves, by their names in memory."""
+        yield from self._whole(adapters(self.model.hf))
+
+    def _whole(self, found: list[Piece]) -> Iterator[tuple[str, Tensor | None]]:
         import deepspeed
 
-        named = [(n, p) for n, p in self.model.hf.named_parameters() if p.requires_grad or not trainable_only]
-        for group in _groups(named):
-            with deepspeed.zero.GatheredParameters([p for _, p in group]):
-                values = [p.data.detach().cpu().clone() if self.rank == 0 else None for _, p in group]
-            yield from zip((n for n, _ in group), values, strict=True)
+        for group in _groups(found):
+            with deepspeed.zero.GatheredParameters([p for piece in group for p in piece.parameters]):
+                values = [piece.value() if self.rank == 0 else None for piece in group]
+            yield from zip((piece.name for piece in group), values, strict=True)
 
 
-def _groups(named: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
-    """Parameters in runs of at most GATHERED elements together: one collective for many small ones."""
-    groups: list[list[tuple[str, Any]]] = []
+def _groups(found: list[Piece]) -> list[list[Piece]]:
+    """Runs of at most GATHERED elements together: one collective for many small parameters."""
+    groups: list[list[Piece]] = []
     elements = 0
-    for name, p in named:
-        size = getattr(p, "ds_numel", p.numel())
+    for piece in found:
+        size = sum(getattr(p, "ds_numel", p.numel()) for p in piece.parameters)
         if not groups or elements + size > GATHERED:
             groups.append([])
             elements = 0
-        groups[-1].append((name, p))
+        groups[-1].append(piece)
         elements += size
     return groups
 
@@ -269,7 +279,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
 
 def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
     hf = load_sharded(lambda: family.load(DTYPES[config.student.dtype], config.student.attention), settings)
-    return SpeechLM(hf, family, list(config.student.train))
+    return SpeechLM(hf, family, list(config.student.train), config.student.lora, config.run.seed)
 
 
 def _optimizer(config: Config, params: list[Any], settings: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ class Servers(Group):
     """vLLM servers: one for every `tensor_parallel` devices."""
 
     tensor_parallel: PositiveInt = 1
-    memory: float | None = Field(None, gt=0, le=1, description="share of each device; none: the recipe's setting")
+    memory: float | None = Field(None, gt=0, le=1, description="share of each device, where the recipe names none")
 
     def parts(self) -> list[tuple[int, ...]]:
         """Devices of each server; () on the CPU."""

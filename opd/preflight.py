@@ -22,6 +22,7 @@ def check(config: Config) -> list[str]:
 
     from opd.learner import deepspeed_settings
     from opd.models import family_of
+    from opd.models.lora import targets
     from opd.teacher import check_tokenizers
 
     lines = [f"run folder {config.run.dir}: {run_folder.check(config)}"]
@@ -31,6 +32,10 @@ def check(config: Config) -> list[str]:
     family = family_of(student, config.student.family)
     whole_weights(student, "student.path")
     lines.append(f"student {config.student.path}: {type(family).__name__}, {family.vocab_size} ids")
+    if config.student.lora is not None:
+        layers = targets(family.outline(), family, config.student.lora)
+        kinds = sorted({n.rpartition(".")[2] for n in layers})
+        lines.append(f"student.lora: adapters on {len(layers)} linear layers of the LLM: {', '.join(kinds)}")
     teacher = resolve_model(config.teacher.path, "teacher.path")
     whole_weights(teacher, "teacher.path")
     try:

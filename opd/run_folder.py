@@ -91,14 +91,14 @@ def check(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Make the run folder and hold it for one launcher; the system lets go of it however that ends.
+def lock(folder: Path, node: int = 0) -> Iterator[None]:
+    """Make the run folder and hold it for one launcher of each node; the system lets go of it however that ends.
 
     Raises UserError when another launcher holds it or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        f = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
+        f = open(folder / (f".lock-{node}" if node else ".lock"), "w")  # noqa: SIM115 - closed below
     except OSError as e:
         raise UserError(f"run.dir {folder}: expected a folder that can be written ({e.strerror})") from e
     with f:

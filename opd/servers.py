@@ -90,7 +90,7 @@ def _server(config: Config, place: Place, model: str, dtype: str, extra: list[st
     if place.devices:
         env["CUDA_VISIBLE_DEVICES"] = _list(place.devices)
         argv += ["--tensor-parallel-size", str(len(place.devices))]
-        argv += ["--gpu-memory-utilization", str(place.memory or s.gpu_memory_utilization)]
+        argv += ["--gpu-memory-utilization", str(s.gpu_memory_utilization or place.memory or 0.9)]
     else:
         argv.append("--enforce-eager")
         # One process for engine and model: two wait for each other by spinning, for a second after every message too.
@@ -131,7 +131,7 @@ def learner(config: Config, recipe: str, overrides: list[str], where: Layout, no
         env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         env |= _threads(config.launch.threads or max(1, cores() // group.count))
     env |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
-    return Command("learner", argv, env)
+    return Command("learner" if len(placement.learner) == 1 else f"learner-{node}", argv, env)
 
 
 def _accelerate(placement: Placement, host: str, port: int, here: int) -> list[str]:

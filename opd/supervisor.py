@@ -21,6 +21,7 @@ from opd.servers import Command
 
 TRANSFER_PREFIX = f"opd-{socket.gethostname()}-"  # a shared folder may serve several hosts
 GRACE_S = 8.0
+ORPHANS_S = 1.0  # for what a process that ended by itself left behind
 PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
 
 
@@ -93,7 +94,7 @@ def guard(parent: int, argv: list[str]) -> int:
     descendants = _descendants()
     stopped = child.poll() is None
     _signal(child.pid, descendants, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + (GRACE_S if stopped else ORPHANS_S)
     while time.monotonic() < deadline and (child.poll() is None or any(map(_alive, descendants))):
         time.sleep(0.05)
     _signal(child.pid, descendants | _descendants(), signal.SIGKILL)

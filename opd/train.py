@@ -262,6 +262,8 @@ def run(config: Config) -> None:
         log = MetricsLog(Path(config.run.dir), list(config.metrics.sinks), config.metrics.project, config.run.stage)
         log.status("loading", "", 0, config.train.steps, None)
     dist.barrier()
+    if not Path(config.run.dir, "config.yaml").is_file():
+        raise UserError(f"run.dir {config.run.dir}: this host does not see it; name a folder that all hosts share")
     parts = build(config, log)
     try:
         start, parts.seconds = checkpoint.load_newest(parts.learner, config.run.dir)

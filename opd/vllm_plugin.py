@@ -41,14 +41,19 @@ def tied_heads(model: Any) -> list[tuple[Any, Any]]:
     return [(head, other) for head in heads for other in others if head.weight is other.weight]
 
 
-def repack_experts(model: Any) -> None:
-    """Have vLLM's CPU experts pack their weights again: their kernel keeps the old ones otherwise, silently."""
+def repack_experts(model: Any) -> list[tuple[Any, Any]]:
+    """Have vLLM's CPU experts pack their weights again: their kernel keeps the old ones otherwise, silently.
+
+    Returns (quantization method, kernel taken from it): to be given back where the update brings no experts.
+    """
     import torch
 
-    for module in model.modules() if not torch.cuda.is_available() else ():
-        method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            setattr(method, "moe_kernel", None)  # noqa: B010
+    modules = model.modules() if not torch.cuda.is_available() else ()
+    methods: list[Any] = [getattr(m, "quant_method", None) for m in modules]
+    taken = [(m, m.moe_kernel) for m in methods if getattr(m, "moe_kernel", None) is not None]
+    for method, _ in taken:
+        method.moe_kernel = None
+    return taken
 
 
 def load_through_wrappers() -> None:
@@ -101,7 +106,7 @@ def _engine_class() -> type[Any]:
 
         def start_weight_update(self) -> None:
             self.tied = tied_heads(self.model)
-            repack_experts(self.model)
+            self.kernels = repack_experts(self.model)
             if type(self.model).__name__ == "VoxtralForConditionalGeneration":
                 load_through_wrappers()
             initialize_layerwise_reload(self.model)
@@ -117,6 +122,8 @@ def _engine_class() -> type[Any]:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
+            for method, kernel in self.kernels:
+                method.moe_kernel = method.moe_kernel or kernel
             for head, embedding in self.tied:
                 head.weight = embedding.weight
                 head.quant_method.process_weights_after_loading(head)

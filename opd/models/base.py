@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from opd.audio import BadAudio
-from opd.config import UserError
+from opd.config import LoraConfig, UserError
 from opd.families import Entry
+from opd.models.lora import adapters, inject
 from opd.objectives import EXCLUDED
 from opd.types import Message
 
@@ -116,6 +117,13 @@ class Family(ABC):
             self.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
         )
 
+    def outline(self) -> nn.Module:
+        """The Hugging Face model without weights, on torch's meta device."""
+        import transformers
+
+        with torch.device("meta"):
+            return getattr(transformers, self.model_class)(self.config)
+
     def save_extras(self, hf: Any, folder: Path) -> None:
         """Everything of a checkpoint but the weights: config, generation config, processor."""
         self.full_config.save_pretrained(folder)
@@ -199,12 +207,20 @@ class SpeechLM(nn.Module):
     the training pass.
     """
 
-    def __init__(self, hf: nn.Module, family: Family, train: list[str]) -> None:
+    def __init__(
+        self, hf: nn.Module, family: Family, train: list[str], lora: LoraConfig | None = None, seed: int = 0
+    ) -> None:
+        """`train`: the parts that are not frozen; with `lora` low-rank adapters stand for the LLM's own weights."""
         super().__init__()
         self.hf, self.family = hf, family
         self.tower_trained, self.adapter_trained = "tower" in train, "adapter" in train
+        if lora is not None:
+            inject(hf, family, lora, seed)
+        whole = set(train) - ({"llm"} if lora else set())  # what is trained in full
         for name, p in hf.named_parameters():
-            p.requires_grad_(family.part_of(name) in train and "embed_positions" not in name)
+            p.requires_grad_(family.part_of(name) in whole and "embed_positions" not in name)
+        for adapter in adapters(hf):
+            adapter.weight.requires_grad_(True)
         self.frozen = [prefix.rstrip(".") for prefix, part in family.parts.items() if part not in train]
         banned = torch.zeros(family.vocab_size, dtype=torch.bool)
         banned[family.banned_ids] = True

@@ -50,7 +50,8 @@ class Engine:
 
 @pytest.fixture
 def learner() -> Any:
-    return SimpleNamespace(rank=0, world=1, engine=Engine())
+    student = SimpleNamespace(train=["llm"], lora=None)
+    return SimpleNamespace(rank=0, world=1, engine=Engine(), config=SimpleNamespace(student=student))
 
 
 @pytest.fixture

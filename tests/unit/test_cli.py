@@ -13,7 +13,8 @@ import pytest
 from opd import __version__
 from opd.cli import main
 from opd.config import load_config
-from opd.servers import Command, servers
+from opd.layout import layout
+from opd.servers import Command
 
 HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "accelerate")
 COMMANDS = ("launch", "check", "train", "report")
@@ -129,7 +130,7 @@ def test_overrides_may_follow_options(recipe: Path, capsys: pytest.CaptureFixtur
     ],
 )
 def test_which_servers_are_needed(recipe: Path, overrides: list[str], names: list[str]) -> None:
-    assert [c.name for c in servers(load_config(recipe, overrides))] == names
+    assert [p.name for p in layout(load_config(recipe, overrides)).servers] == names
 
 
 def test_shell_can_be_pasted(tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from peft import PeftModel
 
 from opd.audio import BadAudio, whole_frames
 from opd.batch import collate
 from opd.clips import Room
-from opd.config import UserError
+from opd.config import LoraConfig, UserError
 from opd.families import FAMILIES, family_entry
 from opd.models import family_of
 from opd.models.base import SpeechLM
+from opd.models.lora import adapted, adapters, pieces, save_adapter
 from opd.models.tiny import build
 from opd.types import Message, Prompt, Rollout, Sample, ScoredRollout
 
@@ -29,6 +31,7 @@ CLIPS = {
 }
 ONE_CLIP_A_TEXT = ("audioflamingo3", "glmasr", "qwen3_asr")  # their processors take no more
 ALONE = ("granite_speech",)  # transformers pads clips to each other, and its tower hears the padding
+ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 EIGHT = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -144,6 +147,36 @@ def test_only_what_is_trained_gets_a_gradient(made: Any, name: str, train: list[
     torch.log_softmax(logits, -1)[..., 70].sum().backward()
     moved = {family.part_of(n) for n, p in model.hf.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved == set(train)
+
+
+@EIGHT
+def test_adapters_are_the_llms_alone(made: Any, name: str, tmp_path: Path) -> None:
+    """They start as nothing, take all of the gradient, and leave the plain model's names and shapes."""
+    family, plain = made(name)
+    model = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm"], LoraConfig(r=4)).train()
+    assert {n.rpartition(".")[2] for n in adapted(model.hf)} == ATTENTION | (set() if "moe" in name else MLP)
+    mb = collate([sample(family, "a clip")])
+    names = ("ids", "position_ids", "attends", "row", "positions")
+    heard = model(features=family.features([CLIPS["a"]]))
+    logits = model(audio=heard, **{n: getattr(mb, n) for n in names})
+    with torch.no_grad():
+        before = SpeechLM(plain, family, ["llm"]).train()(audio=heard, **{n: getattr(mb, n) for n in names})
+    assert torch.equal(logits, before)
+    torch.log_softmax(logits, -1)[..., 70].sum().backward()
+    moved = {n for n, p in model.hf.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {f"{n}.lora_B.default.weight" for n in adapted(model.hf)}  # A has none while B is 0
+
+    with torch.no_grad():
+        for adapter in adapters(model.hf):
+            adapter.weight.normal_(0, 0.1)
+    merged = {p.name: p.value() for p in pieces(model.hf, trainable_only=False)}
+    assert {n: v.shape for n, v in merged.items()} == {n: p.shape for n, p in plain.named_parameters()}
+    changed = {n for n, p in plain.named_parameters() if not torch.equal(p, merged[n])}
+    assert changed == {f"{n}.weight" for n in adapted(model.hf)}
+    save_adapter(model.hf, {p.name: p.value() for p in adapters(model.hf)}, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(family.load(torch.float32, "sdpa"), tmp_path / "adapter").merge_and_unload()
+    for n, p in again.named_parameters():
+        torch.testing.assert_close(p.data, merged[n], atol=1e-6, rtol=0, msg=n)
 
 
 @EIGHT

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from opd import run_folder, servers
+from opd import run_folder
 from opd.config import Config, UserError, load_config
 from opd.display import Display, LiveDisplay, describe_evaluation, describe_step
-from opd.launch import STARTED, cause
-from opd.servers import Command
+from opd.supervise import STARTED, cause
 
 RECIPE = """
 run: {{dir: {dir}/run, seed: 5}}
@@ -47,75 +44,6 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(recipe: Path) -> Config:
     return load_config(recipe)
-
-
-# Commands
-
-
-@pytest.fixture(params=["cpu", "gpu"])
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(servers, "on_cpu", lambda: request.param == "cpu")
-    monkeypatch.setattr(servers, "cores", lambda: 8)
-    monkeypatch.setattr(servers, "free_port", lambda: 4321)
-    monkeypatch.setenv("PATH", "/usr/bin")
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
-    return request.param
-
-
-def quiet(threads: int) -> dict[str, str]:
-    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
-    return env | {"LD_PRELOAD": f"{sys.prefix}/lib/libiomp5.so"}
-
-
-def test_student_server(config: Config, machine: str, tmp_path: Path) -> None:
-    command = servers.student_server(config, 1234)
-    expected = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", f"{tmp_path}/student"]
-    expected += shlex.split("--served-model-name student --host 127.0.0.1 --port 1234 --dtype float32 --seed 5")
-    expected += shlex.split("--max-model-len 64 --max-num-seqs 8 --max-logprobs -1")
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "1", "OPD_TRIM_AUDIO": "1"}
-    if machine == "cpu":
-        expected += shlex.split("--enforce-eager --distributed-executor-backend")
-        expected += shlex.split("vllm.v1.executor.uniproc_executor.UniProcExecutor --block-size 32")
-        expected += ["--no-enable-chunked-prefill"]
-        expected += shlex.split("--max-num-batched-tokens 65536")
-        env |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | quiet(3)
-    expected += ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", '{"audio": 8}']
-    expected += ["--weight-transfer-config", '{"backend": "opd_file"}', "--swap-space", "0"]
-    assert (command.name, command.argv, command.env) == ("student", expected, env)
-    assert command.url == "http://127.0.0.1:1234"
-
-
-def test_teacher_server_takes_no_weights(config: Config, machine: str) -> None:
-    command = servers.teacher_server(config, 1234)
-    assert "--weight-transfer-config" not in command.argv and "VLLM_SERVER_DEV_MODE" not in command.env
-    assert command.argv[command.argv.index("--max-num-batched-tokens") + 1] == "2048"
-    assert command.argv[command.argv.index("--dtype") + 1] == "bfloat16"
-    config.rollout.server.max_num_seqs = 4000  # vLLM refuses a batch of fewer tokens than sequences
-    assert servers.teacher_server(config, 1).argv.count("4000") == 2
-
-
-@pytest.mark.parametrize(("chosen", "expected"), [("", "opd"), ("a,b", "a,b,opd"), ("opd,a", "opd,a")])
-def test_our_plugin_is_always_loaded(
-    config: Config, monkeypatch: pytest.MonkeyPatch, chosen: str, expected: str
-) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", chosen)
-    assert servers.student_server(config, 1).env["VLLM_PLUGINS"] == expected
-
-
-def test_learner(config: Config, machine: str) -> None:
-    started = [Command("student", [], {}, "http://127.0.0.1:1"), Command("teacher", [], {}, "http://127.0.0.1:2")]
-    command = servers.learner(config, "r.yaml", ["optim.lr=1e-4"], started)
-    expected = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
-    expected += shlex.split("--num_machines 1 --machine_rank 0 --main_process_ip 127.0.0.1 --main_process_port 4321")
-    expected += shlex.split("--mixed_precision no --dynamo_backend no --module opd.train r.yaml optim.lr=1e-4")
-    expected += [f"run.dir={config.run.dir}"]
-    expected += ['rollout.urls=["http://127.0.0.1:1"]', 'teacher.urls=["http://127.0.0.1:2"]']
-    env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env["PATH"] = os.path.dirname(sys.executable) + ":/usr/bin"
-    if machine == "cpu":
-        env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"} | quiet(4)
-    assert (command.name, command.argv, command.env) == ("learner", expected, env)
 
 
 # What is shown
@@ -224,21 +152,20 @@ HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 WORKS = "open(sys.argv[1], 'w').close(); time.sleep({seconds}); sys.exit({code})"
 LAUNCHER = """
 import sys
-from opd.config import UserError, load_config
-from opd.launch import RunFailed, supervise
+from pathlib import Path
+from opd.cluster import Alone
+from opd.config import load_config
 from opd.layout import free_port
 from opd.servers import Command
+from opd.supervise import supervise
 recipe, server, learner, ready = sys.argv[1:]
 port = free_port()
 student = Command("student", [sys.executable, "-c", server, str(port)], {}, f"http://127.0.0.1:{port}")
-try:
-    code = supervise(
-        load_config(recipe), [student], lambda: Command("learner", [sys.executable, "-c", learner, ready], {}), True
-    )
-except (RunFailed, UserError) as e:
-    print(e, file=sys.stderr)
-    code = 2 if isinstance(e, UserError) else 1
-sys.exit(code)
+trainer = Command("learner", [sys.executable, "-c", learner, ready], {})
+end = supervise(load_config(recipe), lambda: ([student], trainer), Alone(), True, [])
+if end.code:
+    print(end.message, file=sys.stderr)
+sys.exit(end.code)
 """
 
 
@@ -312,8 +239,7 @@ def test_a_run_that_ends_well_leaves_nothing(run: Callable[..., Run]) -> None:
 def test_a_signal_stops_everything(run: Callable[..., Run], number: signal.Signals) -> None:
     r = run()
     r.launcher.send_signal(number)
-    assert r.end() == (128 + number, "") and not r.left()
-    assert json.loads((r.folder / "status.json").read_text())["phase"] == "interrupted"
+    assert r.end() == (128 + number, f"stopped by {number.name}") and not r.left()
 
 
 def test_a_stubborn_process_is_killed(run: Callable[..., Run]) -> None:
@@ -321,7 +247,7 @@ def test_a_stubborn_process_is_killed(run: Callable[..., Run]) -> None:
     for _ in range(3):
         r.launcher.send_signal(signal.SIGINT)  # impatience must not leave half of them running
         time.sleep(0.3)
-    assert r.end() == (130, "") and not r.left()
+    assert r.end() == (130, "stopped by SIGINT") and not r.left()
 
 
 @pytest.mark.parametrize(("victim", "guard"), [("HTTPServer", False), ("HTTPServer", True)])

@@ -22,6 +22,7 @@ from opd.config import Config, load_config
 from opd.learner import Learner, _groups, learning_rate
 from opd.models import family_of
 from opd.models.base import Family, SpeechLM
+from opd.models.lora import Piece
 from opd.objectives import EXCLUDED
 from opd.types import Batch, Prompt, Rollout, Sample, ScoredRollout, View
 
@@ -75,7 +76,7 @@ def make_learner(family: Family, c: Config) -> Learner:
     it: Any = object.__new__(Learner)
     it.config, it.family, it.advantages, it.rank, it.world = c, family, {}, 0, 1
     it.device = torch.device("cpu")
-    it.model = SpeechLM(family.load(torch.float64, "sdpa"), family, list(c.student.train)).train()
+    it.model = SpeechLM(family.load(torch.float64, "sdpa"), family, list(c.student.train), c.student.lora).train()
     it.engine = PlainEngine(it.model)
     it.optimizer = torch.optim.SGD([p for p in it.model.parameters() if p.requires_grad], lr=1.0)
     it._silent_clip = family.features([np.zeros(8000, np.float32)])
@@ -365,6 +366,6 @@ def test_evaluation_logits_carry_no_gradient_and_leave_training_mode(family: Fam
 
 def test_parameters_are_gathered_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd.learner.GATHERED", 10)
-    named = [(str(i), torch.zeros(n)) for i, n in enumerate((4, 6, 1, 30, 2, 2))]
-    assert [[n for n, _ in g] for g in _groups(named)] == [["0", "1"], ["2"], ["3"], ["4", "5"]]
+    found = [Piece(str(i), torch.nn.Parameter(torch.zeros(n))) for i, n in enumerate((4, 6, 1, 30, 2, 2))]
+    assert [[p.name for p in g] for g in _groups(found)] == [["0", "1"], ["2"], ["3"], ["4", "5"]]
     assert _groups([]) == []

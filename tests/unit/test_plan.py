@@ -1,0 +1,162 @@
+"""`opd plan`: verdicts, recommendation, remedies, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd.cli import main
+from opd.config import Config, load_config
+from opd.memory import Lengths
+from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, load, recommended, remedy, where
+from opd.server_memory import GIB, SLEEPING
+from opd.step_time import Speeds, learner_flops, push_seconds, scoring_seconds
+
+RECIPE = "recipes/tiny/2_xopd.yaml"
+PLACEMENTS = Path("recipes/placements")
+VOXTRAL = ["student.path=mistralai/Voxtral-Mini-3B-2507", "student.family=voxtral"]
+AUDIO = ["student.path=Qwen/Qwen2-Audio-7B-Instruct", "student.family=qwen2_audio"]
+REAL = [
+    "student.dtype=bfloat16",
+    "teacher.dtype=bfloat16",
+    "teacher.kind=",
+    "train.gradient_checkpointing=true",
+    "train.prompts_per_step=64",
+    "rollout.max_tokens=512",
+    "rollout.server.max_model_len=2048",
+]
+FOUR_LOCAL = f"launch.placement={PLACEMENTS}/8gpu_4r_4l_local_teacher.yaml"
+
+
+def audio(*overrides: str) -> list[str]:
+    return [*AUDIO, "teacher.path=Qwen/Qwen2-7B-Instruct", *REAL, *overrides]
+
+
+def voxtral(*overrides: str) -> list[str]:
+    return [*VOXTRAL, "teacher.path=mistralai/Ministral-3B-Instruct", *REAL, *overrides]
+
+
+def config(overrides: list[str]) -> Config:
+    return load_config(RECIPE, overrides)
+
+
+def test_verdict_per_device() -> None:
+    plan = estimate(config(audio(FOUR_LOCAL)))
+    assert plan.fits and plan.gpus == 8 and plan.learner_peak_bytes == plan.learner.peak
+    servers, learners = plan.uses[:4], plan.uses[4:]
+    assert all(u.needs == int(80 * GIB * 0.9) for u in servers)
+    assert all(u.needs > plan.learner.peak for u in learners)
+    small = estimate(config(audio(FOUR_LOCAL)), Machine(memory=40))
+    assert not small.fits
+    (line,) = small.shortfalls
+    assert line.startswith("node 0 GPU 4-7: learner, teacher scores needs ") and line.endswith(" short")
+    assert small.uses[4].short == small.uses[4].needs - 40 * GIB
+    fewer = estimate(config(audio(FOUR_LOCAL)), Machine(gpus=4))
+    assert fewer.shortfalls == ["needs 8 GPUs on a node, given 4"]
+
+
+def test_server_and_learner_on_one_gpu() -> None:
+    placed = f"launch.placement={PLACEMENTS}/1gpu_shared.yaml"
+    plan = estimate(config(voxtral(placed, "student.lora={}")))
+    (use,) = plan.uses
+    asleep = next(rows for name, rows in use.moments.items() if name.startswith("learner"))
+    awake = use.moments["student server"]
+    assert asleep["sleeping server"] == SLEEPING and awake["student server's share"] == 32 * GIB
+    assert awake["learner, at rest"] == plan.learner.resident + GIB
+    beside = estimate(config(voxtral(placed, "student.lora={}", "rollout.sleep=false"))).uses[0]
+    assert beside.moments[beside.worst]["sleeping server"] > 32 * GIB
+
+
+def test_more_ranks_and_offload_need_less_of_each_device() -> None:
+    peaks = [
+        estimate(config(audio(f"launch.placement={PLACEMENTS}/{name}.yaml"))).learner.device["AdamW's moments"]
+        for name in ("2gpu_1r_1l", "4gpu_1r_1t_2l", "8gpu_2r_2t_4l")
+    ]
+    assert [round(peaks[0] / p, 3) for p in peaks] == [1, 2, 4]
+    off = estimate(config(audio(FOUR_LOCAL, "train.deepspeed=deepspeed_configs/zero3_offload.json")))
+    assert "AdamW's moments" not in off.learner.device and off.learner.host["AdamW's moments"] == peaks[2]
+    tight = estimate(
+        config(audio(FOUR_LOCAL, "train.deepspeed=deepspeed_configs/zero3_offload.json")), Machine(host=64)
+    )
+    assert [s for s in tight.shortfalls if s.startswith("node 0 host: ")]
+
+
+def test_recommendation_and_remedy() -> None:
+    overrides = audio(f"launch.placement={PLACEMENTS}/2gpu_1r_1l.yaml")
+    plans = alternatives(RECIPE, overrides, Machine(gpus=8, nodes=1), PLACEMENTS)
+    best = recommended(plans)
+    assert best is not None
+    chosen = plans[best]
+    assert isinstance(chosen, Plan) and chosen.time is not None
+    fitting = [p for p in plans.values() if isinstance(p, Plan) and p.fits and p.time]
+    assert chosen.time.step == min(p.time.step for p in fitting if p.time) and chosen.fits
+    plan = estimate(config(overrides))
+    assert not plan.fits
+    cure = remedy(RECIPE, overrides, plan)
+    assert cure is not None and estimate(load(RECIPE, [*overrides, *cure])).fits
+    assert remedy(RECIPE, overrides, estimate(config(overrides), Machine(memory=4))) is None
+
+
+def test_time_and_push() -> None:
+    plan = estimate(config(audio(FOUR_LOCAL)), Machine(response_tokens=256))
+    assert plan.typical == Lengths(64 + 250, 64, 256, 10.0) and plan.time is not None
+    tokens = 64 * ((314 + 4 * 256) + (64 + 4 * 256))
+    tower = 64 * 10 * 50 * plan.student.count("tower") * 2
+    assert learner_flops(plan.config, plan.student, plan.typical) == 8 * plan.student.active * tokens + tower
+    read = 64 * 2 * 4 * (64 + 256)
+    speeds = Speeds(tflops=1.0, dense=0.5)
+    expected = 2 * plan.teacher.active * read / (4 * 0.5e12)
+    assert scoring_seconds(plan.config, plan.teacher, 4, plan.typical, speeds) == pytest.approx(expected)
+    assert plan.push == plan.student.count("llm") * 2
+    assert push_seconds(10**9, "file", 4, 1.0) == 5.0 and push_seconds(10**9, "nccl", 4, 1.0) == 1.0
+    assert plan.time.sync == plan.push / 50e9
+    lean = estimate(config(audio(FOUR_LOCAL, "student.lora={}")))
+    assert learner_flops(lean.config, lean.student, plan.typical) == 6 * plan.student.active * tokens + tower
+
+
+def test_a_run_to_come_has_the_shape_of_its_recipe(tmp_path: Path) -> None:
+    for name, path, run in (("1", "recipes/tiny/student", "runs/first"), ("2", "runs/first", "runs/second")):
+        raw = yaml.safe_load(Path("recipes/tiny/2_xopd.yaml").read_text())
+        raw["student"] |= {"path": path, "family": "qwen2_audio"}
+        raw["run"]["dir"] = run
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    assert load(str(tmp_path / "2.yaml"), []).student.path == "recipes/tiny/student"
+
+
+def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["plan", RECIPE, *audio(FOUR_LOCAL)]) == 0
+    page = capsys.readouterr().out
+    assert "from shipped shapes (opd/shapes.yaml), not its config.json" in page
+    assert (
+        "It fits: node 0 GPU" in page and "assumed: 989 TFLOPS" in page and "Recommended: recipes/placements/" in page
+    )
+    assert main(["plan", RECIPE, *audio(FOUR_LOCAL), "--memory", "24", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is False and len(told["shortfalls"]) > 0
+    assert told["learner"]["peak"] > 24 * GIB and told["models"]["student"]["parameters"]["llm"] > 7e9
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/student"]) == 0
+    assert "Time: not estimated on a CPU" in capsys.readouterr().out
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--memory", "0"]) == 2
+    assert "--memory: expected a number above 0, found 0" in capsys.readouterr().err
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "teacher.path=no/where"]) == 2
+    assert "teacher.path no/where: no readable config.json" in capsys.readouterr().err
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/teacher", "student.family="]) == 2
+    assert "is not supported; see `opd families`" in capsys.readouterr().err
+
+
+def test_words() -> None:
+    assert [gib(n) for n in (GIB, GIB // 2, 1 << 20, 2048)] == ["1.0 GiB", "0.5 GiB", "1.0 MiB", "2.0 KiB"]
+    uses = [Use(0, 0, 1), Use(0, 1, 1), Use(0, 3, 1), Use(1, 2, 1), Use(2, None, 1)]
+    assert where(uses) == "node 0 GPU 0-1, 3; node 1 GPU 2; node 2 host"
+
+
+def test_imports_no_torch() -> None:
+    modules = "opd.plan, opd.plan_page, opd.memory, opd.server_memory, opd.step_time, opd.shapes"
+    code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
