@@ -108,9 +108,9 @@ class Check:
                 if self.rank == 0:
                     p.data.add_(NOISE * torch.randn(p.shape, generator=generator))
 
-    def gathered(self) -> Any:
+    def gathered(self, device: torch.device | str = "cpu") -> Any:
         """The learner's trained weights, those of the parts of this push."""
-        for name, value in self.learner.gathered():
+        for name, value in self.learner.gathered(device=device):
             if self.family.part_of(name) in self.parts:
                 yield name, value
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import ssl
+import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
@@ -108,25 +111,70 @@ def parse(response: httpx.Response, where: str) -> Any:
         raise ServerError(f"{where}: expected JSON, found {response.text[:80]!r}") from e
 
 
-def post_all(requests: list[tuple[str, str, dict[str, Any]]], concurrency: int, timeout_s: float) -> list[Any]:
-    """POST (base URL, path, body) requests at once, at most `concurrency` in flight; answers in order.
+class Request(NamedTuple):
+    """One of many POST requests that any of several servers may answer."""
 
-    The first failure cancels the rest and travels as ServerError.
+    path: str
+    body: dict[str, Any]
+    tokens: int  # that it may keep a server busy with: of its prompt and of all its answers
+
+
+class Answer(NamedTuple):
+    """What came back, and from which server."""
+
+    url: str
+    content: Any
+
+
+class Load:
+    """Outstanding tokens of each of `count` servers. Equals take turns, beginning with number `first`."""
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.tokens, self._turn = [0] * count, first
+
+    def take(self, tokens: int) -> int:
+        """The server with the fewest outstanding tokens, which then has these too."""
+        count = len(self.tokens)
+        chosen = min(((self._turn + k) % count for k in range(count)), key=self.tokens.__getitem__)
+        self._turn = chosen + 1
+        self.tokens[chosen] += tokens
+        return chosen
+
+    def give_back(self, server: int, tokens: int) -> None:
+        """These tokens are outstanding no more."""
+        self.tokens[server] -= tokens
+
+
+def post_all(
+    urls: Sequence[str], requests: Sequence[Request], concurrency: int, timeout_s: float, first: int = 0
+) -> list[Answer]:
+    """POST requests to servers of one kind, at most `concurrency` in flight; answers in the order of the requests.
+
+    Each goes, when its turn comes, to the server with the fewest outstanding tokens; of equals `first` begins. The
+    first failure cancels the rest and travels as ServerError.
     """
-    return asyncio.run(_post_all(requests, concurrency, timeout_s))
+    return asyncio.run(_post_all(urls, requests, concurrency, timeout_s, first))
 
 
-async def _post_all(requests: list[tuple[str, str, dict[str, Any]]], concurrency: int, timeout_s: float) -> list[Any]:
-    gate = asyncio.Semaphore(concurrency)
+async def _post_all(
+    urls: Sequence[str], requests: Sequence[Request], concurrency: int, timeout_s: float, first: int
+) -> list[Answer]:
+    gate, load = asyncio.Semaphore(concurrency), Load(len(urls), first)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=TLS) as client:
 
-        async def one(url: str, path: str, body: dict[str, Any]) -> Any:
-            where = url.rstrip("/") + path
+        async def one(request: Request) -> Answer:
+            async with gate:
+                server = load.take(request.tokens)
+                try:
+                    return Answer(urls[server], await reach(urls[server].rstrip("/") + request.path, request.body))
+                finally:
+                    load.give_back(server, request.tokens)
+
+        async def reach(where: str, body: dict[str, Any]) -> Any:
             for attempt in range(RETRIES + 1):
                 try:
-                    async with gate:
-                        return parse(await client.post(where, json=body), where)
+                    return parse(await client.post(where, json=body), where)
                 except httpx.ConnectError as e:
                     if attempt == RETRIES:
                         raise ServerError(f"{where}: the server is gone ({e})") from e
@@ -135,9 +183,44 @@ async def _post_all(requests: list[tuple[str, str, dict[str, Any]]], concurrency
                 await asyncio.sleep(0.5 * 2**attempt)
             raise AssertionError("unreachable")
 
-        calls: list[Awaitable[Any]] = [asyncio.ensure_future(one(*r)) for r in requests]
+        calls: list[Awaitable[Answer]] = [asyncio.ensure_future(one(r)) for r in requests]
         try:
             return list(await asyncio.gather(*calls))
         finally:
             for c in calls:
                 c.cancel()  # type: ignore[attr-defined]
+
+
+T = TypeVar("T")
+
+
+def together(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Results of blocking calls that are made at once, each in a thread; in their order.
+
+    The first failure travels at once and the other calls are left to themselves: the peers of a collective that has
+    lost a member may never return.
+    """
+    if len(calls) == 1:
+        return [calls[0]()]
+    ended: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run(i: int) -> None:
+        try:
+            ended.put((i, calls[i](), None))
+        except BaseException as e:  # noqa: BLE001 - raised again below
+            ended.put((i, None, e))
+
+    for i in range(len(calls)):
+        threading.Thread(target=run, args=(i,), daemon=True).start()
+    results: dict[int, Any] = {}
+    while len(results) < len(calls):
+        i, result, error = ended.get()
+        if error is not None:
+            raise error
+        results[i] = result
+    return [results[i] for i in range(len(calls))]
+
+
+def on_each(servers: Sequence[Server], action: Callable[[Server], T]) -> list[T]:
+    """What `action` gives for each server, all at once."""
+    return together([partial(action, server) for server in servers])

@@ -161,25 +161,27 @@ class Learner:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def gathered(self, trainable_only: bool = True) -> Iterator[tuple[str, Tensor | None]]:
-        """(Hugging Face name, full tensor on rank 0, None elsewhere), few parameters at a time.
+    def gathered(
+        self, trainable_only: bool = True, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """(Hugging Face name, full tensor on rank 0's `device`, None on other ranks), few parameters at a time.
 
         With student.lora as of the plain model: adapters merged into what they adapt. `trainable_only`: what training
         changes, and what vLLM has to be given beside it (opd.models.lora.pieces). A collective: every rank must
         exhaust it.
         """
-        yield from self._whole(list(pieces(self.model.hf, trainable_only)))
+        yield from self._whole(list(pieces(self.model.hf, trainable_only)), device)
 
     def gathered_adapters(self) -> Iterator[tuple[str, Tensor | None]]:
         """As `gathered`, the adapters of student.lora themselves, by their names in memory."""
-        yield from self._whole(adapters(self.model.hf))
+        yield from self._whole(adapters(self.model.hf), "cpu")
 
-    def _whole(self, found: list[Piece]) -> Iterator[tuple[str, Tensor | None]]:
+    def _whole(self, found: list[Piece], device: torch.device | str) -> Iterator[tuple[str, Tensor | None]]:
         import deepspeed
 
         for group in _groups(found):
             with deepspeed.zero.GatheredParameters([p for piece in group for p in piece.parameters]):
-                values = [piece.value() if self.rank == 0 else None for piece in group]
+                values = [piece.value(device) if self.rank == 0 else None for piece in group]
             yield from zip((piece.name for piece in group), values, strict=True)
 
 

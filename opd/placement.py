@@ -128,6 +128,7 @@ def place(config: Config) -> None:
         config.rollout.transport = placement.transport
     if config.rollout.sleep is None:
         config.rollout.sleep = placement.shared
+    _check_devices(config, placement)
     if config.launch.processes not in (None, placement.ranks):
         raise UserError(f"launch.processes {config.launch.processes}: {name} has {placement.ranks} learner ranks")
     config.launch.processes = placement.ranks
@@ -136,6 +137,22 @@ def place(config: Config) -> None:
             f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
             f"launch.processes ({placement.ranks}): every learner process needs a prompt"
         )
+
+
+def memory_share(config: Config, group: float | None) -> float:
+    """Share of a device that a server takes: the recipe's word, else its group's, else 0.9."""
+    return config.rollout.server.gpu_memory_utilization or group or 0.9
+
+
+def _check_devices(config: Config, placement: Placement) -> None:
+    """Refuse what the servers' or learner's devices cannot do. Servers named by URL may be anywhere."""
+    named = bool(config.rollout.urls)
+    where = config.launch.placement or "without launch.placement everything is on the CPU"
+    if config.rollout.sleep and not named and not _devices(placement.rollout):
+        raise UserError(f"rollout.sleep true: {where}: vLLM has no sleep mode on a CPU; set rollout.sleep=false")
+    if config.rollout.transport != placement.transport and (config.launch.placement or not named):
+        chosen = placement.model_dump() | {"transport": config.rollout.transport}
+        validated(Placement, chosen, f"rollout.transport {config.rollout.transport}: {where}")
 
 
 def node_of(config: Config) -> int:

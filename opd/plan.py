@@ -14,7 +14,7 @@ import psutil
 from opd.config import Config, UserError, load_config, read_yaml, resolve_model
 from opd.layout import starts_student, starts_teacher
 from opd.memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
-from opd.placement import Placement, Servers, placement_of
+from opd.placement import Placement, Servers, memory_share, placement_of
 from opd.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, server_memory
 from opd.shapes import ModelShape, student_shape, teacher_shape
 from opd.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
@@ -271,9 +271,7 @@ def _devices(
 
     for kind, some in kinds.items():
         for group in some:
-            server = replace(
-                servers[kind], share=int(machine.bytes * (group.memory or config.rollout.server.gpu_memory_utilization))
-            )
+            server = replace(servers[kind], share=int(machine.bytes * memory_share(config, group.memory)))
             holds = {f"{kind} server's share": server.share}
             if server.beyond:
                 holds["log-probs of prompts"] = server.beyond

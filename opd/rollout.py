@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from opd.audio import to_base64_wav
 from opd.config import Config, UserError
-from opd.http import Server, ServerError, post_all
+from opd.http import Answer, Request, Server, ServerError, on_each, post_all
 from opd.models.base import Family
 from opd.types import Message, Prompt, Rollout, View
 from opd.views import audio_paths, render
@@ -79,20 +80,34 @@ SOURCES = {"student": StudentSource, "teacher": TeacherSource, "dataset": Datase
 class VllmSampler:
     """Chat requests to the student's servers: audio in, token ids and the sampler's log-probs out."""
 
-    def __init__(self, config: Config, family: Family, urls: list[str]) -> None:
-        self.config, self.family, self.version = config, family, 0
+    def __init__(self, config: Config, family: Family, urls: list[str], rank: int = 0) -> None:
+        self.config, self.family, self.rank, self.version = config, family, rank, 0
         self.servers = [Server(u, config.rollout.timeout_s) for u in urls]
-        self._wav: dict[str, str] = {}
+        self._left_out: set[str] = set()
 
-    def check_versions(self) -> None:
-        """Refuse servers whose weights are not the learner's. Raises ServerError naming both versions."""
-        for server in self.servers:
-            found = server.get("/weight_info")["weight_version"]
-            if found != str(self.version):
-                raise ServerError(
-                    f"{server.url}: holds weights of version {found}, the learner is at {self.version}; "
-                    "the push was lost or the server was restarted: start the same command again to resume"
-                )
+    def usable(self) -> list[str]:
+        """URLs of the servers that hold the learner's weights; rank 0 tells once of each that is left out.
+
+        Raises ServerError, naming both versions, when there is none.
+        """
+        found = on_each(self.servers, lambda server: server.get("/weight_info")["weight_version"])
+        others = {s.url: v for s, v in zip(self.servers, found, strict=True) if v != str(self.version)}
+        usable = [s.url for s in self.servers if s.url not in others]
+        if not usable:
+            url, version = next(iter(others.items()))
+            raise ServerError(
+                f"{url}: holds weights of version {version}, the learner is at {self.version}; "
+                "the push was lost or the server was restarted: start the same command again to resume"
+            )
+        self._warn(others)
+        return usable
+
+    def _warn(self, others: dict[str, str]) -> None:
+        for url, version in others.items():
+            if self.rank == 0 and url not in self._left_out:
+                about = f"holds weights of version {version}, the learner is at {self.version}"
+                print(f"opd: warning: {url}: {about}: left out until the next push", file=sys.stderr, flush=True)
+        self._left_out = set(others)
 
     def sample(
         self,
@@ -105,25 +120,38 @@ class VllmSampler:
         """n responses for each (prompt, view, seed key); temperature 0 is greedy.
 
         Every request's seed is a hash of (run seed, seed key, view): the same job gets the same seed in any run of
-        the same recipe. Raises ServerError when a server failed, holds other weights, read the prompt differently
-        from the learner, or answered without what was asked for.
+        the same recipe. Raises ServerError when a server failed, none holds the learner's weights, or one read the
+        prompt differently from the learner or answered without what was asked for.
         """
-        if check:
-            self.check_versions()
-        requests, seeds = [], []
-        for i, (prompt, view, key) in enumerate(jobs):
+        requests, seeds, read = [], [], []
+        for prompt, view, key in jobs:
             seeds.append(zlib.crc32(f"{self.config.run.seed}/{key}/{view}".encode()) & 0x7FFFFFF)
-            body = self._request(render(prompt, view), clips, n, temperature, seeds[-1])
-            requests.append((self.servers[i % len(self.servers)].url, "/v1/chat/completions", body))
-        answers = post_all(requests, self.config.rollout.concurrency, self.config.rollout.timeout_s)
-        if check:
-            self.check_versions()  # nobody may have changed them meanwhile
+            messages = render(prompt, view)
+            read.append(self.family.prompt_ids(messages, _heard(prompt, view, clips)))
+            body = self._request(messages, clips, n, temperature, seeds[-1])
+            tokens = len(read[-1]) + n * self.config.rollout.max_tokens
+            requests.append(Request("/v1/chat/completions", body, tokens))
         rollouts: list[Rollout] = []
-        for (prompt, view, _), seed, answer in zip(jobs, seeds, answers, strict=True):
-            self._check_prompt(prompt, view, clips, answer)
+        answers = self._ask(requests, check)
+        for (prompt, view, _), seed, expected, answer in zip(jobs, seeds, read, answers, strict=True):
+            _check_prompt(prompt, view, expected, answer["prompt_token_ids"])
             rollouts += [self._rollout(prompt, view, seed, c, n) for c in sorted(answer["choices"], key=_index)]
         assert len(rollouts) == n * len(jobs)
         return rollouts
+
+    def _ask(self, requests: list[Request], check: bool) -> list[Any]:
+        """Answers to requests, all of them from servers that held the learner's weights before and after."""
+        r = self.config.rollout
+        answers: list[Answer | None] = [None] * len(requests)
+        todo = list(range(len(requests)))
+        urls = self.usable() if check else [s.url for s in self.servers]
+        while todo:
+            found = post_all(urls, [requests[i] for i in todo], r.concurrency, r.timeout_s, self.rank)
+            for i, answer in zip(todo, found, strict=True):
+                answers[i] = answer
+            asked, urls = todo, self.usable() if check else urls
+            todo = [i for i, answer in zip(asked, found, strict=True) if answer.url not in urls]
+        return [a.content for a in answers if a is not None]
 
     def _request(
         self, messages: list[Message], clips: dict[str, Any], n: int, temp: float, seed: int
@@ -162,17 +190,6 @@ class VllmSampler:
         wav = to_base64_wav(clips[part["path"]], self.family.sampling_rate)
         return {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}
 
-    def _check_prompt(self, prompt: Prompt, view: View, clips: dict[str, np.ndarray], answer: dict[str, Any]) -> None:
-        heard = [len(clips[k]) for k in audio_paths(prompt)] if view == "speech" else []
-        expected, found = self.family.prompt_ids(render(prompt, view), heard), answer["prompt_token_ids"]
-        if found != expected:
-            same = min(len(expected), len(found))
-            at = next((i for i in range(same) if expected[i] != found[i]), same)
-            raise ServerError(
-                f"prompt {prompt.id} ({view} view): the server reads {len(found)} ids, the learner {len(expected)}; "
-                f"first difference at {at}: {found[at : at + 5]}, {expected[at : at + 5]}"
-            )
-
     def _rollout(self, prompt: Prompt, view: View, seed: int, choice: dict[str, Any], n: int) -> Rollout:
         ids, entries = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content")
         if not ids or not entries or len(ids) != len(entries):
@@ -182,6 +199,21 @@ class VllmSampler:
         logprobs = np.array([e["logprob"] for e in entries], np.float32)
         truncated = ids[-1] not in self.family.eos_ids
         return Rollout(prompt, view, tuple(ids), logprobs, self.version, truncated, seed)
+
+
+def _heard(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:
+    """Samples of each clip that a view holds."""
+    return [len(clips[k]) for k in audio_paths(prompt)] if view == "speech" else []
+
+
+def _check_prompt(prompt: Prompt, view: View, expected: list[int], found: list[int]) -> None:
+    if found != expected:
+        same = min(len(expected), len(found))
+        at = next((i for i in range(same) if expected[i] != found[i]), same)
+        raise ServerError(
+            f"prompt {prompt.id} ({view} view): the server reads {len(found)} ids, the learner {len(expected)}; "
+            f"first difference at {at}: {found[at : at + 5]}, {expected[at : at + 5]}"
+        )
 
 
 def _index(choice: dict[str, Any]) -> int:

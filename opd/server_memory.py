@@ -12,6 +12,7 @@ from typing import Literal
 
 from opd.config import Config
 from opd.memory import SIZES, tower_bytes
+from opd.placement import memory_share
 from opd.shapes import Decoder, ModelShape
 
 GIB = 1 << 30
@@ -119,7 +120,7 @@ def server_memory(
     return ServerMemory(
         kind,
         tensor_parallel,
-        int(memory * (share or s.gpu_memory_utilization)),
+        int(memory * memory_share(config, share)),
         weight_bytes(shape, d, tensor_parallel),
         pass_,
         tokens * m.vocab * (d + 8) if kind == "teacher" else 0,

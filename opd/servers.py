@@ -17,7 +17,7 @@ import psutil
 from opd.config import Config, resolve_model
 from opd.families import family_entry
 from opd.layout import Layout, Place
-from opd.placement import Placement
+from opd.placement import Placement, memory_share
 from opd.vllm_plugin import BACKENDS, TRIM_AUDIO
 
 Resolve = Callable[[str, str], str]
@@ -90,7 +90,7 @@ def _server(config: Config, place: Place, model: str, dtype: str, extra: list[st
     if place.devices:
         env["CUDA_VISIBLE_DEVICES"] = _list(place.devices)
         argv += ["--tensor-parallel-size", str(len(place.devices))]
-        argv += ["--gpu-memory-utilization", str(s.gpu_memory_utilization or place.memory or 0.9)]
+        argv += ["--gpu-memory-utilization", str(memory_share(config, place.memory))]
     else:
         argv.append("--enforce-eager")
         # One process for engine and model: two wait for each other by spinning, for a second after every message too.

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd.batch import all_reduce
 from opd.config import Config, UserError
-from opd.http import Server, ServerError, post_all
+from opd.http import Request, ServerError, post_all
 from opd.learner import DTYPES, deepspeed_settings
 from opd.models.base import Family
 from opd.objectives import EXCLUDED
@@ -196,7 +197,7 @@ class ServerTeacher(_Reader):
         super().__init__(config, family)
         rows = AutoConfig.from_pretrained(config.teacher.path).get_text_config().vocab_size
         self.bans = {str(i): BAN for i in family.banned_ids if i < rows}
-        self.servers = [Server(u, config.rollout.timeout_s) for u in config.teacher.urls]
+        self.first = dist.get_rank() if dist.is_initialized() else 0  # not every rank begins with the same server
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         prompts = [self.prompt_ids(r.prompt) for r in rollouts]
@@ -226,10 +227,9 @@ class ServerTeacher(_Reader):
         return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in answers]
 
     def _ask(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
-        requests = [
-            (self.servers[i % len(self.servers)].url, path, {"model": "teacher"} | b) for i, b in enumerate(bodies)
-        ]
-        return post_all(requests, self.config.rollout.concurrency, self.config.rollout.timeout_s)
+        requests = [Request(path, {"model": "teacher"} | b, len(b["prompt"]) + b["max_tokens"]) for b in bodies]
+        r = self.config.rollout
+        return [a.content for a in post_all(self.config.teacher.urls, requests, r.concurrency, r.timeout_s, self.first)]
 
 
 def inference_settings(config: Config) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def loop(parts: Parts, start: int) -> None:
         prompts, clips = load_clips(parts, mine)
         clock.lap("rest")
         rollouts = parts.source.respond(prompts, clips, step)
+        rest(parts)
         clock.lap("rollout")
         scored = grader.score(rollouts) if grader else [ScoredRollout(r, None) for r in rollouts]
         clock.lap("teacher")
@@ -92,6 +93,12 @@ def push(parts: Parts, version: int) -> None:
     assert parts.sync is not None and parts.sampler is not None
     parts.sync.push(parts.learner, version)
     parts.sampler.version = version
+
+
+def rest(parts: Parts) -> None:
+    """Have the servers sleep until the next push, where they share the learner's device."""
+    if parts.sync is not None:
+        parts.sync.sleep()
 
 
 @dataclass
@@ -199,22 +206,16 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     config.teacher.path = resolve_model(config.teacher.path, "teacher.path")
     family = family_of(path, config.student.family)
     prompts, bad = read_manifest(config.data.train)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    teacher = make_teacher(config, family, device) if needs_teacher(config) else None
-    writer = teacher
-    if config.teacher.kind == "local" and asks_teacher_servers(config):  # they write, it grades
-        writer = ServerTeacher(config, family, device)
-    learner = Learner(config, family, path)
     stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
     views = list(view_shares(config))
     sampler = sync = None
     room = Room(family, config.rollout.max_tokens, None)
     if config.rollout.urls:
-        sampler = VllmSampler(config, family, config.rollout.urls)
+        sampler = VllmSampler(config, family, config.rollout.urls, rank)
         taken = [check_model(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
         room = Room(family, config.rollout.max_tokens, min(taken))
         sync = WeightSync(sampler.servers, family, config, rank)
+        sync.sleep()  # before anything else needs the device
     elif config.rollout.source == "student":
         raise UserError("rollout.urls: rollout.source student needs a server; `opd launch` starts one when it is empty")
     if asks_teacher_servers(config):
@@ -222,6 +223,13 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
             raise UserError("teacher.urls: this run asks teacher servers; `opd launch` starts them when it is empty")
         for url in config.teacher.urls:
             check_model(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    teacher = make_teacher(config, family, device) if needs_teacher(config) else None
+    writer = teacher
+    if config.teacher.kind == "local" and asks_teacher_servers(config):  # they write, it grades
+        writer = ServerTeacher(config, family, device)
+    learner = Learner(config, family, path)
     if rank == 0:
         known = listed(config)
         list_bad(config, [b for b in bad if b["place"] not in known])
@@ -271,8 +279,10 @@ def run(config: Config) -> None:
             log.truncate_after(start)
         if config.eval.start and start == 0:
             evaluate(parts, config.eval.start, 0)
-        if parts.sync is not None:
+        if config.rollout.source == "student":
             push(parts, version=start)
+        else:
+            rest(parts)
         status(parts, "training", start)
         loop(parts, start)
         if config.eval.end:

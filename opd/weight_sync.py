@@ -1,118 +1,99 @@
-"""New weights into live vLLM servers: names, versions, transport, cache resets."""
+"""New weights into live vLLM servers: names, versions, cache resets, and servers that sleep meanwhile."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from opd.config import Config, RolloutConfig
-from opd.http import Server
+from opd.config import Config
+from opd.http import Server, on_each
 from opd.models.base import Family
-from opd.supervisor import TRANSFER_PREFIX, sweep
-
-CHUNK_BYTES = 1 << 30
-
-
-class WeightTransport(Protocol):
-    """Seam: carries tensors to every server, inside vLLM's start / update / finish protocol."""
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor, under the name that vLLM's loader knows."""
-        ...
-
-    def send(self, servers: list[Server], version: int) -> None:
-        """Load all queued tensors into every server and name the result `version`."""
-        ...
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-        ...
-
-
-class FileTransport:
-    """Chunks of safetensors in a folder that learner and servers share (/dev/shm on one machine)."""
-
-    def __init__(self, config: RolloutConfig, servers: list[Server]) -> None:
-        parent = config.transfer_dir
-        sweep(parent)
-        self.folder = tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=parent)
-        self._buffer: dict[str, Tensor] = {}
-        self._bytes = self._count = 0
-        self._files: list[str] = []
-        for server in servers:
-            server.post("/init_weight_transfer_engine", {"init_info": {"folder": self.folder}})
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self._buffer[name] = tensor.contiguous()
-        self._bytes += tensor.numel() * tensor.element_size()
-        if self._bytes >= CHUNK_BYTES:
-            self._write()
-
-    def send(self, servers: list[Server], version: int) -> None:
-        # every chunk is on disk before the first server starts: an update that fails half-way kills the engine
-        self._write()
-        for server in servers:
-            server.post("/start_weight_update")
-            for name in self._files:
-                server.post("/update_weights", {"update_info": {"name": name}})
-            server.post("/finish_weight_update", {"weight_version": str(version)})
-        for name in self._files:
-            os.remove(os.path.join(self.folder, name))
-        self._files = []
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        if not self._buffer:
-            return
-        name = f"{self._count:06d}.safetensors"  # never used twice: a server may cache by name
-        save_file(self._buffer, os.path.join(self.folder, name))
-        self._files.append(name)
-        self._buffer, self._bytes, self._count = {}, 0, self._count + 1
-
-
-TRANSPORTS: dict[str, Callable[[RolloutConfig, list[Server]], WeightTransport]] = {"file": FileTransport}
+from opd.transports import TRANSPORTS, WeightTransport
 
 
 class WeightSync:
-    """Pushes what was trained; all ranks call `push`, rank 0 talks."""
+    """Pushes what was trained; every rank calls every method, rank 0 talks.
+
+    Where the servers share the learner's device (rollout.sleep) they sleep from `sleep` to the next `push`.
+    """
 
     def __init__(self, servers: list[Server], family: Family, config: Config, rank: int) -> None:
         self.servers, self.family, self.rank = servers, family, rank
         self.audio_trained = bool({"tower", "adapter"} & set(config.student.train))
-        transport = TRANSPORTS[config.rollout.transport or "file"]
-        self.transport: WeightTransport | None = transport(config.rollout, servers) if rank == 0 else None
+        self.sleeps, self.asleep = bool(config.rollout.sleep), False
+        self.version: int | None = None  # of the last push
+        make = TRANSPORTS[config.rollout.transport or "file"]
+        self.transport: WeightTransport | None = make(config.rollout) if rank == 0 else None
 
     def push(self, learner: Any, version: int) -> None:
         """Send the learner's trainable weights to every server as `version`, then reset what they made stale.
 
         The prefix cache holds keys and values of the old weights: always. The encoder cache holds audio embeddings:
-        when the tower or the adapter was trained. Returns on all ranks when the servers are ready.
+        when the tower or the adapter was trained. A server that was restarted since the last push, and so lost what
+        receives weights, gets it again. Returns on all ranks when the servers are ready.
+        Raises ServerError that names the server.
         """
-        for name, tensor in learner.gathered():
-            if self.transport is not None:
-                assert tensor is not None
-                for published, value in self.family.published(name, tensor):
-                    self.transport.add(published, value)
-        if self.transport is not None:
-            self.transport.send(self.servers, version)
-            for server in self.servers:
-                server.post("/reset_prefix_cache")
-                if self.audio_trained:
-                    server.post("/reset_encoder_cache")
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        if self.asleep:
+            self._wake("weights")
+        if self.transport is None:
+            for _ in learner.gathered():
+                pass
+        else:
+            if self.version is None or not self._hold(self.version):
+                self.transport.connect(self.servers)
+            self.transport.send(self._published(learner), self.servers, version)
+        if self.asleep:  # keys and values get their memory only now: the weights on their way needed some, too
+            self._wake("kv_cache")
+        if self.rank == 0:
+            on_each(self.servers, self._reset)
+        self.version, self.asleep = version, False
+        _barrier()
+
+    def sleep(self) -> None:
+        """Have the servers give their device to the learner, once every rank has its answers; wakes at `push`.
+
+        Level 1: weights move to the host's memory, frozen ones too, keys and values are dropped; vLLM empties its
+        prefix and encoder caches with them. Nothing happens without rollout.sleep.
+        """
+        if not self.sleeps or self.asleep:
+            return
+        _barrier()
+        if self.rank == 0:
+            on_each(self.servers, lambda server: server.post("/sleep?level=1"))
+        _barrier()
+        self.asleep = True
 
     def close(self) -> None:
-        """Remove the transfer folder."""
+        """Leave nothing of the transport behind."""
         if self.transport is not None:
             self.transport.close()
+
+    def _published(self, learner: Any) -> Iterator[tuple[str, Tensor]]:
+        assert self.transport is not None
+        for name, tensor in learner.gathered(device=self.transport.device):
+            yield from self.family.published(name, tensor)
+
+    def _hold(self, version: int) -> bool:
+        """Whether every server has the weights that it was last sent."""
+        return set(on_each(self.servers, lambda s: s.get("/weight_info")["weight_version"])) == {str(version)}
+
+    def _reset(self, server: Server) -> None:
+        server.post("/reset_prefix_cache")
+        if self.audio_trained:
+            server.post("/reset_encoder_cache")
+
+    def _wake(self, tag: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the learner holds but does not use
+        _barrier()
+        if self.rank == 0:
+            on_each(self.servers, lambda server: server.post(f"/wake_up?tags={tag}"))
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -110,16 +110,16 @@ class Piece:
         return [self.weight, *adapter]
 
     @torch.no_grad()
-    def value(self) -> Tensor:
-        """A copy on the CPU; W + alpha / r * B A, summed in at least float32, where there is an adapter.
+    def value(self, device: torch.device | str = "cpu") -> Tensor:
+        """A copy on `device`; W + alpha / r * B A, summed in at least float32, where there is an adapter.
 
         The weight itself is left alone, so that however often one asks, nothing drifts.
         """
         if self.layer is None:
-            return self.weight.data.detach().cpu().clone()
+            return self.weight.data.detach().to(device, copy=True)
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         w, a, b = (p.data.to(exact) for p in self.parameters)
-        return (w + self.layer.scaling[ADAPTER] * (b @ a)).to(self.weight.dtype).cpu()
+        return (w + self.layer.scaling[ADAPTER] * (b @ a)).to(self.weight.dtype).to(device)
 
 
 def pieces(hf: Any, trainable_only: bool) -> Iterator[Piece]:

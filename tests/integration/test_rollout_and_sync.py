@@ -34,7 +34,7 @@ class InProcess:
         self.family = family_of(STUDENT)
         self.model = SpeechLM(self.family.load(torch.float32, "sdpa").eval(), self.family, ["llm"])
 
-    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def gathered(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         for name, p in self.model.hf.named_parameters():
             if p.requires_grad:
                 yield name, p.data
@@ -120,9 +120,8 @@ def test_skipped_cache_reset_is_detected(setup) -> None:
     push(local, sampler, sync, 5)
     sample(sampler, prompts, clips, "speech")
     local.perturb(0.03)
-    for name, tensor in local.gathered():
-        sync.transport.add(local.family.to_vllm(name), tensor)
-    sync.transport.send(sync.servers, 6)  # without the reset that `push` does
+    tensors = [(local.family.to_vllm(name), tensor) for name, tensor in local.gathered()]
+    sync.transport.send(tensors, sync.servers, 6)  # without the reset that `push` does
     sampler.version = 6
     assert worst(local, sample(sampler, prompts, clips, "speech"), clips) > 0.01
     push(local, sampler, sync, 7)

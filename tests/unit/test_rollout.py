@@ -9,6 +9,7 @@ import pytest
 
 import opd.rollout
 from opd.config import load_config
+from opd.http import Answer
 from opd.models import family_of
 from opd.models.base import Family
 from opd.rollout import VllmSampler
@@ -30,12 +31,12 @@ def ask(
     """The requests that two jobs make, and their rollouts; `changed` goes into the answers' choices."""
     sent: list[Any] = []
 
-    def answer(requests: list[Any], *_: Any) -> list[Any]:
+    def answer(urls: list[str], requests: list[Any], *_: Any) -> list[Any]:
         sent.extend(requests)
         entries = [{"token": f"token_id:{i}", "logprob": -0.25} for i in (300, family.eos_ids[0])]
         choice = {"index": 0, "token_ids": [300, family.eos_ids[0]], "logprobs": {"content": entries}} | changed
         ids = [family.prompt_ids([{"role": "user", "content": c}], n) for c, n in ((PART, [16000]), (TEXT, []))]
-        return [{"prompt_token_ids": i + changed.get("read", []), "choices": [choice]} for i in ids]
+        return [Answer(urls[0], {"prompt_token_ids": i + changed.get("read", []), "choices": [choice]}) for i in ids]
 
     PART, TEXT = [{"type": "audio"}], PROMPT.messages[0]["content"][0]["transcript"]
     monkeypatch.setattr(opd.rollout, "post_all", answer)
@@ -47,7 +48,7 @@ def ask(
 
 def test_requests_spell_out_the_distribution(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     sent, rollouts = ask(family, monkeypatch, 0.7)
-    bodies = [body for _, _, body in sent]
+    bodies = [request.body for request in sent]
     for body in bodies:
         assert body["temperature"] == 0.7 and body["n"] == 1
         assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
@@ -56,8 +57,8 @@ def test_requests_spell_out_the_distribution(family: Family, monkeypatch: pytest
         )
         assert body["stop_token_ids"] == family.eos_ids and body["return_token_ids"] and body["logprobs"]
     assert bodies[0]["seed"] != bodies[1]["seed"]
-    assert [b["seed"] for _, _, b in ask(family, monkeypatch, 1.0)[0]] == [b["seed"] for b in bodies]
-    assert not {b["seed"] for _, _, b in ask(family, monkeypatch, 1.0, seed=5)[0]} & {b["seed"] for b in bodies}
+    assert [r.body["seed"] for r in ask(family, monkeypatch, 1.0)[0]] == [b["seed"] for b in bodies]
+    assert not {r.body["seed"] for r in ask(family, monkeypatch, 1.0, seed=5)[0]} & {b["seed"] for b in bodies}
     speech, text = (str(body["messages"]) for body in bodies)
     assert "input_audio" in speech and "one plus two" not in speech
     assert "input_audio" not in text and "one plus two" in text

@@ -13,6 +13,7 @@ import torch
 
 import opd.teacher
 from opd.config import Config, UserError, load_config
+from opd.http import Answer
 from opd.layout import asks_teacher_servers, needs_teacher, starts_teacher
 from opd.models import family_of
 from opd.models.base import Family
@@ -59,12 +60,13 @@ def test_no_audio_reaches_a_local_teacher(family: Family, config: Config) -> Non
 def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
 
-    def answer(requests: list[Any], *_: Any) -> list[Any]:
+    def answer(urls: list[str], requests: list[Any], *_: Any) -> list[Any]:
         sent.extend(requests)
         out = []
-        for _, _, body in requests:
-            ids = body["prompt"]
-            out.append({"choices": [{"prompt_logprobs": [None, *({str(i): {"logprob": -0.5}} for i in ids[1:])]}]})
+        for request in requests:
+            ids = request.body["prompt"]
+            logprobs = [None, *({str(i): {"logprob": -0.5}} for i in ids[1:])]
+            out.append(Answer(urls[0], {"choices": [{"prompt_logprobs": logprobs}]}))
         return out
 
     monkeypatch.setattr(opd.teacher, "post_all", answer)
@@ -73,7 +75,8 @@ def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monke
     teacher = ServerTeacher(config, family, torch.device("cpu"))
     (scored,) = teacher.score([Rollout(spoken("secret.wav"), "speech", (300, 2), None, 0, False)])
     assert scored.teacher_logprobs.tolist() == [-0.5, -0.5]
-    ((_, _, body),) = sent
+    ((_, body, tokens),) = sent
+    assert tokens == len(body["prompt"]) + 1
     assert all(isinstance(i, int) and i not in family.banned_ids for i in body["prompt"])
     assert "audio" not in json.dumps(body) and "secret" not in json.dumps(body)
 
@@ -81,9 +84,9 @@ def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monke
 def test_what_a_server_may_not_write(family: Family, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
 
-    def answer(requests: list[Any], *_: Any) -> list[Any]:
-        sent.extend(body for _, _, body in requests)
-        return [{"choices": [{"token_ids": [300, 2]}]} for _ in requests]
+    def answer(urls: list[str], requests: list[Any], *_: Any) -> list[Answer]:
+        sent.extend(r.body for r in requests)
+        return [Answer(urls[0], {"choices": [{"token_ids": [300, 2]}]}) for _ in requests]
 
     monkeypatch.setattr(opd.teacher, "post_all", answer)
     monkeypatch.setattr(family, "banned_ids", [*family.banned_ids, 503, 504])  # vLLM refuses ids that its model lacks

@@ -1,0 +1,82 @@
+"""Two real vLLM servers of the student: both hold what was pushed, and only those that do are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import STUDENT, config_of, wait_healthy
+from test_rollout_and_sync import InProcess, sample, worst
+
+import opd.rollout
+from opd.clips import ClipLoader
+from opd.layout import Place
+from opd.prompts import read_manifest
+from opd.rollout import VllmSampler
+from opd.servers import student_server
+from opd.supervisor import Process, stop_all
+from opd.weight_sync import WeightSync
+
+
+@pytest.fixture(scope="module")
+def second_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("second")
+    config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
+    process = Process(student_server(config, Place.here("student")), folder / "server.log")
+    try:
+        yield wait_healthy(process)
+    finally:
+        stop_all([process])
+
+
+def test_two_servers_follow_the_learner(
+    data: Path,
+    student_url: str,
+    second_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    local, urls = InProcess(), [student_url, second_url]
+    config = config_of("2_xopd", data, tmp_path, f"student.path={STUDENT}")
+    sampler = VllmSampler(config, local.family, urls)
+    sync = WeightSync(sampler.servers, local.family, config, 0)
+    prompts, _ = read_manifest(config.data.train)
+    loader = ClipLoader(config, local.family.sampling_rate, len(prompts))
+    batch, clips = loader.load_batch(list(enumerate(prompts[:6])), prompts)
+    chosen = [p for _, p in batch]
+    used: list[str] = []
+    post_all = opd.rollout.post_all
+
+    def watched(*args: Any) -> Any:
+        answers = post_all(*args)
+        used.extend(a.url for a in answers)
+        return answers
+
+    monkeypatch.setattr(opd.rollout, "post_all", watched)
+
+    def check(version: int) -> None:
+        """Push other weights; every answer must then be of these, half of them from each server."""
+        local.perturb(0.01 + version / 1e4)
+        sync.push(local, version)
+        sampler.version = version
+        for view in ("speech", "text"):
+            used.clear()
+            assert worst(local, sample(sampler, chosen, clips, view), clips) < 1e-4
+            assert sorted(map(used.count, urls)) == [3, 3]
+
+    check(31)
+    # as after a restart by its owner: another version, and a transfer engine that knows nothing of ours
+    second = sampler.servers[1]
+    second.post("/update_weight_version", {"new_version": "default"})
+    second.post("/init_weight_transfer_engine", {"init_info": {"folder": str(tmp_path)}})
+    used.clear()
+    assert worst(local, sample(sampler, chosen, clips, "text"), clips) < 1e-4
+    assert set(used) == {student_url}
+    left_out = f"{second_url}: holds weights of version default, the learner is at 31: left out until the next push"
+    assert capsys.readouterr().err.count(left_out) == 1
+    check(32)
+    assert "left out" not in capsys.readouterr().err
+    sync.close()
