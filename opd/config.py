@@ -79,7 +79,9 @@ class TeacherConfig(Section):
     )
     path: str = Field(description="checkpoint folder or hub id of the text LLM")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    urls: list[str] = Field([], description="kind server: base URLs; empty: the launcher starts what it needs")
+    urls: list[str] = Field(
+        [], description="servers that grade, or write a warm start's responses; empty: `opd launch` starts them"
+    )
     shard: bool = Field(False, description="local: ZeRO-3 over the learner's ranks instead of a copy on each")
     batch_tokens: PositiveInt = Field(16384, description="local: padded tokens in one forward pass")
 
@@ -138,6 +140,11 @@ class ObjectiveConfig(Section):
     ratio_max: PositiveFloat = Field(2.0, description="xopd: importance ratios are truncated here")
     mu: float = Field(0.5, ge=0, description="kd: weight of the KL term")
     tau: PositiveFloat = Field(2.0, description="kd: temperature of the KL term")
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it reads the teacher's full vocabulary rows, which only a local teacher has."""
+        return self.name == "kd" and self.mu > 0
 
 
 class OptimConfig(Section):
@@ -227,8 +234,11 @@ class Config(Section):
             raise ValueError(f"objective.name xopd needs rollout.source student, found {source}")
         if name == "kd" and source == "student":
             raise ValueError("objective.name kd needs rollout.source teacher or dataset, found student")
-        if name == "kd" and self.teacher.kind == "server":
-            raise ValueError("objective.name kd reads full vocabulary rows: teacher.kind must be local, found server")
+        if self.objective.reads_rows and self.teacher.kind == "server":
+            raise ValueError(
+                "objective.name kd reads full vocabulary rows unless objective.mu is 0: "
+                "teacher.kind must be local, found server"
+            )
         if self.student.lora is not None and "llm" not in self.student.train:
             raise ValueError(f"student.lora adapts the LLM: student.train must hold llm, found {self.student.train}")
         return self
@@ -290,6 +300,7 @@ NOT_COMPARED: tuple[str, ...] = (
     "rollout.transport",
     "rollout.sleep",
     "teacher.urls",
+    "teacher.shard",
     "launch",
     "metrics",
     "train.keep_checkpoints",

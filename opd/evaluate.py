@@ -55,6 +55,7 @@ class Evaluator:
     test: list[Prompt]
     retention: list[Prompt]
     say: Callable[[str], None] = lambda _: None
+    writer: LocalTeacher | ServerTeacher | None = None  # answers in the teacher's place; none: the teacher itself
     _teacher_right: list[float] | None = None  # the teacher is frozen: asked once
 
     def run(self) -> dict[str, Any]:
@@ -92,10 +93,11 @@ class Evaluator:
     def _teacher(self) -> list[float]:
         if self._teacher_right is None:
             right = torch.zeros(len(self.test), dtype=torch.float64)
-            for chunk in self._mine(self.test, CHUNK):
-                replies = self.teacher.respond([p for _, p in chunk], self.config.rollout.max_tokens)
-                for (i, p), (ids, truncated) in zip(chunk, replies, strict=True):
-                    right[i] = correct(p, decode(self.family, ids), truncated)
+            mine = list(enumerate(self.test))[self.learner.rank :: self.learner.world]
+            # one call on every rank, also where nothing is left to ask: a sharded teacher needs them all
+            replies = (self.writer or self.teacher).respond([p for _, p in mine], self.config.rollout.max_tokens)
+            for (i, p), (ids, truncated) in zip(mine, replies, strict=True):
+                right[i] = correct(p, decode(self.family, ids), truncated)
             self._teacher_right = all_reduce(right, "sum").tolist()
         return self._teacher_right
 

@@ -19,6 +19,7 @@ from opd.config import Config, UserError
 from opd.models.base import Family, SpeechLM
 from opd.models.lora import Piece, adapters, pieces
 from opd.objectives import OBJECTIVES, Tokens
+from opd.sharding import load_sharded
 from opd.types import VIEWS, Batch, Sample
 
 CLIPS_PER_CALL = 8  # of the frozen tower
@@ -84,14 +85,14 @@ class Learner:
         counted = mb.mask * (mb.weights > 0)
         with torch.no_grad():
             stats.add("entropy", entropy_from_logits(logits.detach()), counted)
-        objective = OBJECTIVES[self.config.objective.name]
+        objective = self.config.objective
         rows = None
         if objective.reads_rows:
             assert teacher_logits is not None
             rows = teacher_logits(mb.samples, mb.targets.shape[1]).to(logits.device)
         temperature = self.config.rollout.temperature
         tokens = Tokens(logits, mb.targets, rows, mb.teacher_logp, mb.sampler_logp, temperature)
-        terms = objective.terms(tokens, self.config.objective)
+        terms = OBJECTIVES[objective.name](tokens, objective)
         for name, values in terms.metrics.items():
             stats.add(name, values, counted)
         if terms.advantage is not None:
@@ -275,15 +276,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
 
 
 def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    alive = HfDeepSpeedConfig(settings)  # while it lives, from_pretrained shards as it loads (ZeRO-3)
-    try:
-        hf = family.load(DTYPES[config.student.dtype], config.student.attention)
-    finally:
-        unset_hf_deepspeed_config()
-        del alive
+    hf = load_sharded(lambda: family.load(DTYPES[config.student.dtype], config.student.attention), settings)
     return SpeechLM(hf, family, list(config.student.train), config.student.lora, config.run.seed)
 
 

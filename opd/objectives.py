@@ -21,7 +21,7 @@ class Tokens:
 
     logits: Tensor  # [B, T, V] of the student at temperature 1, with gradient
     targets: Tensor  # [B, T], the response
-    teacher_logits: Tensor | None  # [B, T, V], for objectives that read rows
+    teacher_logits: Tensor | None  # [B, T, V], for objectives that read rows (ObjectiveConfig.reads_rows)
     teacher_logp: Tensor  # [B, T], for the others
     sampler_logp: Tensor  # [B, T], 0 where no student sampled
     temperature: float  # of the sampler
@@ -34,14 +34,6 @@ class Terms:
     loss: Tensor  # [B, T], with gradient
     metrics: dict[str, Tensor]  # [B, T] each: the step's token means are logged under these names
     advantage: Tensor | None = None  # [B, T], of on-policy objectives: minus its mean is the reverse KL
-
-
-@dataclass(frozen=True)
-class Objective:
-    """An entry of OBJECTIVES."""
-
-    terms: Callable[[Tokens, ObjectiveConfig], Terms]
-    reads_rows: bool  # of the teacher, [B, T, V]; else its log-probs of the response
 
 
 EXCLUDED = -1e9  # logit of an id that no distribution may use: finite, so that 0 * log 0 stays 0 and never NaN
@@ -119,13 +111,18 @@ def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 
 def kd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
-    """`kd` under the recipe's settings."""
+    """`kd` under the recipe's settings; at mu = 0, sequence-level distillation, without the teacher's rows."""
+    from trl.trainer.utils import selective_log_softmax
+
+    if not o.reads_rows:
+        ce = -selective_log_softmax(t.logits, t.targets)
+        return Terms(ce, {"kd/ce": ce})
     assert t.teacher_logits is not None
     out = kd(t.logits, t.teacher_logits, t.targets, o.mu, o.tau)
     return Terms(out.loss, {"kd/ce": out.ce, "kd/kl": out.kl})
 
 
-OBJECTIVES = {"xopd": Objective(xopd_terms, reads_rows=False), "kd": Objective(kd_terms, reads_rows=True)}
+OBJECTIVES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {"xopd": xopd_terms, "kd": kd_terms}
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

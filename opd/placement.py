@@ -118,8 +118,10 @@ def place(config: Config) -> None:
     """
     placement, name = placement_of(config), config.launch.placement
     if config.teacher.kind is None:
-        serves = bool(placement.teacher or config.teacher.urls) and config.objective.name != "kd"
+        serves = bool(placement.teacher or config.teacher.urls) and not config.objective.reads_rows
         config.teacher.kind = "server" if serves else "local"
+    if config.teacher.shard and config.teacher.kind == "server":
+        raise UserError("teacher.shard: true is for a local teacher, found kind server; set teacher.kind=local")
     if config.teacher.kind == "server" and not config.teacher.urls and not placement_of(config).teacher:
         raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
     if config.rollout.transport is None:

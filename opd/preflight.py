@@ -14,7 +14,7 @@ from opd.checks import Check, Facts, Warned
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.http import Server, check_model
-from opd.layout import starts_student, starts_teacher
+from opd.layout import asks_teacher_servers, starts_student, starts_teacher
 from opd.placement import node_of, placement_of
 from opd.prompts import read_manifest
 from opd.views import audio_paths
@@ -133,15 +133,15 @@ def servers(facts: Facts) -> str:
     """Running servers that the recipe names hold its models; what the student's take is noted."""
     config = facts.config
     taken = [_holds(config, "rollout.urls", u, facts.student) for u in config.rollout.urls]
-    scoring = config.teacher.urls if config.teacher.kind == "server" else []
-    for url in scoring:
+    asked = config.teacher.urls if asks_teacher_servers(config) else []
+    for url in asked:
         _holds(config, "teacher.urls", url, facts.teacher)
     if not taken and starts_student(config):
         taken = [config.rollout.server.max_model_len]
     facts.max_model_len = min(taken, default=None)
-    if not config.rollout.urls and not scoring:
+    if not config.rollout.urls and not asked:
         return "the recipe names none"
-    return f"{len(config.rollout.urls)} hold the student, {len(scoring)} the teacher"
+    return f"{len(config.rollout.urls)} hold the student, {len(asked)} the teacher"
 
 
 def _holds(config: Config, key: str, url: str, path: str) -> int:

@@ -13,14 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opd.batch import all_reduce
 from opd.config import Config, UserError
 from opd.http import Request, ServerError, post_all
+from opd.learner import DTYPES, deepspeed_settings
 from opd.models.base import Family
 from opd.objectives import EXCLUDED
+from opd.rollout import BAN
+from opd.sharding import load_sharded
 from opd.types import Message, Prompt, Rollout, Sample, ScoredRollout
 from opd.views import render
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Reply = tuple[tuple[int, ...], bool]  # token ids with end of turn, truncated
 
 
@@ -53,39 +56,42 @@ class _Reader:
 
 
 class LocalTeacher(_Reader):
-    """A Hugging Face model in the learner process; also gives full-vocabulary rows."""
+    """A Hugging Face model in the learner process; also gives full-vocabulary rows.
+
+    With teacher.shard each rank holds a part of it (ZeRO-3). Every forward pass then takes all ranks: each of them
+    calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work.
+    """
 
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         super().__init__(config, family)
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(
+        self.sharded, self.device = config.teacher.shard, device
+        settings = inference_settings(config) if self.sharded else None
+
+        def load() -> Any:
+            return AutoModelForCausalLM.from_pretrained(
                 config.teacher.path, dtype=DTYPES[config.teacher.dtype], trust_remote_code=False, use_safetensors=True
             )
+
+        try:
+            self.model = load_sharded(load, settings) if settings else load()
         except (OSError, ValueError) as e:
             raise UserError(f"teacher.path {config.teacher.path}: not loadable: {_first_line(e)}") from e
-        self.model.eval().requires_grad_(False).to(device)
-        self.device = device
+        self.model.generation_config = GenerationConfig()  # the checkpoint's own would bend what is greedy
+        self.model.eval().requires_grad_(False)
+        if settings:
+            import deepspeed
+
+            self.engine, *_ = deepspeed.initialize(model=self.model, config=settings)  # its hooks gather and release
+        else:
+            self.model.to(device)
         self.banned = torch.zeros(family.vocab_size, dtype=torch.bool, device=device)
         self.banned[family.banned_ids] = True
-        self._check_head()
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of last hidden states [..., H]; some LLMs scale them."""
-        return self.model.get_output_embeddings()(hidden).float() / getattr(self.model.config, "logits_scaling", 1.0)
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """An LLM may do to its logits what is not known here: its log-probs would then be wrong, silently."""
-        ids = torch.arange(8, device=self.device)[None]
-        whole = self.model(input_ids=ids, use_cache=False).logits.float()
-        ours = self._head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(whole, ours, atol=0.01 * float(whole.abs().max()), rtol=0.01):
-            raise UserError(
-                f"teacher.path {self.config.teacher.path}: {type(self.model).__name__} does more to its logits than "
-                "its output layer and logits_scaling; have vLLM serve it: teacher.kind=server"
-            )
+    def _idle(self, calls: int) -> int:
+        """How many more calls of a sharded model some other rank makes than this one."""
+        return int(all_reduce(torch.tensor(float(calls)), "max")) - calls if self.sharded else 0
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         from trl.trainer.utils import selective_log_softmax
@@ -112,10 +118,12 @@ class LocalTeacher(_Reader):
 
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
         ids = [self.prompt_ids(p) for p in prompts]
-        replies: list[Reply] = []
         per_call = max(1, self.config.teacher.batch_tokens // (max(map(len, ids)) + max_tokens)) if ids else 1
-        for i in range(0, len(ids), per_call):
-            replies += self._generate(ids[i : i + per_call], max_tokens)
+        chunks = [ids[i : i + per_call] for i in range(0, len(ids), per_call)]
+        idle = self._idle(len(chunks))
+        replies = [reply for chunk in chunks for reply in self._generate(chunk, max_tokens)]
+        for _ in range(idle):
+            self._generate([[0]], 1)  # goes on until every rank is done
         return replies
 
     @torch.no_grad()
@@ -132,18 +140,16 @@ class LocalTeacher(_Reader):
             pad_token_id=self.family.eos_ids[0],
             suppress_tokens=[i for i in self.family.banned_ids if i < self.model.config.vocab_size] or None,
         )
-        out = self.model.generate(tokens, attention_mask=mask, generation_config=greedy)[:, longest:].tolist()
-        return [_cut(row, self.family.eos_ids) for row in out]
+        out = self.model.generate(tokens, attention_mask=mask, generation_config=greedy, synced_gpus=self.sharded)
+        return [_cut(row, self.family.eos_ids) for row in out[:, longest:].tolist()]
 
     @torch.no_grad()
     def _rows(self, pairs: list[tuple[list[int], tuple[int, ...]]]) -> Iterator[tuple[list[int], Tensor]]:
         """(indices, logits [B, T, V] of the responses) by chunks of at most batch_tokens padded tokens."""
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-        while order:
-            chunk = [order.pop()]
+        chunks = _chunks([len(p) + len(y) for p, y in pairs], self.config.teacher.batch_tokens)
+        idle = self._idle(len(chunks))
+        for chunk in chunks:
             longest = sum(map(len, pairs[chunk[0]]))
-            while order and (len(chunk) + 1) * longest <= self.config.teacher.batch_tokens:
-                chunk.append(order.pop())
             ids = torch.zeros(len(chunk), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
             steps = max(len(pairs[i][1]) for i in chunk)
@@ -154,11 +160,23 @@ class LocalTeacher(_Reader):
                 mask[j, : len(p) + len(y)] = 1
                 positions[j, : len(y)] = torch.arange(len(p) - 1, len(p) + len(y) - 1)
             yield chunk, self._forward(ids.to(self.device), mask.to(self.device), positions.to(self.device))
+        for _ in range(idle):
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            self._forward(ids, torch.ones_like(ids), ids[:, :1])
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        rows = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = self._head(rows)
+        """The model's own logits [B, T, V] at `positions` [B, T] of `ids` [B, L]."""
+
+        def rows(layer: Any, args: tuple[Tensor]) -> Tensor:
+            return args[0].gather(1, positions[..., None].expand(-1, -1, args[0].shape[-1]))
+
+        with self.model.get_output_embeddings().register_forward_pre_hook(rows):  # [B, L, V] would be large
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        if logits.shape[1] != positions.shape[1]:
+            raise UserError(
+                f"teacher.path {self.config.teacher.path}: {type(self.model).__name__} makes its logits without its "
+                "output layer; have vLLM serve it: teacher.kind=server"
+            )
         out = torch.full((*logits.shape[:2], len(self.banned)), EXCLUDED, device=logits.device)
         shared = min(logits.shape[-1], len(self.banned))
         out[..., :shared] = logits[..., :shared]
@@ -173,7 +191,11 @@ class ServerTeacher(_Reader):
     """
 
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
+        from transformers import AutoConfig
+
         super().__init__(config, family)
+        rows = AutoConfig.from_pretrained(config.teacher.path).get_text_config().vocab_size
+        self.bans = {str(i): BAN for i in family.banned_ids if i < rows}
         self.first = dist.get_rank() if dist.is_initialized() else 0  # not every rank begins with the same server
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
@@ -197,7 +219,7 @@ class ServerTeacher(_Reader):
         bodies = [
             {"prompt": self.prompt_ids(p), "max_tokens": max_tokens, "temperature": 0.0, "return_token_ids": True}
             | {"stop_token_ids": self.family.eos_ids, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-            | {"skip_special_tokens": False}
+            | {"skip_special_tokens": False, "logit_bias": self.bans}
             for p in prompts
         ]
         answers = self._ask("/v1/completions", bodies)
@@ -207,6 +229,18 @@ class ServerTeacher(_Reader):
         requests = [Request(path, {"model": "teacher"} | b, len(b["prompt"]) + b["max_tokens"]) for b in bodies]
         r = self.config.rollout
         return [a.content for a in post_all(self.config.teacher.urls, requests, r.concurrency, r.timeout_s, self.first)]
+
+
+def inference_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed settings of a sharded teacher: ZeRO-3, whatever the student's stage, with the recipe's offload_param
+    and bucket sizes; nothing that an optimizer would need."""
+    settings = deepspeed_settings(config)
+    zero = {k: v for k, v in (settings.get("zero_optimization") or {}).items() if k != "offload_optimizer"}
+    return settings | {
+        "zero_optimization": zero | {"stage": 3},
+        "bf16": {"enabled": config.teacher.dtype == "bfloat16"},
+        "gradient_clipping": 0.0,
+    }
 
 
 TEACHERS: dict[str, type[LocalTeacher] | type[ServerTeacher]] = {"local": LocalTeacher, "server": ServerTeacher}
@@ -247,6 +281,18 @@ def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Ite
         a, b = (t(text, add_special_tokens=False).input_ids for t in (family.tokenizer, teacher))
         if a != b:
             raise UserError(f"teacher.path {teacher_path}: same vocabulary, but {text[:80]!r} becomes {b}, not {a}")
+
+
+def _chunks(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of sequences, longest first, in chunks of at most `budget` padded tokens; a longer one is alone."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    chunks = []
+    while order:
+        chunk = [order.pop()]
+        while order and (len(chunk) + 1) * lengths[chunk[0]] <= budget:
+            chunk.append(order.pop())
+        chunks.append(chunk)
+    return chunks
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

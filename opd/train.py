@@ -22,6 +22,7 @@ from opd.clips import ClipLoader, Room, list_bad, listed
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.evaluate import Evaluator, decode
 from opd.http import Server, check_model
+from opd.layout import asks_teacher_servers, evaluates, needs_teacher
 from opd.learner import Learner, deepspeed_settings
 from opd.metrics import MetricsLog
 from opd.models import family_of
@@ -39,7 +40,7 @@ class Parts:
 
     config: Config
     learner: Learner
-    teacher: LocalTeacher | ServerTeacher
+    teacher: LocalTeacher | ServerTeacher | None  # none: nothing in the run needs one
     stream: PromptStream
     clips: ClipLoader
     source: ResponseSource
@@ -54,6 +55,7 @@ def loop(parts: Parts, start: int) -> None:
     """Warm start and X-OPD alike: respond, score, step, push."""
     c, learner = parts.config, parts.learner
     on_policy = c.rollout.source == "student"
+    grader = parts.teacher if on_policy else None
     for step in range(start, c.train.steps):
         clock = Clock()
         mine = parts.stream.shard(step, learner.rank, learner.world)
@@ -62,7 +64,7 @@ def loop(parts: Parts, start: int) -> None:
         rollouts = parts.source.respond(prompts, clips, step)
         rest(parts)
         clock.lap("rollout")
-        scored = parts.teacher.score(rollouts) if on_policy else [ScoredRollout(r, None) for r in rollouts]
+        scored = grader.score(rollouts) if grader else [ScoredRollout(r, None) for r in rollouts]
         clock.lap("teacher")
         batch = make_batch(make_samples(scored, clips, learner.family), clips, c)
         stats = learner.step(batch, step, getattr(parts.teacher, "logits", None))
@@ -216,22 +218,28 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         sync.sleep()  # before anything else needs the device
     elif config.rollout.source == "student":
         raise UserError("rollout.urls: rollout.source student needs a server; `opd launch` starts one when it is empty")
-    for url in config.teacher.urls if config.teacher.kind == "server" else []:
-        check_model(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
-    if config.teacher.kind == "server" and not config.teacher.urls:
-        raise UserError("teacher.urls: teacher.kind server needs a server; `opd launch` starts one when it is empty")
-    learner_device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    teacher = make_teacher(config, family, torch.device(learner_device))
+    if asks_teacher_servers(config):
+        if not config.teacher.urls:
+            raise UserError("teacher.urls: this run asks teacher servers; `opd launch` starts them when it is empty")
+        for url in config.teacher.urls:
+            check_model(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    teacher = make_teacher(config, family, device) if needs_teacher(config) else None
+    writer = teacher
+    if config.teacher.kind == "local" and asks_teacher_servers(config):  # they write, it grades
+        writer = ServerTeacher(config, family, device)
     learner = Learner(config, family, path)
     if rank == 0:
         known = listed(config)
         list_bad(config, [b for b in bad if b["place"] not in known])
     clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), room)
     maker: Any = SOURCES[config.rollout.source]
-    argument = {"student": sampler, "teacher": teacher, "dataset": family}[config.rollout.source]
+    argument = {"student": sampler, "teacher": writer, "dataset": family}[config.rollout.source]
     source: ResponseSource = maker(argument, config, views)
     parts = Parts(config, learner, teacher, stream, clips, source, log, sampler, sync)
-    if config.eval.test or config.eval.retention:
+    if evaluates(config):
+        assert teacher is not None
         if sampler is None:
             raise UserError("rollout.urls: evaluations ask the student's server; `opd launch` starts one when empty")
         held = [read_manifest(p, config.eval.limit)[0] if p else [] for p in (config.eval.test, config.eval.retention)]
@@ -241,7 +249,8 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
             if log is not None:
                 log.status("evaluating", what, 0, config.train.steps, None)
 
-        parts.evaluator = Evaluator(config, family, learner, teacher, sampler, eval_clips, held[0], held[1], say)
+        measured = (sampler, eval_clips, held[0], held[1])
+        parts.evaluator = Evaluator(config, family, learner, teacher, *measured, say, writer)
     assert world == learner.world
     return parts
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -131,21 +132,70 @@ def test_checkpoint_loads_everywhere(warm: Path, tmp_path: Path) -> None:
     assert float(done.stdout.splitlines()[-1]) < 1e-4
 
 
-def test_parameters_are_sharded(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "zero3_worker.py"
+def two_ranks(name: str, out: Path) -> list[dict]:
+    """What each of two ZeRO-3 ranks of a worker script wrote."""
+    script = Path(__file__).parent / name
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command = [*command, "--standalone", str(script), STUDENT, str(tmp_path)]
+    command = [*command, "--standalone", str(script), STUDENT, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    results = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("rank*.json"))]
+    results = [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
     assert len(results) == 2
-    for r in results:
+    return results
+
+
+def test_parameters_are_sharded(tmp_path: Path) -> None:
+    for r in two_ranks("zero3_worker.py", tmp_path):
         assert r["sharded"] == r["parameters"] > 0 and r["elements"] < 0.51 * r["all_elements"] + 1000
         assert r["loss"] == pytest.approx(r["reference_loss"], abs=1e-5)
         assert r["mixed_loss"] == r["mixed_loss"]  # a rank of text only beside one with speech came through
         assert r["tower_calls"] == 1  # four answers to one clip
+
+
+def test_a_sharded_teacher_is_the_whole_one(tmp_path: Path) -> None:
+    for r in two_ranks("zero3_teacher_worker.py", tmp_path):
+        assert r["sharded"] == r["parameters"] > 0 and r["elements"] < 0.51 * r["all_elements"] + 1000
+        assert r["student_sharded"] and not r["state_left"]
+        assert r["same_buffers"] == r["student_buffers"] > 0  # in bfloat16 too, what is computed keeps its precision
+        for name in ("uneven", "none on 1", "none on 0", "zero3_offload", "zero2", "bfloat16"):
+            scores, rows, other_responses = r[name]
+            assert scores <= 1e-5 and rows <= 1e-4 and other_responses == 0, name
+
+
+def test_warm_start_with_a_sharded_teacher(data: Path, warm: Path, tmp_path: Path) -> None:
+    done = launch("1_warmstart", data, tmp_path / "run", "teacher.shard=true")
+    assert done.returncode == 0, done.stderr + done.stdout
+    a, b = ([m["loss"] for m in lines(r)] for r in (warm, tmp_path / "run"))
+    assert a == pytest.approx(b, abs=1e-5) and len(a) == 3
+
+
+@pytest.mark.parametrize("mu", [0.5, 0.0])
+def test_warm_start_whose_responses_a_server_writes(
+    data: Path, warm: Path, teacher_url: str, tmp_path: Path, mu: float
+) -> None:
+    """At mu = 0 nothing reads the teacher's rows: the whole teacher is on the server."""
+
+    def answered() -> float:
+        page = httpx.get(f"{teacher_url}/metrics", trust_env=False).text
+        found = [line for line in page.splitlines() if line.startswith("vllm:request_success_total{")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    before, run = answered(), tmp_path / "run"
+    more = [f'teacher.urls=["{teacher_url}"]', f"objective.mu={mu}", *([] if mu else ["teacher.kind=server"])]
+    done = launch("1_warmstart", data, run, *more)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "teacher.urls: 1 servers hold the teacher" in done.stdout
+    assert answered() - before == 3 * 4  # steps x prompts
+    a, b = ([(s["step"], s["id"], s["view"], s["tokens"]) for s in lines(r, "samples")] for r in (warm, run))
+    assert a == b and len(a) == 3 * 4
+    local, served = lines(warm), lines(run)
+    if mu:
+        assert [m["loss"] for m in served] == pytest.approx([m["loss"] for m in local], abs=1e-5)
+    else:
+        assert [m["loss"] for m in served] == pytest.approx([m["kd/ce"] for m in served], abs=1e-5)
+        assert served[0]["loss"] < local[0]["loss"] and not any("kd/kl" in m for m in served)
 
 
 @pytest.mark.parametrize(

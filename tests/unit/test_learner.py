@@ -248,9 +248,10 @@ def test_gradient_at_another_sampling_temperature(family: Family, reference: Ref
     assert_same_gradient(gradient(learner), want, 1e-5)
 
 
-@pytest.mark.parametrize("budget", [WHOLE, 90])
-def test_gradient_of_the_warm_start(family: Family, reference: Reference, budget: int) -> None:
-    kd = ["objective.name=kd", "rollout.source=dataset", "objective.mu=0.7", "objective.tau=3.0"]
+@pytest.mark.parametrize(("budget", "mu"), [(WHOLE, 0.7), (90, 0.7), (90, 0.0)])
+def test_gradient_of_the_warm_start(family: Family, reference: Reference, budget: int, mu: float) -> None:
+    """At mu = 0 no teacher is asked for its rows."""
+    kd = ["objective.name=kd", "rollout.source=dataset", f"objective.mu={mu}", "objective.tau=3.0"]
     c = config(*kd, f"train.micro_batch_tokens={budget}", "objective.lambda=0.25")
     rows = {(s, v, a): r for (s, v, a), r in zip(ANSWERS, reference.rows, strict=True)}
 
@@ -261,7 +262,9 @@ def test_gradient_of_the_warm_start(family: Family, reference: Reference, budget
         return out
 
     loss, want = reference.objective(c, lambda i: reference.kd(c, i))
-    learner, _, metrics = one_step(family, c, reference.samples(family, c), teacher_logits=teacher_logits)
+    asked = teacher_logits if mu else None
+    learner, _, metrics = one_step(family, c, reference.samples(family, c), teacher_logits=asked)
+    assert ("kd/kl" in metrics) == (mu > 0)
     ce = torch.cat([-reference.logp(out, a) for out, (_, _, a) in zip(reference.logits, ANSWERS, strict=True)])
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5) and metrics["kd/ce"] == pytest.approx(
         float(ce.detach().mean()), rel=1e-5

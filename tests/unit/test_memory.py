@@ -215,7 +215,7 @@ def test_peak_of_a_real_pass(dtype: str, objective: str, checkpointing: bool, vo
             ids=ids, position_ids=places, attends=attends.clone(), row=row, positions=torch.zeros_like(targets)
         )
         teacher = torch.randn(logits.shape) if objective == "kd" else None
-        terms = OBJECTIVES[objective].terms(Tokens(logits, targets, teacher, zeros, zeros, 1.0), c.objective)
+        terms = OBJECTIVES[objective](Tokens(logits, targets, teacher, zeros, zeros, 1.0), c.objective)
         return terms.loss.mean()
 
     with live:

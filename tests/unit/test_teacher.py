@@ -14,9 +14,10 @@ import torch
 import opd.teacher
 from opd.config import Config, UserError, load_config
 from opd.http import Answer
+from opd.layout import asks_teacher_servers, needs_teacher, starts_teacher
 from opd.models import family_of
 from opd.models.base import Family
-from opd.teacher import LocalTeacher, ServerTeacher, check_tokenizers
+from opd.teacher import LocalTeacher, ServerTeacher, check_tokenizers, inference_settings
 from opd.types import Prompt, Rollout
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,22 @@ def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monke
     assert "audio" not in json.dumps(body) and "secret" not in json.dumps(body)
 
 
+def test_what_a_server_may_not_write(family: Family, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    def answer(urls: list[str], requests: list[Any], *_: Any) -> list[Answer]:
+        sent.extend(r.body for r in requests)
+        return [Answer(urls[0], {"choices": [{"token_ids": [300, 2]}]}) for _ in requests]
+
+    monkeypatch.setattr(opd.teacher, "post_all", answer)
+    monkeypatch.setattr(family, "banned_ids", [*family.banned_ids, 503, 504])  # vLLM refuses ids that its model lacks
+    config.teacher.urls = ["http://127.0.0.1:9"]
+    teacher = ServerTeacher(config, family, torch.device("cpu"))
+    assert teacher.respond([spoken("a.wav")], 5) == [((300, 2), False)]
+    banned = {str(i): -100.0 for i in family.banned_ids if i < 503}
+    assert sent[0]["logit_bias"] == banned and 0 < len(banned) < len(family.banned_ids)
+
+
 def test_scores_are_the_models_log_probs(family: Family, config: Config) -> None:
     teacher = LocalTeacher(config, family, torch.device("cpu"))
     rollouts = [
@@ -124,6 +141,58 @@ def test_another_tokenizer_is_refused(family: Family) -> None:
         check_tokenizers(family, Swapped(), "somewhere")
 
 
+@pytest.mark.parametrize("file", ["zero3_offload", "zero2"])
+def test_settings_of_a_sharded_teacher(config: Config, file: str) -> None:
+    config.train.deepspeed, config.teacher.dtype = f"deepspeed_configs/{file}.json", "bfloat16"
+    settings = inference_settings(config)
+    zero = settings["zero_optimization"]
+    assert zero["stage"] == 3 and "offload_optimizer" not in zero and settings["bf16"] == {"enabled": True}
+    assert zero.get("offload_param", {}).get("device") == ("cpu" if file == "zero3_offload" else None)
+
+
+WARM, ROWLESS = ["objective.name=kd", "rollout.source=teacher"], ["objective.mu=0"]
+URLS, HELD_OUT, NONE_HELD_OUT = ["teacher.urls=[http://a]"], ["eval.test=t.jsonl"], ["eval.test=", "eval.retention="]
+DATASET = ["objective.name=kd", "rollout.source=dataset", *NONE_HELD_OUT]
+PLACED = ["launch.placement=recipes/placements/4gpu_1r_1t_2l.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "needed", "asked", "started"),
+    [
+        ([], "local", True, False, False),
+        (PLACED, "server", True, True, True),
+        (URLS, "server", True, True, False),
+        (WARM, "local", True, False, False),
+        (WARM + PLACED, "local", True, True, True),  # servers write, the ranks give rows
+        (WARM + URLS, "local", True, True, False),
+        (WARM + PLACED + ROWLESS, "server", True, True, True),
+        (WARM + ROWLESS + ["teacher.kind=server"], "server", True, True, True),
+        (DATASET, "local", True, False, False),
+        (DATASET + PLACED, "local", True, False, False),  # nobody to write for
+        (DATASET + PLACED + ROWLESS, "server", False, False, False),
+        (DATASET + ROWLESS, "local", False, False, False),
+        (DATASET + PLACED + ROWLESS + HELD_OUT, "server", True, True, True),
+    ],
+)
+def test_where_the_teacher_is(overrides: list[str], kind: str, needed: bool, asked: bool, started: bool) -> None:
+    c = load_config("recipes/tiny/2_xopd.yaml", ["teacher.kind=", *overrides])
+    assert c.teacher.kind == kind
+    assert (needs_teacher(c), asks_teacher_servers(c), starts_teacher(c)) == (needed, asked, started)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.kind=server", "teacher.shard=true"], "is for a local teacher, found kind server"),
+        (["teacher.kind=", "teacher.shard=true", *PLACED], "is for a local teacher, found kind server"),
+        ([*WARM, "teacher.kind=server"], "unless objective.mu is 0: teacher.kind must be local, found server"),
+    ],
+)
+def test_a_teacher_that_cannot_be(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("recipes/tiny/2_xopd.yaml", overrides)
+
+
 @pytest.mark.parametrize(("kind", "settings"), [("granite", {"logits_scaling": 4.0}), ("gemma2", {})])
 def test_what_an_llm_does_to_its_logits(
     family: Family, config: Config, tmp_path: Path, kind: str, settings: dict[str, float]
@@ -139,13 +208,11 @@ def test_what_an_llm_does_to_its_logits(
     AutoTokenizer.from_pretrained(config.teacher.path).save_pretrained(tmp_path)
     config = config.model_copy(deep=True)
     config.teacher.path = str(tmp_path)
-    if kind == "gemma2":  # which squeezes them into a range
-        with pytest.raises(UserError, match="Gemma2ForCausalLM does more to its logits"):
-            LocalTeacher(config, family, torch.device("cpu"))
-        return
     teacher = LocalTeacher(config, family, torch.device("cpu"))
     ids = torch.tensor([[300, 301, 302]])
     rows = teacher._forward(ids, torch.ones_like(ids), torch.tensor([[0, 1, 2]]))
     expected = teacher.model(input_ids=ids).logits[..., : rows.shape[-1]]
     kept = ~teacher.banned[: expected.shape[-1]]
     torch.testing.assert_close(rows[..., : len(kept)][..., kept], expected[..., kept].float())
+    raw = teacher.model.get_output_embeddings()(teacher.model.base_model(input_ids=ids).last_hidden_state)
+    assert not torch.allclose(raw[..., : len(kept)], expected, atol=0.1)  # Granite scales, Gemma squeezes into a range

@@ -1,0 +1,103 @@
+"""One rank of two: a sharded teacher against a whole one, with unequal work, beside a student that is sharded too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from opd import extensions
+from opd.batch import make_samples
+from opd.config import Config, load_config
+from opd.learner import Learner
+from opd.models import family_of
+from opd.models.base import Family
+from opd.teacher import LocalTeacher
+from opd.types import Prompt, Rollout, Sample
+
+TEXTS = [
+    "sort nine two five one",
+    "what is one plus two plus three",
+    "reverse cat red dog fish",
+    "what is nine minus four",
+    "sort one four",
+]
+
+
+def rollouts(count: int) -> list[Rollout]:
+    """Texts of several lengths with responses of several lengths."""
+    found = []
+    for i in range(count):
+        prompt = Prompt(str(i), ({"role": "user", "content": TEXTS[i % len(TEXTS)]},))
+        found.append(Rollout(prompt, "text", (*range(300, 301 + i), 2), None, 0, False))
+    return found
+
+
+def differences(sharded: LocalTeacher, whole: LocalTeacher, mine: list[Rollout], samples: list[Sample]) -> list[float]:
+    """Greatest differences of log-probs and logits, and the number of responses that differ."""
+    pairs = zip(sharded.score(mine), whole.score(mine), strict=True)
+    scores = max((float(np.abs(a.teacher_logprobs - b.teacher_logprobs).max()) for a, b in pairs), default=0.0)
+    rows = [float((sharded.logits([s], 9) - whole.logits([s], 9)).abs().max()) for s in samples[:2]]
+    rows.append(float((sharded.logits(samples, 9) - whole.logits(samples, 9)).abs().max()) if samples else 0.0)
+    asked = [r.prompt for r in mine]
+    replies = zip(sharded.respond(asked, 12), whole.respond(asked, 12), strict=True)
+    return [scores, max(rows), float(sum(a != b for a, b in replies))]
+
+
+def teacher(config: Config, family: Family, json_name: str) -> LocalTeacher:
+    config = config.model_copy(deep=True)
+    config.train.deepspeed, config.teacher.shard = f"deepspeed_configs/{json_name}.json", True
+    return LocalTeacher(config, family, torch.device("cpu"))
+
+
+def main(student: str, out: str) -> None:
+    extensions.build()
+    deepspeed.init_distributed("gloo", verbose=False)
+    rank = dist.get_rank()
+    small = ["train.prompts_per_step=2", f"student.path={student}", "teacher.batch_tokens=64"]
+    config = load_config("recipes/tiny/1_warmstart.yaml", small)
+    family = family_of(student)
+    config.student.dtype = "bfloat16"
+    whole = LocalTeacher(config, family, torch.device("cpu"))
+    sharded = teacher(config, family, "zero3")
+    learner = Learner(config, family, student)
+    parameters = list(sharded.model.parameters())
+    result: dict[str, object] = {
+        "parameters": len(parameters),
+        "sharded": sum(p.ds_tensor.numel() < p.ds_numel for p in parameters),
+        "elements": sum(p.ds_tensor.numel() for p in parameters),
+        "all_elements": sum(p.ds_numel for p in parameters),
+        "student_sharded": all(p.ds_tensor.numel() < p.ds_numel for p in learner.model.parameters()),
+        "state_left": is_deepspeed_zero3_enabled(),
+    }
+    # five on rank 0, two on rank 1; nothing on rank 1; nothing on rank 0
+    for name, counts in {"uneven": (5, 2), "none on 1": (3, 0), "none on 0": (0, 2)}.items():
+        mine = rollouts(counts[rank])
+        samples = make_samples(whole.score(mine), {}, family)
+        result[name] = differences(sharded, whole, mine, [] if 0 in counts else samples)
+    for name in ("zero3_offload", "zero2"):
+        mine = rollouts(3 - rank)
+        samples = make_samples(whole.score(mine), {}, family)
+        result[name] = differences(teacher(config, family, name), whole, mine, samples)
+    config.teacher.dtype = "bfloat16"
+    mine = rollouts(3 - rank)
+    whole = LocalTeacher(config, family, torch.device("cpu"))
+    samples = make_samples(whole.score(mine), {}, family)
+    result["bfloat16"] = differences(teacher(config, family, "zero3"), whole, mine, samples)
+    buffers = dict(family.load(torch.bfloat16, "sdpa").named_buffers())
+    result["student_buffers"] = len(buffers)
+    same = [torch.equal(b, buffers[n]) and b.dtype == buffers[n].dtype for n, b in learner.model.hf.named_buffers()]
+    result["same_buffers"] = sum(same)
+    Path(out, f"rank{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
