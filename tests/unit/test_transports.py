@@ -231,7 +231,7 @@ def test_every_backend_has_an_engine_that_mends_what_a_reload_leaves_wrong(monke
 
     done: list[str] = []
     monkeypatch.setattr(vllm_engines, "tied_heads", lambda model: [(head, SimpleNamespace(weight="shared"))])
-    monkeypatch.setattr(vllm_engines, "repack_experts", lambda model: done.append("repack"))
+    monkeypatch.setattr(vllm_engines, "repack_experts", lambda model: done.append("repack") or [])
     monkeypatch.setattr(vllm_engines, "load_through_wrappers", lambda: done.append("wrappers"))
     reload = "vllm.model_executor.model_loader.reload"
     for module in (reload, "opd.vllm_engines"):  # vLLM's engines import them when they need them
