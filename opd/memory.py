@@ -254,14 +254,14 @@ def logits_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> int:
 
 
 def teacher_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Lengths, samples: int) -> Bytes:
-    """Bytes while a local teacher scores: one layer's activations, and three float32 rows [B, T, V] as it masks them.
+    """Bytes while a local teacher scores: one layer's activations, logits [B, T, V], and float32 rows of them.
 
     A chunk has at most teacher.batch_tokens padded tokens, each sample in a row of its own (opd/teacher.py).
     """
     d = SIZES[config.teacher.dtype]
     length = lengths.text + lengths.response
     chunk = max(1, min(samples, config.teacher.batch_tokens // length))
-    rows = 3 * 4 * chunk * lengths.response * vocab
+    rows = (d + 4) * chunk * lengths.response * vocab
     return {
         "teacher's activations": chunk * length * layer_bytes(teacher, d, length, "sdpa"),
         "teacher's rows": rows,

@@ -70,7 +70,7 @@ def gold_ids(family: Family, prompt: Prompt, max_tokens: int) -> tuple[tuple[int
     """(token ids with end of turn, None, -1, truncated) of a prompt's gold response."""
     if prompt.response is None:
         raise UserError(f"{prompt.place}: rollout.source dataset needs a `response`, the record has none")
-    ids = [*family.tokenizer(prompt.response, add_special_tokens=False).input_ids, family.eos_ids[0]]
+    ids = [*family.tokenizer(prompt.response, add_special_tokens=False).input_ids, family.turn_end]
     return tuple(ids[:max_tokens]), None, -1, len(ids) > max_tokens
 
 

@@ -171,16 +171,16 @@ class LocalTeacher(_Reader):
             return args[0].gather(1, positions[..., None].expand(-1, -1, args[0].shape[-1]))
 
         with self.model.get_output_embeddings().register_forward_pre_hook(rows):  # [B, L, V] would be large
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         if logits.shape[1] != positions.shape[1]:
             raise UserError(
                 f"teacher.path {self.config.teacher.path}: {type(self.model).__name__} makes its logits without its "
                 "output layer; have vLLM serve it: teacher.kind=server"
             )
-        out = torch.full((*logits.shape[:2], len(self.banned)), EXCLUDED, device=logits.device)
+        out = torch.full((*logits.shape[:2], len(self.banned)), EXCLUDED, device=logits.device)  # float32
         shared = min(logits.shape[-1], len(self.banned))
         out[..., :shared] = logits[..., :shared]
-        return out.masked_fill(self.banned, EXCLUDED)
+        return out.masked_fill_(self.banned, EXCLUDED)
 
 
 class ServerTeacher(_Reader):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -92,6 +93,14 @@ class Family(ABC):
             eos = None
         eos = eos if eos is not None else self.tokenizer.eos_token_id
         return sorted(set(eos if isinstance(eos, list) else [eos]))
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The stop id that the chat template puts behind an answer; some models stop at others as well."""
+        ask: Message = {"role": "user", "content": [{"type": "text", "text": "Is it?"}]}
+        answered = self.prompt_ids([ask, {"role": "assistant", "content": "Yes."}, ask], [])
+        behind = answered[len(self.prompt_ids([ask], [])) :]
+        return next((i for i in behind if i in self.eos_ids), self.eos_ids[0])
 
     def check(self) -> None:
         """Raise UserError for a checkpoint that this family cannot train."""

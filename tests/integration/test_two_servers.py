@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from conftest import STUDENT, config_of, wait_healthy
-from test_rollout_and_sync import InProcess, sample, worst
+from test_rollout_and_sync import sample, worst
 
 import opd.rollout
 from opd.clips import ClipLoader
 from opd.layout import Place
+from opd.models import family_of
+from opd.probe import PlainStudent
 from opd.prompts import read_manifest
-from opd.rollout import VllmSampler
 from opd.servers import student_server
 from opd.supervisor import Process, stop_all
 from opd.weight_sync import WeightSync
@@ -39,14 +40,16 @@ def test_two_servers_follow_the_learner(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    local, urls = InProcess(), [student_url, second_url]
+    urls = [student_url, second_url]
     config = config_of("2_xopd", data, tmp_path, f"student.path={STUDENT}")
-    sampler = VllmSampler(config, local.family, urls)
-    sync = WeightSync(sampler.servers, local.family, config, 0)
+    config.rollout.urls = urls
+    family = family_of(STUDENT)
     prompts, _ = read_manifest(config.data.train)
-    loader = ClipLoader(config, local.family.sampling_rate, len(prompts))
+    loader = ClipLoader(config, family.sampling_rate, len(prompts))
     batch, clips = loader.load_batch(list(enumerate(prompts[:6])), prompts)
     chosen = [p for _, p in batch]
+    local = PlainStudent(config, family, chosen, clips)
+    sampler, sync = local.sampler, WeightSync(local.sampler.servers, family, config, 0)
     used: list[str] = []
     post_all = opd.rollout.post_all
 
@@ -59,12 +62,11 @@ def test_two_servers_follow_the_learner(
 
     def check(version: int) -> None:
         """Push other weights; every answer must then be of these, half of them from each server."""
-        local.perturb(0.01 + version / 1e4)
-        sync.push(local, version)
-        sampler.version = version
+        local.perturb()
+        local.push(sync, version)
         for view in ("speech", "text"):
             used.clear()
-            assert worst(local, sample(sampler, chosen, clips, view), clips) < 1e-4
+            assert worst(local, sample(sampler, chosen, clips, view)) < 1e-4
             assert sorted(map(used.count, urls)) == [3, 3]
 
     check(31)
@@ -73,7 +75,7 @@ def test_two_servers_follow_the_learner(
     second.post("/update_weight_version", {"new_version": "default"})
     second.post("/init_weight_transfer_engine", {"init_info": {"folder": str(tmp_path)}})
     used.clear()
-    assert worst(local, sample(sampler, chosen, clips, "text"), clips) < 1e-4
+    assert worst(local, sample(sampler, chosen, clips, "text")) < 1e-4
     assert set(used) == {student_url}
     left_out = f"{second_url}: holds weights of version default, the learner is at 31: left out until the next push"
     assert capsys.readouterr().err.count(left_out) == 1

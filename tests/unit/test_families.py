@@ -132,6 +132,10 @@ def test_parts_ids_and_names(made: Any, name: str) -> None:
     assert family.audio_id in family.banned_ids and all(i < vocabulary for i in family.banned_ids)
     assert set(range(len(family.tokenizer), vocabulary)) <= set(family.banned_ids)
     assert not set(family.eos_ids) & set(family.banned_ids)
+    (end,) = family.eos_ids
+    family.eos_ids = sorted([1, end])  # models that stop at several ids end a turn with one of them
+    assert family.turn_end == end
+    family.eos_ids = [end]
 
 
 @EIGHT
