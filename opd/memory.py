@@ -8,10 +8,11 @@ states), and for the rest what DeepSpeed and opd/learner.py do; tests hold the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd.config import Config, UserError
+from opd.layout import asks_teacher_servers
 from opd.shapes import ModelShape, Weight
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -288,7 +289,8 @@ def learner_memory(
     local = config.teacher.kind == "local"
     if local:
         whole = teacher.count() * SIZES[config.teacher.dtype]
-        out.device["local teacher"] = -(-whole // ranks) if config.teacher.shard else whole
+        where = out.host if config.teacher.shard and zero.offload_param else out.device
+        where["local teacher"] = -(-whole // ranks) if config.teacher.shard else whole
     hears = config.objective.lambda_ < 1
     tower_trained = "tower" in config.student.train
     if hears and not tower_trained:
@@ -318,12 +320,12 @@ def learner_memory(
     views += [passes(lengths.text, 0)] if config.objective.lambda_ > 0 else []
     for phase in ("loss", "backward"):
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
-    shared = gathered(zero, [w.numel for w in teacher.weights], SIZES[config.teacher.dtype], ranks)
+    shared = gathered(replace(zero, stage=3), [w.numel for w in teacher.weights], SIZES[config.teacher.dtype], ranks)
     gather = {"teacher's gathered parameters": shared} if local and config.teacher.shard else {}
     if local and config.rollout.source == "student":
         samples = prompts * n * len(views)
         found = teacher_bytes(teacher, student.decoder.vocab, config, lengths, samples)
         out.phases["teacher scores"] = found | gather
-    elif local and config.rollout.source == "teacher":
+    elif local and config.rollout.source == "teacher" and not asks_teacher_servers(config):
         out.phases["teacher responds"] = {"keys and values": teacher_kv_bytes(teacher, config)} | gather
     return out

@@ -54,7 +54,7 @@ def test_verdict_per_device() -> None:
     small = estimate(config(audio(FOUR_LOCAL)), Machine(memory=40))
     assert not small.fits
     (line,) = small.shortfalls
-    assert line.startswith("node 0 GPU 4-7: learner, teacher scores needs ") and line.endswith(" short")
+    assert line.startswith("node 0 GPU 4-7: learner, loss needs ") and line.endswith(" short")
     assert small.uses[4].short == small.uses[4].needs - 40 * GIB
     fewer = estimate(config(audio(FOUR_LOCAL)), Machine(gpus=4))
     assert fewer.shortfalls == ["needs 8 GPUs on a node, given 4"]
