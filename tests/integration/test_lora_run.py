@@ -58,7 +58,7 @@ def test_xopd_with_adapters(data: Path, tmp_path: Path) -> None:
 def test_a_wrong_target_is_named_before_anything_starts(data: Path, tmp_path: Path, capsys) -> None:
     path, overrides = recipe("2_xopd", data, tmp_path / "run", *LORA)
     assert main(["check", path, *overrides]) == 0
-    assert "student.lora: adapters on " in (out := capsys.readouterr().out) and "gate_proj, k_proj" in out
+    assert "; adapters on " in (out := capsys.readouterr().out) and "gate_proj, k_proj" in out
     assert main(["check", path, *overrides, "student.lora.targets=[q_proj, wo]"]) == 2
     err = capsys.readouterr().err
     assert "found 'wo'; " in err.splitlines()[-1] and "q_proj, up_proj, v_proj" in err and "Traceback" not in err
