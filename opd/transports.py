@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
@@ -99,7 +100,7 @@ class FileTransport:
         return name
 
 
-class _Streaming:
+class _Streaming(ABC):
     """Chunks go straight from rank 0's device, each with one update request that says what it holds.
 
     So no names or shapes are needed before the weights are gathered, and one chunk at a time is whole.
@@ -124,8 +125,9 @@ class _Streaming:
         body = {"weight_version": str(version)}
         on_each(servers, lambda server: server.post("/finish_weight_update", body))
 
+    @abstractmethod
     def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:
-        raise NotImplementedError
+        """Bring one chunk to every server."""
 
 
 class NcclTransport(_Streaming):

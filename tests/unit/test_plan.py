@@ -129,7 +129,7 @@ def test_a_run_to_come_has_the_shape_of_its_recipe(tmp_path: Path) -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", RECIPE, *audio(FOUR_LOCAL)]) == 0
     page = capsys.readouterr().out
     assert "from shipped shapes (opd/shapes.yaml), not its config.json" in page
