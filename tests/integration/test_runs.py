@@ -186,7 +186,7 @@ def test_warm_start_whose_responses_a_server_writes(
     more = [f'teacher.urls=["{teacher_url}"]', f"objective.mu={mu}", *([] if mu else ["teacher.kind=server"])]
     done = launch("1_warmstart", data, run, *more)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "teacher.urls: 1 servers hold the teacher" in done.stdout
+    assert "servers: 0 hold the student, 1 the teacher" in done.stdout
     assert answered() - before == 3 * 4  # steps x prompts
     a, b = ([(s["step"], s["id"], s["view"], s["tokens"]) for s in lines(r, "samples")] for r in (warm, run))
     assert a == b and len(a) == 3 * 4
