@@ -18,7 +18,7 @@ quickstart: setup ## make the tiny world, train both stages on the CPU, write a 
 	.venv/bin/opd report runs/quickstart/warmstart runs/quickstart/xopd --out runs/quickstart
 
 test: lint ## lint, then every test
-	.venv/bin/pytest tests
+	.venv/bin/pytest tests -n 2 --dist loadfile
 
 test-families: setup ## every speech LLM family against real vLLM and ZeRO-3, on small random checkpoints (20 minutes)
 	.venv/bin/opd families --check
