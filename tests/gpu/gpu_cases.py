@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 LORA = "recipes/qwen2_audio_7b/3_xopd_lora.yaml"
 FULL = "recipes/qwen2_audio_7b/2_xopd.yaml"
 ZERO3 = "train.deepspeed=deepspeed_configs/zero3.json"
+NO_CHECKPOINTING = "train.gradient_checkpointing=false"
 OFFLOAD = "train.deepspeed=deepspeed_configs/zero3_offload.json"
 
 # bfloat16 against float32 (docs/gpu.md). The loss is near 1; rounding of single log-probs averages out in it.
@@ -22,6 +23,23 @@ LOSS = 0.03
 GRAD_NORM = 0.10  # relative
 PEAK = 0.15  # relative, of the peak that `opd plan` predicts
 FLOPS = 0.15  # relative, of the counted arithmetic
+
+TINY = "recipes/tiny/2_xopd.yaml"
+# X-OPD of the tiny pair with real servers on GPUs; data.train and run.dir come from the test.
+TINY_ON_GPU = [
+    "student.path=recipes/tiny/student",
+    "student.dtype=bfloat16",
+    "teacher.dtype=bfloat16",
+    "rollout.max_mismatch=0.5",
+    "train.prompts_per_step=4",
+    "train.steps=3",
+    "optim.lr=1e-3",
+    "optim.warmup_steps=0",
+    "eval.test=",
+    "eval.retention=",
+]
+SHARED = "launch.placement=recipes/placements/1gpu_shared.yaml"
+SPLIT = "launch.placement=recipes/placements/2gpu_1r_1l.yaml"
 
 
 @dataclass
@@ -44,6 +62,23 @@ class Case:
     about: dict[str, Any] = field(default_factory=dict)  # of the student, for the record
 
 
+def loss_cases(student: str, device: str, reference: str = "cpu") -> list[Case]:
+    """Short batches, for a comparison with a float32 reference: full fine-tuning and LoRA, ZeRO-3 and ZeRO-2."""
+    few = ["train.prompts_per_step=2", "rollout.n=2", "train.micro_batch_tokens=512"]
+    ways = {
+        "full, ZeRO-3": (FULL, few),
+        "full, ZeRO-3, no checkpointing": (FULL, [*few, NO_CHECKPOINTING]),
+        "LoRA, ZeRO-3": (LORA, [*few, ZERO3]),
+        "LoRA, ZeRO-2": (LORA, few),
+        "full, ZeRO-3 with offload": (FULL, [*few, OFFLOAD]),
+    }
+    size: dict[str, Any] = {"steps": 1, "seconds": 4.0, "text_tokens": 40, "response": 48}
+    return [
+        Case(name, student, recipe, more, device, reference=reference, gradient=True, **size)
+        for name, (recipe, more) in ways.items()
+    ]
+
+
 def run_cases(cases: list[Case], folder: Path, timeout: float, **env: str) -> list[dict[str, Any]]:
     """The figures of each case (tests/gpu/learner_case.py); a failure shows the end of the process's output."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +87,9 @@ def run_cases(cases: list[Case], folder: Path, timeout: float, **env: str) -> li
     command = [sys.executable, str(Path(__file__).with_name("learner_case.py")), str(asked), str(out)]
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")  # ninja lives beside python
     whole = {**os.environ, "PATH": path, "TOKENIZERS_PARALLELISM": "false", **env}
-    whole["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]))
+    whole["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), env.get("PYTHONPATH"), os.environ.get("PYTHONPATH")])
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=whole, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(out.read_text())
