@@ -90,9 +90,10 @@ class Reference:
     """The student in float32 without DeepSpeed, packing or micro-batches: a sample at a time."""
 
     def __init__(self, config: Config, family: Family, device: str) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.fp32_precision = "ieee"  # no TF32
         self.device = torch.device(device)
-        hf = family.load(torch.float32, "sdpa").to(self.device)
+        with self.device:  # not by way of the host
+            hf = family.load(torch.float32, "sdpa")
         self.model = SpeechLM(hf, family, list(config.student.train), config.student.lora, config.run.seed)
         self.model.to(self.device).eval()
         self.family, self.config = family, config
@@ -246,7 +247,7 @@ def speed(batch: Batch, seconds: list[float], flops: float, needed: float, devic
     gradient checkpointing computes again (arXiv 2204.02311, appendix B; arXiv 2205.05198, section 6.3).
     """
     median = float(np.median(seconds))
-    read = sum(collate(m).ids.numel() for m in batch.micro_batches)  # equal rows: no padding
+    read = sum(tokens_read(m) for m in batch.micro_batches)
     peak = tflops_of(device)
     return {
         "seconds": seconds,
@@ -257,6 +258,12 @@ def speed(batch: Batch, seconds: list[float], flops: float, needed: float, devic
         "mfu": needed / median / (peak * 1e12) if peak else None,
         "hfu": flops / median / (peak * 1e12) if peak else None,
     }
+
+
+def tokens_read(samples: list[Sample]) -> int:
+    """Tokens of a micro-batch without padding: the prompt of each row, and every response."""
+    prompts = {int(r): len(s.prompt_ids) for r, s in zip(collate(samples).row, samples, strict=True)}
+    return sum(prompts.values()) + sum(len(s.response_ids) for s in samples)
 
 
 def tflops_of(device: str) -> float | None:

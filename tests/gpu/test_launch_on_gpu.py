@@ -34,8 +34,8 @@ def test_server_and_learner_share_a_gpu(data: Path, tmp_path: Path) -> None:
     """The server sleeps while the learner works; weights go by CUDA IPC."""
     opd("launch", data, tmp_path / "run", SHARED, "--plain")
     check_run(tmp_path / "run")
-    log = "".join(p.read_text(errors="replace") for p in (tmp_path / "run").rglob("student*.log"))
-    assert "sleep" in log.lower()
+    log = (tmp_path / "run/logs/student.log").read_text(errors="replace")
+    assert log.count("Sleep mode freed") >= 3  # what vLLM's worker says each time
 
 
 @pytest.mark.needs(gpus=2)
