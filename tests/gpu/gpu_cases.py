@@ -74,7 +74,7 @@ def loss_cases(student: str, device: str, reference: str = "cpu") -> list[Case]:
     }
     size: dict[str, Any] = {"steps": 1, "seconds": 4.0, "text_tokens": 40, "response": 48}
     return [
-        Case(name, student, recipe, more, device, reference=reference, gradient=True, **size)
+        Case(name, student, recipe, [*more], device, reference=reference, gradient=True, **size)
         for name, (recipe, more) in ways.items()
     ]
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu_cases import (
-    FULL,
-    LORA,
     NO_CHECKPOINTING,
     ROOT,
     SHARED,
     SPLIT,
     TINY,
     TINY_ON_GPU,
-    Case,
     check_flops,
     check_loss,
     check_peak,
@@ -35,31 +33,29 @@ TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "
 TEXT |= {"num_key_value_heads": 4, "vocab_size": 1600}
 AUDIO = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128}
 
+WORST = {"full, ZeRO-3": "optimizer step", "LoRA, ZeRO-2": "loss"}  # case -> phase of its peak
+
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All cases in one process, by name."""
     base = tmp_path_factory.mktemp("gpu_cases")
     student, other = (str(write_student(base / str(i), "cpu", TEXT, AUDIO, seed=i)) for i in range(2))
-    zero3 = json.loads((ROOT / "deepspeed_configs/zero3.json").read_text())
-    zero3["zero_optimization"]["reduce_bucket_size"] = 10**5  # else a constant would be most of the sum
-    (base / "zero3.json").write_text(json.dumps(zero3))
-    small = ["train.prompts_per_step=2", "rollout.n=2", "train.micro_batch_tokens=512"]
-    size: dict[str, Any] = {"steps": 1, "seconds": 4.0, "text_tokens": 40, "response": 48}
-    bucket = f"train.deepspeed={base}/zero3.json"
-    cases = [c for c in loss_cases(student, "cpu") if c.name in ("full, ZeRO-3", "LoRA, ZeRO-2")]
-    cases += [
-        Case("full", student, FULL, [*small, bucket], "cpu", flops=True, **size),
-        Case("LoRA", student, LORA, [*small, bucket, NO_CHECKPOINTING], "cpu", flops=True, **size),
-        Case("wrong", student, FULL, small, "cpu", reference="cpu", reference_student=other, **size | {"steps": 0}),
-    ]
-    env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2", "OPD_PEAK_TFLOPS": "0.5"}
-    found = run_cases(cases, base / "out", 280, PYTHONPATH=str(ROOT / "tests/unit"), **env)
+    cases = [c for c in loss_cases(student, "cpu") if c.name in WORST]
+    for i, (case, name) in enumerate(zip(cases, ("zero3", "zero2"), strict=True)):
+        settings = json.loads((ROOT / f"deepspeed_configs/{name}.json").read_text())
+        settings["zero_optimization"]["reduce_bucket_size"] = 10**5  # else a constant would be most of the sum
+        (base / f"{name}.json").write_text(json.dumps(settings))
+        case.flops = True
+        case.overrides += [f"train.deepspeed={base}/{name}.json", *([NO_CHECKPOINTING] if i else [])]
+    wrong = replace(cases[0], name="wrong", reference_student=other, gradient=False, flops=False, steps=0)
+    env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPD_PEAK_TFLOPS": "0.5"}
+    found = run_cases([*cases, wrong], base / "out", 280, PYTHONPATH=str(ROOT / "tests/unit"), **env)
     return {r["name"]: r for r in found}
 
 
 def test_loss_is_the_references(figures: dict[str, dict[str, Any]]) -> None:
-    for name, stage in (("full, ZeRO-3", 3), ("LoRA, ZeRO-2", 2)):
+    for name, stage in zip(WORST, (3, 2), strict=True):
         r = figures[name]
         check_loss(r)
         assert r["reference_grad_norm"] > 0 and r["zero_stage"] == stage and r["later_losses"][0] != r["loss"]
@@ -71,11 +67,11 @@ def test_a_reference_with_other_weights_is_noticed(figures: dict[str, dict[str, 
 
 
 def test_peak_and_arithmetic_are_as_planned(figures: dict[str, dict[str, Any]]) -> None:
-    for name, worst in (("full", "optimizer step"), ("LoRA", "loss")):
+    for name, worst in WORST.items():
         assert figures[name]["worst"] == worst
         check_peak(figures[name])
         check_flops(figures[name])
-    doubled = figures["full"] | {"planned": 2 * figures["full"]["planned"]}
+    doubled = figures["full, ZeRO-3"] | {"planned": 2 * figures["full, ZeRO-3"]["planned"]}
     with pytest.raises(AssertionError):
         check_peak(doubled)
 
@@ -83,14 +79,14 @@ def test_peak_and_arithmetic_are_as_planned(figures: dict[str, dict[str, Any]]) 
 def test_speed_is_of_the_tokens_that_were_read(
     figures: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    r = figures["full"]
+    r = figures["full, ZeRO-3"]
     (seconds,) = r["seconds"]
     assert r["response_tokens_per_s"] * seconds == pytest.approx(2 * 2 * 2 * 48)
     assert r["tokens_per_s"] * seconds == pytest.approx(r["read"])
     assert r["read"] == 2 * sum(length + 2 * 48 for length in r["prompt_tokens"])
     assert r["hfu"] == pytest.approx(r["flops"] / seconds / 0.5e12)
     assert r["mfu"] / r["hfu"] == pytest.approx(6 / 8, rel=0.01)  # forward is computed again
-    assert figures["LoRA"]["mfu"] == figures["LoRA"]["hfu"]
+    assert figures["LoRA, ZeRO-2"]["mfu"] == figures["LoRA, ZeRO-2"]["hfu"]
     monkeypatch.setenv("OPD_GPU_RECORD", str(tmp_path / "record.jsonl"))
     record(r)
     kept = json.loads((tmp_path / "record.jsonl").read_text())
