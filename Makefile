@@ -3,7 +3,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VLLM_NO_USAGE_STATS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-families lint unit clean
+.PHONY: help setup quickstart test test-families test-gpu lint unit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: lint ## lint, then every test
 
 test-families: setup ## every speech LLM family against real vLLM and ZeRO-3, on small random checkpoints (20 minutes)
 	.venv/bin/opd families --check
+
+test-gpu: ## the tests that need a GPU, with the installed environment (docs/gpu.md); skipped, with reasons, without one
+	python3 -m pytest tests/gpu -s
 
 lint: setup ## ruff and mypy
 	.venv/bin/ruff check .
