@@ -173,7 +173,7 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     pushed = push_bytes(config, student) if rollouts else 0
     hosts = _hosts(config, placement, machine, learner, kinds, student, teacher, pushed)
     transport = config.rollout.transport or "file"
-    push_s = push_seconds(pushed, transport, rollouts, machine.speeds.links[transport])
+    push_s = push_seconds(pushed, transport, machine.speeds.links[transport])
     plan = Plan(
         config, placement, machine, student, teacher, longest, typical, zero, learner, servers, uses, hosts,
         pushed, push_s, None, [],

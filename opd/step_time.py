@@ -33,16 +33,16 @@ class Speeds:
 
 
 def push_bytes(config: Config, shape: ModelShape) -> int:
-    """Bytes of one weight push: every tensor with a gradient; with LoRA the matrices that adapters are merged into."""
-    merged = sum(w.numel for w in adapted(config, shape))
+    """Bytes of one weight push: every tensor with a gradient; with LoRA the whole blocks that hold adapters, merged."""
+    blocks = {w.name.rpartition(".")[0].rpartition(".")[0] for w in adapted(config, shape)}
+    merged = sum(w.numel for w in shape.weights if w.name.rpartition(".")[0].rpartition(".")[0] in blocks)
     return (sum(trained(config, shape)) - sum(adapters(config, shape)) + merged) * SIZES[config.student.dtype]
 
 
-def push_seconds(size: int, transport: str, servers: int, gbps: float) -> float:
+def push_seconds(size: int, transport: str, gbps: float) -> float:
     """Seconds of one push. nccl sends once to all servers, ipc hands over a copy on the device; a file is written
-    once, and then read by one server after another."""
-    copies = 1 + servers if transport == "file" else 1
-    return size * copies / (gbps * 1e9)
+    once, and then read by all servers at the same time."""
+    return size * (2 if transport == "file" else 1) / (gbps * 1e9)
 
 
 def learner_flops(config: Config, shape: ModelShape, typical: Lengths) -> float:

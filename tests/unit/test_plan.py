@@ -113,7 +113,7 @@ def test_time_and_push() -> None:
     expected = 2 * plan.teacher.active * read / (4 * 0.5e12)
     assert scoring_seconds(plan.config, plan.teacher, 4, plan.typical, speeds) == pytest.approx(expected)
     assert plan.push == plan.student.count("llm") * 2
-    assert push_seconds(10**9, "file", 4, 1.0) == 5.0 and push_seconds(10**9, "nccl", 4, 1.0) == 1.0
+    assert push_seconds(10**9, "file", 1.0) == 2.0 and push_seconds(10**9, "nccl", 1.0) == 1.0
     assert plan.time.sync == plan.push / 50e9
     lean = estimate(config(audio(FOUR_LOCAL, "student.lora={}")))
     assert learner_flops(lean.config, lean.student, plan.typical) == 6 * plan.student.active * tokens + tower
