@@ -53,13 +53,26 @@ def warm(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_warm_start_then_xopd(data: Path, warm: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def xopd(data: Path, warm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished 3-step X-OPD run from the warm start, evaluated before and after."""
+    run = tmp_path_factory.mktemp("xopd") / "run"
+    done = launch("2_xopd", data, run, f"student.path={warm}", ALL_SAMPLES, *held(data))
+    assert done.returncode == 0, done.stderr + done.stdout
+    return run
+
+
+ALL_SAMPLES = "train.samples_per_step=99"
+
+
+def held(data: Path) -> list[str]:
+    return [f"eval.test={data}/test.jsonl", f"eval.retention={data}/retention.jsonl", "eval.start=base"]
+
+
+def test_warm_start_then_xopd(data: Path, warm: Path, xopd: Path, tmp_path: Path) -> None:
     losses = [m["loss"] for m in lines(warm)]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
-    run = tmp_path / "xopd"
-    held = [f"eval.test={data}/test.jsonl", f"eval.retention={data}/retention.jsonl", "eval.start=base"]
-    done = launch("2_xopd", data, run, f"student.path={warm}", *held)
-    assert done.returncode == 0, done.stderr + done.stdout
+    run = xopd
     steps = lines(run)
     assert [m["step"] for m in steps] == [1, 2, 3]
     for m in steps:
@@ -76,7 +89,7 @@ def test_warm_start_then_xopd(data: Path, warm: Path, tmp_path: Path) -> None:
     stages = json.loads((tmp_path / "report" / "report.json").read_text())["stages"]
     assert [s["name"] for s in stages][-1] == "xopd"
     assert "<svg" in (tmp_path / "report" / "report.html").read_text()
-    again = launch("2_xopd", data, run, f"student.path={warm}", *held)
+    again = launch("2_xopd", data, run, f"student.path={warm}", ALL_SAMPLES, *held(data))
     assert again.returncode == 0 and "finished" in again.stdout
 
 
@@ -93,15 +106,13 @@ def test_resume_after_kill_gives_the_same_losses(data: Path, warm: Path, tmp_pat
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
-def test_resumed_xopd_samples_the_same(data: Path, warm: Path, tmp_path: Path) -> None:
-    more = [f"student.path={warm}", "train.steps=4", "train.samples_per_step=99"]
-    whole, run = tmp_path / "whole", tmp_path / "killed"
-    assert launch("2_xopd", data, whole, *more).returncode == 0
-    path, overrides = recipe("2_xopd", data, run, *more)
-    _kill_learner_after(2, run, path, overrides)
+def test_resumed_xopd_samples_the_same(data: Path, warm: Path, xopd: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    path, overrides = recipe("2_xopd", data, run, f"student.path={warm}", ALL_SAMPLES)
+    _kill_learner_after(1, run, path, overrides)
     resumed = opd("launch", path, *overrides, "--plain")
     assert resumed.returncode == 0, resumed.stderr + resumed.stdout
-    a, b = ([(s["step"], s["id"], s["view"], s["tokens"]) for s in lines(r, "samples")] for r in (whole, run))
+    a, b = ([(s["step"], s["id"], s["view"], s["tokens"]) for s in lines(r, "samples")] for r in (xopd, run))
     assert [x[:3] for x in a] == [x[:3] for x in b]
     assert sum(x == y for x, y in zip(a, b, strict=True)) >= 0.99 * len(a)
 
