@@ -53,6 +53,7 @@ FAMILIES = {
             ("voxtral",),
             "mistralai/Ministral-8B-Instruct-2410",
             server=("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral"),
+            clips=5,
         ),
         Entry(
             "audioflamingo3",
@@ -74,7 +75,6 @@ FAMILIES = {
             "opd.models.qwen3_asr:Qwen3Asr",
             ("qwen3_asr",),
             "Qwen/Qwen3-1.7B",
-            clips=1,
             shortest_s=1.0,
             tail_s=0.02,
         ),

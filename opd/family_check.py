@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ DIFFER = 0.1  # nats: what a push that was left out must cost
 TOLERANCES = {"parity": AGREE, "zero3": AGREE, "LoRA checkpoint": AGREE, "checkpoint": AGREE, "X-OPD": AGREE}
 PUSHES: dict[str, list[str]] = {"llm": ["llm"], "llm+adapter": ["llm", "adapter"], "all": ["llm", "adapter", "tower"]}
 LORA = ["student.train=[llm]", "student.lora={r: 8, alpha: 64, targets: [q_proj, v_proj]}"]  # parts of a fused layer
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "teacher": {"kind": "local", "dtype": "float32"},
     "rollout": {"max_tokens": 12, "n": 2, "server": {"max_model_len": 2048}},
     "train": {"steps": 2, "prompts_per_step": 2, "gradient_checkpointing": True},
@@ -83,7 +84,7 @@ def prove(family: Entry, folder: Path) -> dict[str, Any]:
 
 
 def judge(found: dict[str, Any]) -> list[str]:
-    """What does not hold, in words."""
+    """What does not hold, or was not measured, in words."""
     faults = [found["error"]] if "error" in found else []
     for name, limit in TOLERANCES.items():
         if name in found and not found[name] <= limit:
@@ -93,6 +94,12 @@ def judge(found: dict[str, Any]) -> list[str]:
             faults.append(f"push of {name}: {fresh:.1e} afterwards, at most {AGREE:g} expected")
         if not stale > DIFFER:
             faults.append(f"push of {name}: only {stale:.1e} when it is left out, more than {DIFFER:g} expected")
+    if "mixed" in found and not math.isfinite(found["mixed"]):
+        faults.append(f"ranks of speech only and text only: a loss of {found['mixed']}")
+    missing = [n for n in (*TOLERANCES, "mixed") if n not in found]
+    missing += [f"push of {n}" for n in (*PUSHES, "LoRA") if n not in found.get("push", {})]
+    if missing and "error" not in found:
+        faults.append(f"not measured: {', '.join(missing)}")
     return faults
 
 
@@ -124,6 +131,7 @@ def write_recipe(folder: Path, clips: int) -> Path:
         [[parts[2], parts[3], more]],
         [[parts[3]], [parts[0]]],
         ["who?", [parts[1]]],
+        [(parts * clips)[:clips]],
     ]
     lines = []
     for turns in asked:
@@ -176,6 +184,8 @@ def launch(recipe: Path, folder: Path) -> float:
         "--plain",
     ]
     lines = _run(argv, {}, folder / "launch.log", folder / "run" / "metrics.jsonl").splitlines()
+    if len(lines) != RECIPE["train"]["steps"]:
+        raise ChildProcessError(f"launch: expected {RECIPE['train']['steps']} steps, found {len(lines)}")
     return max(json.loads(line)["mismatch/logprob"] for line in lines)
 
 

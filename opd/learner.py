@@ -241,9 +241,15 @@ RECIPE_OWNS = {
     "gradient_clipping": "optim.grad_clip",
     "bf16": "student.dtype",
     "fp16": "student.dtype",
-    "optimizer": "optim",
+    "amp": "student.dtype",
+    "torch_autocast": "student.dtype",
+    "data_types": "student.dtype",
+    "communication_data_type": "student.dtype",
+    "optimizer": "optim.lr",
     "scheduler": "optim.schedule",
 }
+# What else a file may set: memory and what is shown, nothing that changes a gradient.
+DEEPSPEED_OWNS = ("zero_optimization", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown")
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
@@ -263,8 +269,13 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         raise UserError(f"train.deepspeed: {path}: expected an object, found {type(settings).__name__}")
     for key, owner in RECIPE_OWNS.items():
         if settings.get(key, "auto") not in ("auto", {"enabled": "auto"}):
-            raise UserError(f"{path}: sets {key} to {settings[key]}; that is the recipe's {owner}: take it out")
+            section, name = owner.split(".")
+            ours = getattr(getattr(config, section), name)
+            raise UserError(f"{path}: sets {key} to {settings[key]}, the recipe's {owner} is {ours}: take it out there")
         settings.pop(key, None)
+    if other := [key for key in settings if key not in DEEPSPEED_OWNS]:
+        allowed = ", ".join(DEEPSPEED_OWNS)
+        raise UserError(f"{path}: sets {other[0]} to {settings[other[0]]}; expected nothing but {allowed}")
     return settings | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -34,7 +34,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "n[1-4]", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    job = {"SLURM_JOB_NODELIST": "n[1-4]", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "64"}
     return {**os.environ, **job, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
 
 

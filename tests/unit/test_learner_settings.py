@@ -51,13 +51,37 @@ def test_warm_up_ends_at_the_full_rate() -> None:
     assert [learning_rate(c, s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("key", sorted(RECIPE_OWNS))
-def test_what_the_recipe_owns_is_refused_by_both_names(key: str, tmp_path: Path) -> None:
+OWNED = {
+    "train_batch_size": "train.prompts_per_step is 2",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens is 8192",
+    "gradient_accumulation_steps": "train.micro_batch_tokens is 8192",
+    "gradient_clipping": "optim.grad_clip is 1.0",
+    "bf16": "student.dtype is float32",
+    "fp16": "student.dtype is float32",
+    "amp": "student.dtype is float32",
+    "torch_autocast": "student.dtype is float32",
+    "data_types": "student.dtype is float32",
+    "communication_data_type": "student.dtype is float32",
+    "optimizer": "optim.lr is 0.0002",
+    "scheduler": "optim.schedule is linear",
+}
+
+
+@pytest.mark.parametrize("key", sorted(OWNED))
+def test_what_the_recipe_owns_is_refused_with_both_values(key: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: 7}))
     with pytest.raises(UserError) as e:
         deepspeed_settings(config(f"train.deepspeed={path}"))
-    assert f"{path}: sets {key} to 7; that is the recipe's {RECIPE_OWNS[key]}: take it out" in str(e.value)
+    assert str(e.value) == f"{path}: sets {key} to 7, the recipe's {OWNED[key]}: take it out there"
+
+
+@pytest.mark.parametrize("key", ["prescale_gradients", "gradient_predivide_factor", "zero_optimisation"])
+def test_what_no_file_may_set_is_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: 7}))
+    with pytest.raises(UserError, match=f"sets {key} to 7; expected nothing but zero_optimization, aio"):
+        deepspeed_settings(config(f"train.deepspeed={path}"))
 
 
 def test_auto_values_leave_and_the_recipe_fills_in(tmp_path: Path) -> None:

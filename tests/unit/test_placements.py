@@ -84,6 +84,18 @@ def test_recipes_with_lora_share_one_gpu(path: str) -> None:
     assert main(["launch", path, "--dry-run"]) == 0
 
 
+def test_the_papers_settings() -> None:
+    """arXiv 2603.24596: batch 256, 4 samples per prompt, lr 2e-6, lambda 0.5, the LLM alone, 27,847 prompts."""
+    c = load_config("recipes/qwen3_omni_30b_a3b/2_xopd.yaml")
+    assert (c.train.prompts_per_step, c.rollout.n, c.optim.lr, c.objective.lambda_) == (256, 4, 2e-6, 0.5)
+    assert c.student.train == ["llm"] and c.student.lora is None and c.train.steps == 27847 // 256 + 1
+    assert c.student.path == "runs/qwen3_omni_30b_a3b/warmstart" and c.objective.name == "xopd"
+    assert c.teacher.path == "Qwen/Qwen3-30B-A3B-Instruct-2507"
+    first = load_config("recipes/qwen3_omni_30b_a3b/1_warmstart.yaml")
+    assert first.student.path == "Qwen/Qwen3-Omni-30B-A3B-Instruct" and first.student.train == ["llm"]
+    assert (first.objective.name, first.objective.mu, first.objective.tau) == ("kd", 0.5, 2.0)
+
+
 def test_what_a_placement_decides() -> None:
     def config(placement: str, *more: str) -> Config:
         path = f"launch.placement=recipes/placements/{placement}.yaml"

@@ -6,12 +6,14 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fake_servers import FakeServer, serving
+from safetensors.torch import save_file
 
 from opd import ipc_handle, transports
 from opd.config import RolloutConfig, UserError
@@ -254,3 +256,26 @@ def test_every_backend_has_an_engine_that_mends_what_a_reload_leaves_wrong(monke
         engine.shutdown()
         assert done == ["repack", "wrappers", "start", "finish", "head shared"], backend
         done.clear()
+
+
+@pytest.mark.parametrize("name", ["../other/x.safetensors", "/etc/x.safetensors", "link/x.safetensors"])
+def test_a_server_reads_new_weights_from_the_transfer_folder_alone(tmp_path: Path, name: str) -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    from opd.vllm_engines import FileInitInfo
+
+    loaded: list[str] = []
+    for folder in ("mine", "other"):
+        (tmp_path / folder).mkdir()
+        save_file({folder: torch.zeros(1)}, tmp_path / folder / "x.safetensors")
+    (tmp_path / "mine/link").symlink_to(tmp_path / "other")
+    register()
+    model = SimpleNamespace(load_weights=lambda weights: loaded.extend(name for name, _ in weights))
+    config, about = SimpleNamespace(backend="opd_file"), SimpleNamespace(parallel_config=None, model_config=None)
+    engine: Any = WeightTransferEngineFactory.create_engine(config, about, torch.device("cpu"), model)  # type: ignore
+    engine.init_transfer_engine(FileInitInfo(str(tmp_path / "mine")))
+    engine.update_weights({"name": "x.safetensors"})
+    assert loaded == ["mine"]
+    with pytest.raises(ValueError, match="outside the transfer folder"):
+        engine.update_weights({"name": name})
+    assert loaded == ["mine"]
