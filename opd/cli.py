@@ -142,7 +142,7 @@ def _train(args: argparse.Namespace) -> int:
 def _families(args: argparse.Namespace) -> int:
     from opd import family_check
 
-    return family_check.check(args.names, args.keep) if args.check else family_check.show()
+    return family_check.check(args.names, args.keep) if args.check else family_check.show(args.names)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 
 from opd.config import UserError
 
+TELL_S = 30.0  # between two words on who is still missing
 BEATS = 6  # in the time after which a silent node is lost
 HEAR_ALL_S = 3.0  # after the first bad news, for news nearer to its cause
 VERDICT_S = 10.0  # a member waits so long for the hub's word on a failure of its own
@@ -87,8 +89,13 @@ class Cluster(Alone):
         """
         if self.node == 0:
             self._listen()
+            told = time.monotonic()
             while len(self._peers) < len(self.hosts) - 1 and self._end is None and not self._news:
                 self._pause(check)
+                if time.monotonic() - told > TELL_S:
+                    told = time.monotonic()
+                    missing = [f"{n} ({h})" for n, h in enumerate(self.hosts) if n not in self._peers and n != 0]
+                    _say(f"node 0 listens at {self.hosts[0]}:{self.port}; still missing: node {', '.join(missing)}")
         else:
             self._connect(check)
         threading.Thread(target=self._beat, daemon=True).start()
@@ -163,15 +170,20 @@ class Cluster(Alone):
             assert isinstance(node, int)
             self._hear(node, lines)
         else:
+            _say(f"refused a launcher: {fault}")
             peer.close()
 
     def _connect(self, check: Callable[[], None]) -> None:
+        told = time.monotonic()
         while True:
             try:
                 hub = socket.create_connection((self.hosts[0], self.port), timeout=5)
                 break
-            except OSError:  # not there yet
+            except OSError as e:  # not there yet
                 self._pause(check)
+                if time.monotonic() - told > TELL_S:
+                    told = time.monotonic()
+                    _say(f"node {self.node} does not reach node 0's launcher at {self.hosts[0]}:{self.port} ({e})")
         hub.settimeout(self.lost_s)
         _send(hub, {"node": self.node, "recipe": self.recipe})
         lines = _lines(hub)
@@ -190,7 +202,8 @@ class Cluster(Alone):
             elif "done" in line:
                 self._hear_done(node)
         if self._end is None and not self._closed.is_set():
-            lost = End(1, f"node {node} ({self.hosts[node]}) was lost: its launcher is gone or unreachable", PROCESS)
+            what = f"node {node} ({self.hosts[node]}) was lost: its launcher is gone or unreachable; "
+            lost = End(1, f"{what}the same command on every node resumes from the last checkpoint", PROCESS)
             self._heard(None, lost) if self.node == 0 else self._settle(lost)
 
     def _tell(self, line: dict[str, Any]) -> None:
@@ -239,6 +252,10 @@ class Cluster(Alone):
                 for peer in self._peers.values():
                     _send(peer, {"end": vars(end)})
             self._end = end
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _send(peer: socket.socket, line: dict[str, Any]) -> None:

@@ -192,7 +192,7 @@ class LaunchConfig(Section):
         None, description="YAML of recipes/placements; none: all on this machine, without GPUs"
     )
     hosts: list[str] = Field([], description="address of each node of the placement, under which the others reach it")
-    node: NonNegativeInt | None = Field(None, description="which node this is; none: OPD_NODE, SLURM_NODEID, or 0")
+    node: NonNegativeInt | None = Field(None, description="which node this is; none: OPD_NODE or SLURM_NODEID says")
     port: PositiveInt | None = Field(
         None, le=65000, description="first of the ports taken; none: free ones, 8100 on several nodes"
     )
@@ -254,7 +254,9 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
 
     path = Path(recipe)
     if not path.is_file():
-        raise UserError(f"{recipe}: no such recipe file")
+        raise UserError(
+            f"{recipe}: " + ("expected a recipe file, found none" if path.exists() else "no such recipe file")
+        )
     raw = read_yaml(path)
     for item in overrides:
         _override(raw, item)

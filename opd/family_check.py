@@ -41,17 +41,17 @@ RECIPE: dict[str, Any] = {
 SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for ten minutes")
 
 
-def show() -> int:
-    """Print the table of families."""
-    for e in FAMILIES.values():
+def show(names: list[str]) -> int:
+    """Print the table of families, or of some."""
+    _check_names(names)
+    for e in (FAMILIES[n] for n in names or FAMILIES):
         print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher} (unchecked)")
     return 0
 
 
 def check(names: list[str], keep: Path | None) -> int:
     """Check families and print a line for each; 0 when all hold. `keep`: a folder for checkpoints, runs and logs."""
-    if unknown := [n for n in names if n not in FAMILIES]:
-        raise UserError(f"families: {', '.join(unknown)}: not known; known: {', '.join(FAMILIES)}")
+    _check_names(names)
     code = 0
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         for name in names or list(FAMILIES):
@@ -62,6 +62,11 @@ def check(names: list[str], keep: Path | None) -> int:
             print(f"{name:16} {'FAILS: ' + '; '.join(faults) if faults else 'holds'}  {describe(found)}", end="  ")
             print(f"{time.monotonic() - began:.0f} s", flush=True)
     return int(code)
+
+
+def _check_names(names: list[str]) -> None:
+    if unknown := [n for n in names if n not in FAMILIES]:
+        raise UserError(f"families: {', '.join(unknown)}: not known; known: {', '.join(FAMILIES)}")
 
 
 def prove(family: Entry, folder: Path) -> dict[str, Any]:

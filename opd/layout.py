@@ -105,6 +105,10 @@ def layout(config: Config) -> Layout:
             f"launch.hosts: {config.launch.placement} has {placement.nodes} nodes, found {len(config.launch.hosts)} "
             "addresses; name each node's, such as launch.hosts=[10.0.0.1,10.0.0.2]"
         )
+    if len(set(hosts)) < len(hosts):
+        raise UserError(
+            f"launch.hosts: {max(hosts, key=hosts.count)} twice; expected an address of its own for each node"
+        )
     fixed = config.launch.port or (FIRST_PORT if placement.nodes > 1 else None)
 
     def port(offset: int) -> int:

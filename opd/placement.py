@@ -19,7 +19,7 @@ class Group(Section):
 
     node: NonNegativeInt = 0
     devices: list[NonNegativeInt] = Field([], description="GPUs of that node; none: on the CPU")
-    count: PositiveInt = Field(1, description="on the CPU: servers, or learner ranks")
+    count: PositiveInt = Field(1, le=64, description="on the CPU: servers, or learner ranks")
 
 
 class Servers(Group):
@@ -69,6 +69,8 @@ class Placement(Section):
                     raise ValueError(f"{name}: node {g.node} of nodes: {self.nodes}; they count from 0")
                 if bad := [d for d in g.devices if d >= self.devices_per_node]:
                     raise ValueError(f"{name}: device {bad[0]} of devices_per_node: {self.devices_per_node}")
+                if g.devices and "count" in g.model_fields_set:
+                    raise ValueError(f"{name}: count {g.count} beside devices {g.devices}; one of them says how many")
                 if self.devices_per_node and not g.devices:
                     raise ValueError(f"{name}: a group of node {g.node} names no devices")
                 if len(set(g.devices)) < len(g.devices):
@@ -158,12 +160,17 @@ def _check_devices(config: Config, placement: Placement) -> None:
 def node_of(config: Config) -> int:
     """Which node of the placement this machine is. Raises UserError when it has no such node."""
     found = config.launch.node
+    nodes = placement_of(config).nodes
     if found is None:
-        word = os.environ.get("OPD_NODE") or os.environ.get("SLURM_NODEID") or "0"
+        word = os.environ.get("OPD_NODE") or os.environ.get("SLURM_NODEID") or ("0" if nodes == 1 else "")
+        if not word:
+            raise UserError(
+                f"launch.node: {config.launch.placement} has {nodes} nodes, and nothing says which one this is; "
+                "set OPD_NODE=0 on the first, and so on"
+            )
         if not word.isdigit():
             raise UserError(f"OPD_NODE={word}: expected the number of this node, counting from 0")
         found = int(word)
-    nodes = placement_of(config).nodes
     if nodes == 1 and config.launch.node is None:
         return 0
     if found >= nodes:

@@ -54,6 +54,8 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
             raise ValueError("expected `messages`, or `audio` with `transcript`; found neither")
         part = {"type": "audio", "path": record["audio"], "transcript": record.get("transcript")}
         messages = [{"role": "user", "content": [part]}]
+    elif both := [key for key in ("audio", "transcript") if key in record]:
+        raise ValueError(f"expected `messages`, or `audio` with `transcript`; found `messages` and `{both[0]}`")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages: expected a list of chat messages, found {type(messages).__name__}")
     match = record.get("match", "exact")

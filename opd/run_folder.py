@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -61,8 +61,10 @@ def check(config: Config) -> str:
     folder = Path(config.run.dir)
     stored = folder / "config.yaml"
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise Taken(f"run.dir {folder}: expected a folder that can be written ({there} is none)")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # permissions do not tell: some file systems take no files
+    except OSError as e:
+        raise Taken(f"run.dir {folder}: expected a folder that can be written ({there} is none)") from e
     if config.run.overwrite:
         return "new"
     if not stored.is_file():

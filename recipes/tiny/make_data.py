@@ -44,7 +44,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which questions and voices (default %(default)s)")
     args = parser.parse_args()
     sizes: dict[Split, int] = {"train": args.train, "validation": args.validation, "test": args.test}
-    if make(args.out, sizes, args.seed):
+    try:
+        made = make(args.out, sizes, args.seed)
+    except OSError as e:
+        parser.error(f"--out {args.out}: expected a folder that can be written ({e.strerror})")
+    if made:
         print(f"{args.out}: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
     else:
         print(f"{args.out}: nothing to do, it was made by this command before")
