@@ -61,8 +61,7 @@ def checks() -> tuple[Check, ...]:
     """All checks in their order: what takes no server first."""
     from opd import doctor_model as m
 
-    fit = Check("memory", memory, "choose a larger placement, ZeRO-3 with offload, or shorter lengths: `opd plan`")
-    return (*preflight.checks(), fit, *m.CHECKS)
+    return (*preflight.checks(), *m.CHECKS)
 
 
 def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterable[Line]:
@@ -88,13 +87,3 @@ def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterab
                 outcome, found = "FAIL", told[0] if isinstance(e, UserError) else f"{type(e).__name__}: {told[0]}"
         remedy = check.remedy if outcome == "FAIL" else ""
         yield Line(check.name, outcome, str(found), remedy, time.perf_counter() - began)
-
-
-def memory(facts: Facts) -> str:
-    """Models, caches and activations fit the devices of the placement, by `opd plan`'s arithmetic."""
-    from opd.plan import estimate
-
-    plan = estimate(facts.config)
-    if not plan.fits:
-        raise UserError("does not fit: " + ", ".join(plan.shortfalls))
-    return "fits"

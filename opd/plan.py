@@ -180,7 +180,7 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     )  # fmt: skip
     if on_gpus:
         plan.time = _time(plan, rollouts)
-    plan.shortfalls = _shortfalls(plan)
+    plan.shortfalls = shortfalls(plan)
     return plan
 
 
@@ -341,7 +341,8 @@ def _time(plan: Plan, rollouts: int) -> StepTime:
     return StepTime(rollout, teacher, work, plan.push_s if c.rollout.source == "student" else 0.0, at_once)
 
 
-def _shortfalls(plan: Plan) -> list[str]:
+def shortfalls(plan: Plan, node: int | None = None) -> list[str]:
+    """One line for each thing that does not fit: on one node, or (None) anywhere."""
     found, machine, placement = [], plan.machine, plan.placement
     given = machine.nodes if machine.nodes is not None else placement.nodes
     if placement.nodes > given:
@@ -350,17 +351,18 @@ def _shortfalls(plan: Plan) -> list[str]:
     if machine.gpus is not None and used > machine.gpus:
         found.append(f"needs {used} GPUs on a node, given {machine.gpus}")
     for kind, server in plan.servers.items():
-        if server.missing:
+        groups = placement.rollout if kind == "student" else placement.teacher
+        if server.missing and (node is None or node in [g.node for g in groups]):
             found.append(
                 f"{kind} server: its share {gib(server.share)} less weights {gib(server.weights)} and a forward pass "
                 f"{gib(server.pass_)} is {gib(server.missing)} short of one sequence of {server.max_model_len} tokens"
             )
-    groups: dict[str, list[Use]] = {}
+    alike: dict[str, list[Use]] = {}
     for use in [*plan.uses, *plan.hosts]:
-        if use.short and use.capacity is not None:
+        if use.short and use.capacity is not None and node in (None, use.node):
             said = f"{use.worst} needs {gib(use.needs)} of {gib(use.capacity)}, {gib(use.short)} short"
-            groups.setdefault(said, []).append(use)
-    return found + [f"{where(uses)}: {said}" for said, uses in groups.items()]
+            alike.setdefault(said, []).append(use)
+    return found + [f"{where(uses)}: {said}" for said, uses in alike.items()]
 
 
 def gib(size: float) -> str:

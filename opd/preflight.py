@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from opd import audio, run_folder
-from opd.checks import Check, Facts, Warned
+from opd.checks import Check, Facts, Skip, Warned
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.http import Server, check_model
@@ -26,7 +27,10 @@ def check(config: Config) -> list[str]:
     """Check a recipe without a server or GPU: one line per thing checked. Raises UserError at the first fault."""
     facts, lines = Facts(config), []
     for c in checks():
-        lines.append(f"{c.name}: {c.run(facts)}")
+        try:
+            lines.append(f"{c.name}: {c.run(facts)}")
+        except Skip as e:
+            lines.append(f"{c.name}: not run: {e}")
     return lines
 
 
@@ -51,6 +55,7 @@ def checks() -> tuple[Check, ...]:
         ),
         Check("banned ids", v.banned_ids, "mend the family's banned_ids in opd/models/", ("student",)),
         Check("placement", placement, "choose a placement of recipes/placements/ for the GPUs that are here"),
+        Check("memory", memory, "`opd plan` seeks what would fit: smaller micro-batches, offload, LoRA"),
     )
 
 
@@ -259,20 +264,71 @@ def placement(facts: Facts) -> str:
     where, node, name = placement_of(config), node_of(config), config.launch.placement
     if not where.devices_per_node:
         return "everything on the CPU"
-    groups = [*(where.rollout if starts_student(config) else []), *where.learner]
-    groups += where.teacher if starts_teacher(config) else []
-    named = sorted({d for g in groups if g.node == node for d in g.devices})
-    here = gpus()
+    named, here = _named(config), gpus()
     if missing := [d for d in named if d >= here]:
         raise UserError(f"launch.placement {name}: gives GPU {missing[-1]} to node {node}, {here} GPUs were found here")
     return f"{name}: GPUs {named} of node {node}, {here} are here; {where.nodes} nodes"
 
 
+def _named(config: Config) -> list[int]:
+    """GPUs of this node that the recipe uses, in order."""
+    where, node = placement_of(config), node_of(config)
+    groups = [*(where.rollout if starts_student(config) else []), *where.learner]
+    groups += where.teacher if starts_teacher(config) else []
+    return sorted({d for g in groups if g.node == node for d in g.devices})
+
+
+def memory(facts: Facts) -> str:
+    """Models, caches and activations fit this node's GPUs and its own memory, by `opd plan`'s arithmetic.
+
+    Of other nodes, taken to be like this one, and of GPUs whose memory is not known it only warns.
+    """
+    from opd.plan import Machine, estimate, shortfalls
+
+    config, node = facts.config, node_of(facts.config)
+    host = psutil.virtual_memory().total / (1 << 30)
+    named = _named(config)
+    sizes = gpu_memory() if placement_of(config).devices_per_node else []
+    known = [size for d, size in enumerate(sizes) if d in named] or sizes
+    machine = Machine(memory=min(known), host=host) if known else Machine(host=host)
+    try:
+        plan = estimate(config, machine)
+    except Exception as e:  # a model that the formulas do not know may well run
+        told = str(e).strip().splitlines() or [""]
+        raise Skip(f"no estimate: {told[0] if isinstance(e, UserError) else f'{type(e).__name__}: {told[0]}'}") from e
+    given = f"host of {host:.1f} GiB"
+    if plan.uses:
+        given = f"GPUs of {machine.memory:.1f} GiB{'' if known else ' (assumed: none is known here)'}, {given}"
+    short = shortfalls(plan, node)
+    if short and (known or not named):
+        name = config.launch.placement or "everything on the CPU"
+        raise UserError(
+            f"launch.placement: {name} does not fit {given}: {'; '.join(short)}; choose another placement, or lower "
+            "data.max_audio_seconds or rollout.max_tokens; `opd plan` says what would fit"
+        )
+    if plan.shortfalls:
+        others = "" if short else ", for nodes that are like this one"
+        return Warned(f"does not fit {given}{others}: {'; '.join(plan.shortfalls)}")
+    return f"fits: {given}"
+
+
 def gpus() -> int:
     """NVIDIA GPUs of this machine, by its driver: without torch, whatever CUDA_VISIBLE_DEVICES says."""
-    try:
-        told = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
-        listed = sum(line.startswith("GPU ") for line in told.stdout.splitlines())
-    except (OSError, subprocess.TimeoutExpired):
-        listed = 0
+    listed = sum(line.startswith("GPU ") for line in _nvidia_smi("--list-gpus"))
     return listed or len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def gpu_memory() -> list[float]:
+    """Total memory of this machine's GPUs in GiB, in the driver's order; [] where that is not known."""
+    try:
+        return [int(mib) / 1024 for mib in _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")]
+    except ValueError:  # "[N/A]", where GPU and host share their memory; or a driver's complaint
+        return []
+
+
+def _nvidia_smi(*options: str) -> list[str]:
+    """Lines of the driver's tool; none where there is no such tool, or no answer in a minute."""
+    try:
+        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
