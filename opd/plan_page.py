@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.memory import Bytes, Lengths
-from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, load, recommended, remedy, where
+from opd.plan import Machine, Plan, Use, alternatives, at, estimate, gib, load, recommended, remedy, where
 from opd.server_memory import CONTEXT, GRAPHS, ServerMemory
 from opd.shapes import ModelShape
 
@@ -44,8 +44,8 @@ def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list
     lines = [f"placement  {name}", *_model("student", plan.student), *_model("teacher", plan.teacher)]
     lines += _lengths("longest", plan.longest) + _lengths("typical", plan.typical)
     lines += ["", *_learner(plan)]
-    for kind, server in plan.servers.items():
-        lines += ["", *_server(plan, kind, server)]
+    for server, groups in plan.servers.items():
+        lines += ["", *_server(plan, server, at(groups))]
     lines += ["", *_places(plan), "", *_push(plan), "", *_time(plan), "", *_verdict(plan, cure)]
     return lines + _alternatives(plan, others, best)
 
@@ -87,13 +87,13 @@ def _learner(plan: Plan) -> list[str]:
     return lines + (_table("  on the host", {f"  {k}": v for k, v in m.host.items()}) if m.host else [])
 
 
-def _server(plan: Plan, kind: str, s: ServerMemory) -> list[str]:
+def _server(plan: Plan, s: ServerMemory, devices: str) -> list[str]:
     rows = {"share of the GPU": s.share, "weights": s.weights, "a forward pass, context, graphs": s.pass_}
     rows |= {"left for keys and values": s.kv} | (
         {"beyond its share: log-probs of prompts": s.beyond} if s.beyond else {}
     )
-    typical = max(plan.typical.speech if kind == "student" else 0, plan.typical.text) + plan.typical.response
-    lines = _table(f"{kind.capitalize()} server, each of {s.tensor_parallel} GPUs", rows)
+    typical = max(plan.typical.speech if s.kind == "student" else 0, plan.typical.text) + plan.typical.response
+    lines = _table(f"{s.kind.capitalize()} server, each of {s.tensor_parallel} GPUs: {devices}", rows)
     lines += [f"  {s.kv_token} bytes of keys and values a token; at a time {s.sequences(s.max_model_len)} sequences of"]
     return [*lines[:-1], f"{lines[-1]} {s.max_model_len} tokens, {s.sequences(typical)} of {typical}"]
 
@@ -124,13 +124,18 @@ def _time(plan: Plan) -> list[str]:
     if t is None:
         return ["Time: not estimated on a CPU"]
     return [
-        f"Time, a rough estimate: {t.step:.0f} s a step, {t.step * steps / 3600:.1f} h for {steps} steps",
+        f"Time, a rough estimate: {t.step:.0f} s a step, {_span(t.step * steps)} for {steps} steps",
         f"  rollout {t.rollout:.0f} s ({t.at_once} sequences at a time), teacher {t.teacher:.0f} s, "
         f"learner {t.learner:.0f} s, sync {t.sync:.0f} s",
         f"  assumed: {s.tflops:g} TFLOPS, of which {s.dense:.0%} are reached ({s.mixture:.0%} by a mixture), "
         f"{s.hbm:g} GB/s of memory, of which decoding reaches {s.read:.0%}; the typical lengths above",
         "  left out: loading, evaluation, checkpoints, communication of ZeRO, waiting for the longest response",
     ]
+
+
+def _span(seconds: float) -> str:
+    unit, of = next(((u, n) for u, n in (("h", 3600), ("min", 60)) if seconds >= n), ("s", 1))
+    return f"{seconds / of:.{1 if unit == 'h' else 0}f} {unit}"
 
 
 def _verdict(plan: Plan, cure: list[str] | None) -> list[str]:
@@ -175,13 +180,14 @@ def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: l
         }
         for role, s in (("student", plan.student), ("teacher", plan.teacher))
     }
-    servers = {
-        kind: {
+    servers = [
+        {
+            "kind": s.kind, "devices": [[g.node, d] for g in groups for d in g.devices],
             "tensor_parallel": s.tensor_parallel, "share": s.share, "weights": s.weights, "forward_pass": s.pass_,
             "beyond": s.beyond, "kv": s.kv, "kv_per_token": s.kv_token, "sequences": s.sequences(s.max_model_len),
         }
-        for kind, s in plan.servers.items()
-    }  # fmt: skip
+        for s, groups in plan.servers.items()
+    ]  # fmt: skip
     t = plan.time
     return {
         "placement": plan.config.launch.placement,

@@ -107,7 +107,10 @@ def test_time_and_push() -> None:
     assert plan.typical == Lengths(64 + 250, 64, 256, 10.0) and plan.time is not None
     tokens = 64 * ((314 + 4 * 256) + (64 + 4 * 256))
     tower = 64 * 10 * 50 * plan.student.count("tower") * 2
-    assert learner_flops(plan.config, plan.student, plan.typical) == 8 * plan.student.active * tokens + tower
+    output, answered = 156032 * 4096, 64 * 2 * 4 * 256  # the output layer is at work at response tokens, and once
+    layers = plan.student.active - output
+    arithmetic = 8 * layers * tokens + 6 * output * answered + tower
+    assert learner_flops(plan.config, plan.student, plan.typical) == pytest.approx(arithmetic, rel=1e-12)
     read = 64 * 2 * 4 * (64 + 256)
     speeds = Speeds(tflops=1.0, dense=0.5)
     expected = 2 * plan.teacher.active * read / (4 * 0.5e12)
@@ -116,7 +119,8 @@ def test_time_and_push() -> None:
     assert push_seconds(10**9, "file", 1.0) == 2.0 and push_seconds(10**9, "nccl", 1.0) == 1.0
     assert plan.time.sync == plan.push / 50e9
     lean = estimate(config(audio(FOUR_LOCAL, "student.lora={}")))
-    assert learner_flops(lean.config, lean.student, plan.typical) == 6 * plan.student.active * tokens + tower
+    arithmetic = 6 * layers * tokens + 4 * output * answered + tower
+    assert learner_flops(lean.config, lean.student, plan.typical) == pytest.approx(arithmetic, rel=1e-12)
 
 
 def test_a_run_to_come_has_the_shape_of_its_recipe(tmp_path: Path) -> None:
@@ -143,7 +147,20 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student"]) == 0
     assert "Time: not estimated on a CPU" in capsys.readouterr().out
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--memory", "0"]) == 2
-    assert "--memory: expected a number above 0, found 0" in capsys.readouterr().err
+    assert "--memory: expected a number above 0 and at most 1e+12, found 0.0" in capsys.readouterr().err
+    for option, value in (
+        ("--memory", "nan"),
+        ("--host-memory", "inf"),
+        ("--tflops", "-inf"),
+        ("--clip-seconds", "nan"),
+    ):
+        assert main(["plan", RECIPE, "student.path=recipes/tiny/student", option, value]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"opd: error: {option}: expected a number above 0 and at most 1e+12, found {value}"
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--response-tokens", "25"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--response-tokens 25: expected at most rollout.max_tokens, which is 24" in line
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--response-tokens", "24"]) == 0
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "teacher.path=no/where"]) == 2
     assert "teacher.path no/where: no readable config.json" in capsys.readouterr().err
     assert main(["plan", RECIPE, "student.path=recipes/tiny/teacher", "student.family="]) == 2
