@@ -14,6 +14,7 @@ from opd.cli import main
 from opd.config import Config, load_config
 from opd.memory import Lengths
 from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, load, recommended, remedy, where
+from opd.plan_page import _span, page, to_json
 from opd.server_memory import GIB, SLEEPING
 from opd.step_time import Speeds, learner_flops, push_seconds, scoring_seconds
 
@@ -58,6 +59,41 @@ def test_verdict_per_device() -> None:
     assert small.uses[4].short == small.uses[4].needs - 40 * GIB
     fewer = estimate(config(audio(FOUR_LOCAL)), Machine(gpus=4))
     assert fewer.shortfalls == ["needs 8 GPUs on a node, given 4"]
+
+
+def test_more_nodes_than_given() -> None:
+    placed = f"launch.placement={PLACEMENTS}/2node_16gpu.yaml"
+    plan = estimate(config(audio(placed)), Machine(nodes=1))
+    assert plan.shortfalls == ["needs 2 nodes, given 1"] and not plan.fits
+    assert estimate(config(audio(placed)), Machine(nodes=2)).fits
+
+
+def test_every_group_of_servers_is_judged(tmp_path: Path) -> None:
+    placed = tmp_path / "mixed.yaml"
+    groups = [{"devices": [0, 1], "tensor_parallel": 2}, {"devices": [2]}, {"devices": [3], "memory": 0.5}]
+    groups.append({"devices": [4], "node": 1, "memory": 0.9})
+    learner = [{"devices": [5, 6, 7]}]
+    placed.write_text(
+        yaml.safe_dump({"nodes": 2, "devices_per_node": 8, "rollout": groups, "learner": learner, "transport": "nccl"})
+    )
+    plan = estimate(config(audio(f"launch.placement={placed}")), Machine(memory=20))
+    two, one, half = plan.servers
+    assert [s.tensor_parallel for s in plan.servers] == [2, 1, 1]
+    assert [s.share for s in plan.servers] == [18 * GIB, 18 * GIB, 10 * GIB]
+    assert [len(groups) for groups in plan.servers.values()] == [1, 2, 1]  # groups 1 and 3 are alike
+    assert two.missing == 0 and 0 < one.missing < half.missing == one.missing + 8 * GIB
+    short = [s for s in plan.shortfalls if s.startswith("student server")]
+    assert short[0].startswith("student server on node 0 GPU 2; node 1 GPU 4: its share 18.0 GiB less weights ")
+    assert short[0].endswith(f" is {gib(one.missing)} short of one sequence of 2048 tokens")
+    assert short[1].startswith("student server on node 0 GPU 3: its share 10.0 GiB") and len(short) == 2
+    shares = {(u.node, u.device): u.moments["student server"]["student server's share"] for u in plan.uses[:5]}
+    assert shares == {(0, 0): two.share, (0, 1): two.share, (0, 2): one.share, (1, 4): one.share, (0, 3): half.share}
+    lines = page(plan, {}, None, None)
+    assert "Student server, each of 2 GPUs: node 0 GPU 0-1" in lines
+    assert "Student server, each of 1 GPUs: node 0 GPU 2; node 1 GPU 4" in lines
+    told = to_json(plan, {}, None, None)["servers"]
+    assert [s["devices"] for s in told] == [[[0, 0], [0, 1]], [[0, 2], [1, 4]], [[0, 3]]]
+    assert plan.time is not None and plan.time.at_once == 1  # as if all were the one that holds nothing
 
 
 def test_server_and_learner_on_one_gpu() -> None:
@@ -148,13 +184,8 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "Time: not estimated on a CPU" in capsys.readouterr().out
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--memory", "0"]) == 2
     assert "--memory: expected a number above 0 and at most 1e+12, found 0.0" in capsys.readouterr().err
-    for option, value in (
-        ("--memory", "nan"),
-        ("--host-memory", "inf"),
-        ("--tflops", "-inf"),
-        ("--clip-seconds", "nan"),
-    ):
-        assert main(["plan", RECIPE, "student.path=recipes/tiny/student", option, value]) == 2
+    for option, value in (("--memory", "nan"), ("--host-memory", "inf"), ("--tflops", "-inf"), ("--bandwidth", "nan")):
+        assert main(["plan", RECIPE, "student.path=recipes/tiny/student", f"{option}={value}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line == f"opd: error: {option}: expected a number above 0 and at most 1e+12, found {value}"
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--response-tokens", "25"]) == 2
@@ -169,6 +200,8 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 def test_words() -> None:
     assert [gib(n) for n in (GIB, GIB // 2, 1 << 20, 2048)] == ["1.0 GiB", "0.5 GiB", "1.0 MiB", "2.0 KiB"]
+    spans = {59: "59 s", 60: "1 min", 174: "3 min", 3599: "60 min", 3600: "1.0 h", 36000: "10.0 h"}
+    assert [_span(s) for s in spans] == list(spans.values())
     uses = [Use(0, 0, 1), Use(0, 1, 1), Use(0, 3, 1), Use(1, 2, 1), Use(2, None, 1)]
     assert where(uses) == "node 0 GPU 0-1, 3; node 1 GPU 2; node 2 host"
 
