@@ -9,6 +9,8 @@ from pathlib import Path
 from opd import __version__
 from opd.config import UserError, load_config
 
+LARGEST = 1e12  # of any option of `opd plan`; beyond it, as with nan and inf, arithmetic means nothing
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted, 1 anything else."""
@@ -95,8 +97,9 @@ def _plan(args: argparse.Namespace) -> int:
     names = ("memory", "host_memory", "bandwidth", "tflops", "memory_bandwidth", "clip_seconds")
     for name in (*names, "gpus", "nodes", "prompt_tokens", "response_tokens"):
         value = getattr(args, name)
-        if value is not None and value <= 0 and not (name == "gpus" and value == 0):
-            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, found {value:g}")
+        if value is not None and not 0 < value <= LARGEST and not (name == "gpus" and value == 0):
+            expected = f"a number above 0 and at most {LARGEST:g}"
+            raise UserError(f"--{name.replace('_', '-')}: expected {expected}, found {value}")
     speeds = Speeds(tflops=args.tflops, hbm=args.memory_bandwidth)
     if args.bandwidth is not None:
         speeds.links.update(dict.fromkeys(speeds.links, args.bandwidth))

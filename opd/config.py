@@ -98,7 +98,7 @@ class DataConfig(Section):
 class ServerConfig(Section):
     """How the launcher starts a vLLM server; ignored when URLs are given."""
 
-    max_model_len: PositiveInt = 512
+    max_model_len: PositiveInt = Field(2048, description="tokens of a prompt and its response")
     max_num_seqs: PositiveInt = 256
     kv_cache_gib: PositiveInt = Field(1, description="VLLM_CPU_KVCACHE_SPACE, CPU only")
     threads: NonNegativeInt = Field(0, description="OpenMP threads of the server, CPU only; 0: all cores")
@@ -238,6 +238,11 @@ class Config(Section):
             raise ValueError(
                 "objective.name kd reads full vocabulary rows unless objective.mu is 0: "
                 "teacher.kind must be local, found server"
+            )
+        if not self.rollout.urls and self.rollout.server.max_model_len <= self.rollout.max_tokens:
+            raise ValueError(
+                f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be more than "
+                f"rollout.max_tokens ({self.rollout.max_tokens}): no prompt would fit beside a response"
             )
         if self.student.lora is not None and "llm" not in self.student.train:
             raise ValueError(f"student.lora adapts the LLM: student.train must hold llm, found {self.student.train}")

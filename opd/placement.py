@@ -153,7 +153,7 @@ def _check_devices(config: Config, placement: Placement) -> None:
     if config.rollout.sleep and not named and not _devices(placement.rollout):
         raise UserError(f"rollout.sleep true: {where}: vLLM has no sleep mode on a CPU; set rollout.sleep=false")
     if config.rollout.transport != placement.transport and (config.launch.placement or not named):
-        chosen = placement.model_dump() | {"transport": config.rollout.transport}
+        chosen = placement.model_dump(exclude_unset=True) | {"transport": config.rollout.transport}
         validated(Placement, chosen, f"rollout.transport {config.rollout.transport}: {where}")
 
 

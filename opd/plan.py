@@ -6,7 +6,7 @@ prints.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -14,8 +14,8 @@ import psutil
 from opd.config import Config, UserError, load_config, read_yaml, resolve_model
 from opd.layout import starts_student, starts_teacher
 from opd.memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
-from opd.placement import Placement, Servers, memory_share, placement_of
-from opd.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, server_memory
+from opd.placement import Placement, Servers, placement_of
+from opd.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, alike, server_memory
 from opd.shapes import ModelShape, student_shape, teacher_shape
 from opd.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
 
@@ -23,7 +23,6 @@ FRAGMENTS = 0.05  # of a learner's peak, lost between the allocator's blocks: as
 PROCESS = GIB  # a Python process with torch, on the host: assumed
 TEXT_TOKENS = 64  # of a prompt, beside its audio: assumed
 CLIP_SECONDS = 10.0  # of a usual clip: assumed
-BUDGETS = (8192, 4096, 2048, 1024, 512)  # of tokens, tried as a remedy
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Plan:
     typical: Lengths
     zero: Zero
     learner: LearnerMemory
-    servers: dict[Kind, ServerMemory]  # by kind; empty on a CPU
+    servers: dict[ServerMemory, list[Servers]]  # groups of a kind that are alike share one figure; empty on a CPU
     uses: list[Use]
     hosts: list[Use]
     push: int  # bytes; 0 where nothing is pushed
@@ -149,7 +148,8 @@ def _exists(path: str) -> bool:
 def estimate(config: Config, machine: Machine | None = None) -> Plan:
     """The plan of a recipe, from config.json files and its settings alone; no weights are read.
 
-    Raises UserError when a model's config cannot be read or the DeepSpeed settings are at fault.
+    Raises UserError when a model's config cannot be read, the DeepSpeed settings are at fault, or
+    machine.response_tokens is above rollout.max_tokens.
     """
     from opd.learner import deepspeed_settings
 
@@ -157,18 +157,19 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     student, teacher = student_shape(config), teacher_shape(config)
     longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
     response = machine.response_tokens or max(1, config.rollout.max_tokens // 2)
+    if response > config.rollout.max_tokens:
+        raise UserError(
+            f"--response-tokens {response}: expected at most rollout.max_tokens, which is {config.rollout.max_tokens}; "
+            "no response is longer"
+        )
     seconds = min(machine.clip_seconds, config.data.max_audio_seconds)
     typical = _lengths(config, machine, student, seconds, response)
     zero = Zero.of(deepspeed_settings(config))
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
     kinds = _kinds(config, placement)
     on_gpus = placement.devices_per_node > 0
-    servers = {
-        kind: _server(config, machine, student if kind == "student" else teacher, kind, some[0])
-        for kind, some in kinds.items()
-        if on_gpus
-    }
-    uses = _devices(config, placement, machine, learner, kinds, servers) if on_gpus else []
+    servers = alike(config, {"student": student, "teacher": teacher}, kinds, machine.bytes) if on_gpus else {}
+    uses = _devices(config, placement, machine, learner, servers) if on_gpus else []
     rollouts = sum(len(g.parts()) for g in kinds.get("student", []))
     pushed = push_bytes(config, student) if rollouts else 0
     hosts = _hosts(config, placement, machine, learner, kinds, student, teacher, pushed)
@@ -206,33 +207,6 @@ def _rank(plan: Plan) -> tuple[float, int]:
     return (plan.time.step if plan.time else float("inf"), plan.gpus)
 
 
-def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
-    """Overrides under which a plan that does not fit would: smaller micro-batches, then offload, then LoRA."""
-    offload = Path(plan.config.train.deepspeed).with_name("zero3_offload.json")
-    steps: list[list[str]] = [[]]
-    if offload.is_file():
-        steps.append([f"train.deepspeed={offload}"])
-    if plan.config.student.lora is None and "llm" in plan.config.student.train:
-        steps.append(["student.lora={}"])
-    largest = max(plan.config.train.micro_batch_tokens, plan.config.teacher.batch_tokens)
-    for step in steps:
-        for budget in (None, *(b for b in BUDGETS if b < largest)):
-            tried = [*step, *_budget(plan.config, budget)]
-            try:
-                if tried and estimate(load(recipe, [*overrides, *tried]), plan.machine).fits:
-                    return tried
-            except UserError:
-                continue
-    return None
-
-
-def _budget(config: Config, tokens: int | None) -> list[str]:
-    given = {"train.micro_batch_tokens": config.train.micro_batch_tokens}
-    if config.teacher.kind == "local":
-        given["teacher.batch_tokens"] = config.teacher.batch_tokens
-    return [f"{key}={tokens}" for key, now in given.items() if tokens is not None and tokens < now]
-
-
 def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: float, response: int) -> Lengths:
     """Tokens of prompts; a server's max_model_len leaves longer records out (opd/clips.py, Room)."""
     text, speech = machine.text_tokens, machine.text_tokens + student.audio_tokens(seconds)
@@ -251,36 +225,30 @@ def _kinds(config: Config, placement: Placement) -> dict[Kind, list[Servers]]:
     return kinds
 
 
-def _server(config: Config, machine: Machine, shape: ModelShape, kind: Kind, group: Servers) -> ServerMemory:
-    return server_memory(config, shape, kind, group.tensor_parallel, machine.bytes, group.memory)
-
-
 def _devices(
     config: Config,
     placement: Placement,
     machine: Machine,
     learner: LearnerMemory,
-    kinds: dict[Kind, list[Servers]],
-    servers: dict[Kind, ServerMemory],
+    servers: dict[ServerMemory, list[Servers]],
 ) -> list[Use]:
     """Every GPU that holds something. A server takes all of its share; a shared one sleeps while the learner works."""
     uses: dict[tuple[int, int], Use] = {}
 
-    def at(node: int, device: int) -> Use:
+    def use_of(node: int, device: int) -> Use:
         return uses.setdefault((node, device), Use(node, device, machine.bytes))
 
-    for kind, some in kinds.items():
-        for group in some:
-            server = replace(servers[kind], share=int(machine.bytes * memory_share(config, group.memory)))
-            holds = {f"{kind} server's share": server.share}
-            if server.beyond:
-                holds["log-probs of prompts"] = server.beyond
+    for server, groups in servers.items():
+        holds = {f"{server.kind} server's share": server.share}
+        if server.beyond:
+            holds["log-probs of prompts"] = server.beyond
+        for group in groups:
             for device in group.devices:
-                at(group.node, device).moments[f"{kind} server"] = dict(holds)
+                use_of(group.node, device).moments[f"{server.kind} server"] = dict(holds)
     loss = CONTEXT + round(FRAGMENTS * learner.peak)
     for ranks in placement.learner:
         for device in ranks.devices:
-            use = at(ranks.node, device)
+            use = use_of(ranks.node, device)
             sleeping = {}
             for holds in use.moments.values():
                 holds["learner, at rest"] = learner.resident + CONTEXT
@@ -331,11 +299,15 @@ def _hosts(
 def _time(plan: Plan, rollouts: int) -> StepTime:
     c, speeds, ranks = plan.config, plan.machine.speeds, plan.placement.ranks
     rollout, at_once = 0.0, 0
-    if c.rollout.source == "student" and "student" in plan.servers:
-        rollout, at_once = decode_seconds(
-            c, plan.student, plan.servers["student"], rollouts, ranks, plan.typical, speeds
-        )
-    devices = sum(len(g.devices) for g in plan.placement.teacher) if "teacher" in plan.servers else ranks
+    if c.rollout.source == "student":  # as if all servers were alike, and the slowest of them
+        figures = [
+            decode_seconds(c, plan.student, server, rollouts, ranks, plan.typical, speeds)
+            for server in plan.servers
+            if server.kind == "student"
+        ]
+        rollout, at_once = max(figures, default=(0.0, 0))
+    serves = any(server.kind == "teacher" for server in plan.servers)
+    devices = sum(len(g.devices) for g in plan.placement.teacher) if serves else ranks
     teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds)
     work = learner_flops(c, plan.student, plan.typical) / (ranks * speeds.flops(plan.student))
     return StepTime(rollout, teacher, work, plan.push_s if c.rollout.source == "student" else 0.0, at_once)
@@ -350,12 +322,12 @@ def shortfalls(plan: Plan, node: int | None = None) -> list[str]:
     used = max((u.device + 1 for u in plan.uses if u.device is not None), default=0)
     if machine.gpus is not None and used > machine.gpus:
         found.append(f"needs {used} GPUs on a node, given {machine.gpus}")
-    for kind, server in plan.servers.items():
-        groups = placement.rollout if kind == "student" else placement.teacher
+    for server, groups in plan.servers.items():
         if server.missing and (node is None or node in [g.node for g in groups]):
             found.append(
-                f"{kind} server: its share {gib(server.share)} less weights {gib(server.weights)} and a forward pass "
-                f"{gib(server.pass_)} is {gib(server.missing)} short of one sequence of {server.max_model_len} tokens"
+                f"{server.kind} server on {at(groups)}: its share {gib(server.share)} less weights "
+                f"{gib(server.weights)} and a forward pass {gib(server.pass_)} is {gib(server.missing)} short of one "
+                f"sequence of {server.max_model_len} tokens"
             )
     alike: dict[str, list[Use]] = {}
     for use in [*plan.uses, *plan.hosts]:
@@ -369,6 +341,11 @@ def gib(size: float) -> str:
     """Bytes for a reader."""
     unit, of = next(((u, n) for u, n in (("GiB", GIB), ("MiB", 1 << 20)) if abs(size) >= n / 10), ("KiB", 1 << 10))
     return f"{size / of:.1f} {unit}"
+
+
+def at(groups: list[Servers]) -> str:
+    """Devices of groups of servers in words."""
+    return where([Use(g.node, device, None) for g in groups for device in g.devices])
 
 
 def where(uses: list[Use]) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+from opd.config import Config, UserError
 from opd.memory import Bytes, Lengths
-from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, load, recommended, remedy, where
+from opd.plan import Machine, Plan, Use, alternatives, at, estimate, gib, load, recommended, where
 from opd.server_memory import CONTEXT, GRAPHS, ServerMemory
 from opd.shapes import ModelShape
 
 FOLDER = Path("recipes/placements")
+BUDGETS = (8192, 4096, 2048, 1024, 512)  # of tokens, tried as a remedy
+SHARES = (0.4, 0.6, 0.8)  # of a device that a server shares with the learner
 
 
 def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> int:
@@ -44,8 +48,8 @@ def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list
     lines = [f"placement  {name}", *_model("student", plan.student), *_model("teacher", plan.teacher)]
     lines += _lengths("longest", plan.longest) + _lengths("typical", plan.typical)
     lines += ["", *_learner(plan)]
-    for kind, server in plan.servers.items():
-        lines += ["", *_server(plan, kind, server)]
+    for server, groups in plan.servers.items():
+        lines += ["", *_server(plan, server, at(groups))]
     lines += ["", *_places(plan), "", *_push(plan), "", *_time(plan), "", *_verdict(plan, cure)]
     return lines + _alternatives(plan, others, best)
 
@@ -87,13 +91,13 @@ def _learner(plan: Plan) -> list[str]:
     return lines + (_table("  on the host", {f"  {k}": v for k, v in m.host.items()}) if m.host else [])
 
 
-def _server(plan: Plan, kind: str, s: ServerMemory) -> list[str]:
+def _server(plan: Plan, s: ServerMemory, devices: str) -> list[str]:
     rows = {"share of the GPU": s.share, "weights": s.weights, "a forward pass, context, graphs": s.pass_}
     rows |= {"left for keys and values": s.kv} | (
         {"beyond its share: log-probs of prompts": s.beyond} if s.beyond else {}
     )
-    typical = max(plan.typical.speech if kind == "student" else 0, plan.typical.text) + plan.typical.response
-    lines = _table(f"{kind.capitalize()} server, each of {s.tensor_parallel} GPUs", rows)
+    typical = max(plan.typical.speech if s.kind == "student" else 0, plan.typical.text) + plan.typical.response
+    lines = _table(f"{s.kind.capitalize()} server, each of {s.tensor_parallel} GPUs: {devices}", rows)
     lines += [f"  {s.kv_token} bytes of keys and values a token; at a time {s.sequences(s.max_model_len)} sequences of"]
     return [*lines[:-1], f"{lines[-1]} {s.max_model_len} tokens, {s.sequences(typical)} of {typical}"]
 
@@ -124,7 +128,7 @@ def _time(plan: Plan) -> list[str]:
     if t is None:
         return ["Time: not estimated on a CPU"]
     return [
-        f"Time, a rough estimate: {t.step:.0f} s a step, {t.step * steps / 3600:.1f} h for {steps} steps",
+        f"Time, a rough estimate: {t.step:.0f} s a step, {_span(t.step * steps)} for {steps} steps",
         f"  rollout {t.rollout:.0f} s ({t.at_once} sequences at a time), teacher {t.teacher:.0f} s, "
         f"learner {t.learner:.0f} s, sync {t.sync:.0f} s",
         f"  assumed: {s.tflops:g} TFLOPS, of which {s.dense:.0%} are reached ({s.mixture:.0%} by a mixture), "
@@ -133,16 +137,19 @@ def _time(plan: Plan) -> list[str]:
     ]
 
 
+def _span(seconds: float) -> str:
+    unit, of = next(((u, n) for u, n in (("h", 3600), ("min", 60)) if seconds >= n), ("s", 1))
+    return f"{seconds / of:.{1 if unit == 'h' else 0}f} {unit}"
+
+
 def _verdict(plan: Plan, cure: list[str] | None) -> list[str]:
     if plan.fits:
         free = [(u.capacity - u.needs, u) for u in [*plan.uses, *plan.hosts] if u.capacity is not None]
         least, use = min(free, key=lambda pair: pair[0])
         return [f"It fits: {where([use])} has the least to spare, {gib(least)}"]
-    lines = ["It does not fit:", *(f"  {s}" for s in plan.shortfalls)]
-    return [
-        *lines,
-        f"  it would with: {' '.join(cure)}" if cure else "  smaller micro-batches, offload or LoRA do not help",
-    ]
+    tried = "smaller token budgets, offload, a sharded teacher, LoRA, other shares of a shared device"
+    word = f"it would with: {' '.join(cure)}" if cure else f"tried, and not enough: {tried}"
+    return ["It does not fit:", *(f"  {s}" for s in plan.shortfalls), f"  {word}"]
 
 
 def _alternatives(plan: Plan, others: dict[str, Plan | str], best: str | None) -> list[str]:
@@ -175,13 +182,14 @@ def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: l
         }
         for role, s in (("student", plan.student), ("teacher", plan.teacher))
     }
-    servers = {
-        kind: {
+    servers = [
+        {
+            "kind": s.kind, "devices": [[g.node, d] for g in groups for d in g.devices],
             "tensor_parallel": s.tensor_parallel, "share": s.share, "weights": s.weights, "forward_pass": s.pass_,
             "beyond": s.beyond, "kv": s.kv, "kv_per_token": s.kv_token, "sequences": s.sequences(s.max_model_len),
         }
-        for kind, s in plan.servers.items()
-    }  # fmt: skip
+        for s, groups in plan.servers.items()
+    ]  # fmt: skip
     t = plan.time
     return {
         "placement": plan.config.launch.placement,
@@ -213,3 +221,34 @@ def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: l
         },
         "assumed": {"context": CONTEXT, "graphs": GRAPHS, "speeds": vars(plan.machine.speeds)},
     }  # fmt: skip
+
+
+def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
+    """Overrides under which a plan that does not fit would, those that cost least first; None: none was found.
+
+    Tried: offload, a sharded teacher, LoRA and their combinations, each with smaller token budgets and, where server
+    and learner share a device, other shares of it.
+    """
+    c = plan.config
+    offload = Path(c.train.deepspeed).with_name("zero3_offload.json")
+    choices = [f"train.deepspeed={offload}"] if offload.is_file() else []
+    choices += ["teacher.shard=true"] if c.teacher.kind == "local" and not c.teacher.shard else []
+    choices += ["student.lora={}"] if c.student.lora is None and "llm" in c.student.train else []
+    largest = max(c.train.micro_batch_tokens, c.teacher.batch_tokens)
+    shares = [[f"rollout.server.gpu_memory_utilization={s}"] for s in SHARES if plan.placement.shared]
+    for step in (list(some) for n in range(len(choices) + 1) for some in combinations(choices, n)):
+        for budget, share in product((None, *(b for b in BUDGETS if b < largest)), [[], *shares]):
+            tried = [*step, *_budget(c, budget), *share]
+            try:
+                if tried and estimate(load(recipe, [*overrides, *tried]), plan.machine).fits:
+                    return tried
+            except UserError:
+                continue
+    return None
+
+
+def _budget(config: Config, tokens: int | None) -> list[str]:
+    given = {"train.micro_batch_tokens": config.train.micro_batch_tokens}
+    if config.teacher.kind == "local":
+        given["teacher.batch_tokens"] = config.teacher.batch_tokens
+    return [f"{key}={tokens}" for key, now in given.items() if tokens is not None and tokens < now]

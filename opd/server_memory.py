@@ -12,7 +12,7 @@ from typing import Literal
 
 from opd.config import Config
 from opd.memory import SIZES, tower_bytes
-from opd.placement import memory_share
+from opd.placement import Servers, memory_share
 from opd.shapes import Decoder, ModelShape
 
 GIB = 1 << 30
@@ -20,6 +20,8 @@ BLOCK = 16  # tokens, vLLM's default
 Kind = Literal["student", "teacher"]
 CONTEXT = GIB  # CUDA's context and NCCL's buffers, of any process on a GPU: assumed
 GRAPHS = GIB  # CUDA graphs: assumed
+# (GiB of a GPU from which, tokens): vllm/engine/arg_utils.py, get_batch_defaults, of an API server
+DEFAULT_BATCH = ((160, 16384), (70, 8192), (0, 2048))
 SLEEPING = CONTEXT + GRAPHS  # what a server that sleeps keeps of its GPU
 
 
@@ -91,7 +93,8 @@ def batched_tokens(config: Config, kind: str, memory: int) -> int:
         return int(s.args[s.args.index(flag) + 1])
     if kind == "teacher":
         return max(2048, s.max_model_len, s.max_num_seqs)  # opd/servers.py
-    return max(8192 if memory >= 70 * GIB else 2048, s.max_num_seqs)
+    default = next(tokens for least, tokens in DEFAULT_BATCH if memory >= least * GIB)
+    return max(min(default, s.max_num_seqs * s.max_model_len), s.max_num_seqs)
 
 
 def server_memory(
@@ -127,3 +130,15 @@ def server_memory(
         kv_token_bytes(m, d, tensor_parallel),
         s.max_model_len,
     )
+
+
+def alike(
+    config: Config, shapes: dict[Kind, ModelShape], kinds: dict[Kind, list[Servers]], memory: int
+) -> dict[ServerMemory, list[Servers]]:
+    """One figure for all groups of a kind with the same tensor_parallel and share. `memory`: bytes of a device."""
+    found: dict[ServerMemory, list[Servers]] = {}
+    for kind, groups in kinds.items():
+        for g in groups:
+            figure = server_memory(config, shapes[kind], kind, g.tensor_parallel, memory, g.memory)
+            found.setdefault(figure, []).append(g)
+    return found

@@ -48,18 +48,23 @@ def push_seconds(size: int, transport: str, gbps: float) -> float:
 def learner_flops(config: Config, shape: ModelShape, typical: Lengths) -> float:
     """FLOPs of one step over all ranks. A prompt is read once for its n responses (opd/batch.py).
 
-    Per token of the LLM 2 forward, 2 backward through it, 2 for the gradients of what is trained (none of weights
-    that only carry adapters), 2 again with checkpointing; the frozen tower 2 per position, once per clip.
+    Per parameter and token of the LLM 2 forward, 2 backward through it, 2 for the gradients of what is trained (none of
+    weights that only carry adapters), 2 again with checkpointing. The output layer, of V * h parameters, is at work at
+    response tokens only (opd/models/base.py, response_logits), and lies outside of what checkpointing computes again.
+    The frozen tower 2 per position, once per clip.
     """
     n = config.rollout.n if config.rollout.source == "student" else 1
-    tokens = sum(p + n * typical.response for p in _prompts(config, typical)) * config.train.prompts_per_step
+    responses = len(_prompts(config, typical)) * n * typical.response * config.train.prompts_per_step
+    tokens = sum(_prompts(config, typical)) * config.train.prompts_per_step + responses
     own = "llm" in config.student.train and config.student.lora is None
-    per = 2 + 2 + (2 if own else 0) + (2 if config.train.gradient_checkpointing else 0)
+    per = 2 + 2 + (2 if own else 0)
+    again = 2 if config.train.gradient_checkpointing else 0
+    output = shape.decoder.vocab * shape.decoder.hidden
     tower = 0.0
     if shape.tower and config.objective.lambda_ < 1:
         positions = typical.audio * shape.tower.positions_per_second * config.train.prompts_per_step
         tower = positions * shape.count("tower") * (6 if "tower" in config.student.train else 2)
-    return per * shape.active * tokens + tower
+    return (per + again) * (shape.active - output) * tokens + per * output * responses + tower
 
 
 def decode_seconds(

@@ -216,11 +216,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         room = Room(family, config.rollout.max_tokens, min(taken))
         sync = WeightSync(sampler.servers, family, config, rank)
         sync.sleep()  # before anything else needs the device
-    elif config.rollout.source == "student":
-        raise UserError("rollout.urls: rollout.source student needs a server; `opd launch` starts one when it is empty")
     if asks_teacher_servers(config):
-        if not config.teacher.urls:
-            raise UserError("teacher.urls: this run asks teacher servers; `opd launch` starts them when it is empty")
         for url in config.teacher.urls:
             check_model(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
     on_gpu = torch.cuda.is_available()
@@ -240,8 +236,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     parts = Parts(config, learner, teacher, stream, clips, source, log, sampler, sync)
     if evaluates(config):
         assert teacher is not None
-        if sampler is None:
-            raise UserError("rollout.urls: evaluations ask the student's server; `opd launch` starts one when empty")
+        assert sampler is not None
         held = [read_manifest(p, config.eval.limit)[0] if p else [] for p in (config.eval.test, config.eval.retention)]
         eval_clips = ClipLoader(config, family.sampling_rate, sum(map(len, held)), 0, room)
 
@@ -255,8 +250,20 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     return parts
 
 
+def check_urls(config: Config) -> None:
+    """Refuse a run without the servers that it needs. Raises UserError."""
+    launches = "`opd launch` starts what is needed when it is empty"
+    if not config.rollout.urls and config.rollout.source == "student":
+        raise UserError(f"rollout.urls: rollout.source student needs a server; {launches}")
+    if not config.rollout.urls and evaluates(config):
+        raise UserError(f"rollout.urls: evaluations ask the student's server; {launches}")
+    if not config.teacher.urls and asks_teacher_servers(config):
+        raise UserError(f"teacher.urls: this run asks teacher servers; {launches}")
+
+
 def run(config: Config) -> None:
     """Train as the recipe says, resuming what its run folder holds."""
+    check_urls(config)
     rank = dist.get_rank()
     verdict = run_folder.check(config)
     dist.barrier()

@@ -126,7 +126,7 @@ def test_numbers_that_yaml_reads_as_text() -> None:
 def test_deepspeed_file_must_leave_the_recipe_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5}))
-    with pytest.raises(UserError, match=r"sets gradient_clipping to 0.5; that is the recipe's optim.grad_clip"):
+    with pytest.raises(UserError, match=r"sets gradient_clipping to 0.5, the recipe's optim.grad_clip is 1.0"):
         deepspeed_settings(config(f"train.deepspeed={path}"))
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": "auto"}))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))

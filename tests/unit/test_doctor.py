@@ -255,7 +255,7 @@ def test_memory_is_held_against_the_gpus_that_are_here(monkeypatch: pytest.Monke
     assert (line.outcome, line.found) == ("pass", "fits: GPUs of 80.0 GiB, host of 64.0 GiB")
     line = memory_of(monkeypatch, AUDIO_LORA, [24.0], 64)
     assert line.outcome == "FAIL" and "1gpu_shared.yaml does not fit GPUs of 24.0 GiB, host of 64.0 GiB: " in line.found
-    assert "student server: its share 8.4 GiB less weights 15.6 GiB" in line.found
+    assert "student server on node 0 GPU 0: its share 8.4 GiB less weights 15.6 GiB" in line.found
     assert "node 0 GPU 0: learner, teacher scores needs" in line.found and " of 24.0 GiB, " in line.found
     assert "; choose another placement, or lower data.max_audio_seconds" in line.found and "`opd plan`" in line.remedy
 
@@ -280,7 +280,7 @@ def test_memory_that_is_not_known_here_is_only_a_warning(monkeypatch: pytest.Mon
     line = memory_of(monkeypatch, AUDIO_LORA, [], 64)
     assert (line.outcome, line.found) == ("pass", f"fits: {assumed}")
     line = memory_of(monkeypatch, AUDIO_LORA, [], 64, "rollout.server.gpu_memory_utilization=0.1")
-    assert line.outcome == "warn" and line.found.startswith(f"does not fit {assumed}: student server: its share 8.0")
+    assert line.outcome == "warn" and line.found.startswith(f"does not fit {assumed}: student server on node 0 GPU 0: its share 8.0")
     line = memory_of(monkeypatch, OMNI, [80.0] * 8, 64, "launch.hosts=[a, b, c, d]", "launch.node=0")
     assert line.outcome == "pass"
     line = memory_of(monkeypatch, OMNI, [48.0] * 8, 64, "launch.hosts=[a, b, c, d]", "launch.node=0")

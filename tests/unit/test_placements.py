@@ -128,6 +128,8 @@ def test_a_warm_start_takes_whole_rows_from_a_local_teacher() -> None:
     [
         ({"rollout": [{"devices": [2]}]}, "rollout: device 2 of devices_per_node: 2"),
         ({"rollout": [{"node": 1, "devices": [0]}]}, "rollout: node 1 of nodes: 1; they count from 0"),
+        ({"rollout": [{"devices": [0], "count": 3}]}, "rollout: count 3 beside devices [0]; one of them says how many"),
+        ({"rollout": [{"count": 65}]}, "rollout.0.count: Input should be less than or equal to 64"),
         ({"rollout": [{}]}, "rollout: a group of node 0 names no devices"),
         ({"rollout": [{"devices": [0, 0]}]}, "rollout: a device twice"),
         ({"rollout": [{"devices": [0]}, {"devices": [0]}]}, "rollout: a device in two groups"),
@@ -156,6 +158,8 @@ def test_nodes_have_addresses_and_ports() -> None:
 
     with pytest.raises(UserError, match="has 2 nodes, found 0 addresses; name each node's, such as launch.hosts="):
         places()
+    with pytest.raises(UserError, match="launch.hosts: 10.0.0.1 twice; every node has an address of its own"):
+        places("launch.hosts=[10.0.0.1,10.0.0.1]")
     where = places("launch.hosts=[10.0.0.1,10.0.0.2]")
     assert where.urls("student") == ["http://10.0.0.1:8110", "http://10.0.0.1:8111"]
     assert where.urls("teacher") == ["http://10.0.0.1:8112", "http://10.0.0.1:8113"]
@@ -171,7 +175,9 @@ def test_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("OPD_NODE", "SLURM_NODEID"):
         monkeypatch.delenv(name, raising=False)
-    assert node() == 0 and node("launch.node=2") == 2
+    assert node("launch.node=0") == 0 and node("launch.node=2") == 2
+    with pytest.raises(UserError, match="has 4 nodes, and nothing says which one this is; set OPD_NODE=0"):
+        node()
     monkeypatch.setenv("SLURM_NODEID", "3")
     assert node() == 3 and node("launch.node=2") == 2
     assert node_of(load_config("recipes/qwen2_audio_7b/2_xopd.yaml", [])) == 0  # one node: whatever Slurm says

@@ -13,7 +13,8 @@ import yaml
 from opd.cli import main
 from opd.config import Config, load_config
 from opd.memory import Lengths
-from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, load, recommended, remedy, where
+from opd.plan import Machine, Plan, Use, alternatives, estimate, gib, load, recommended, where
+from opd.plan_page import _span, page, remedy, to_json
 from opd.server_memory import GIB, SLEEPING
 from opd.step_time import Speeds, learner_flops, push_seconds, scoring_seconds
 
@@ -58,6 +59,41 @@ def test_verdict_per_device() -> None:
     assert small.uses[4].short == small.uses[4].needs - 40 * GIB
     fewer = estimate(config(audio(FOUR_LOCAL)), Machine(gpus=4))
     assert fewer.shortfalls == ["needs 8 GPUs on a node, given 4"]
+
+
+def test_more_nodes_than_given() -> None:
+    placed = f"launch.placement={PLACEMENTS}/2node_16gpu.yaml"
+    plan = estimate(config(audio(placed)), Machine(nodes=1))
+    assert plan.shortfalls == ["needs 2 nodes, given 1"] and not plan.fits
+    assert estimate(config(audio(placed)), Machine(nodes=2)).fits
+
+
+def test_every_group_of_servers_is_judged(tmp_path: Path) -> None:
+    placed = tmp_path / "mixed.yaml"
+    groups = [{"devices": [0, 1], "tensor_parallel": 2}, {"devices": [2]}, {"devices": [3], "memory": 0.5}]
+    groups.append({"devices": [4], "node": 1, "memory": 0.9})
+    learner = [{"devices": [5, 6, 7]}]
+    placed.write_text(
+        yaml.safe_dump({"nodes": 2, "devices_per_node": 8, "rollout": groups, "learner": learner, "transport": "nccl"})
+    )
+    plan = estimate(config(audio(f"launch.placement={placed}")), Machine(memory=20))
+    two, one, half = plan.servers
+    assert [s.tensor_parallel for s in plan.servers] == [2, 1, 1]
+    assert [s.share for s in plan.servers] == [18 * GIB, 18 * GIB, 10 * GIB]
+    assert [len(groups) for groups in plan.servers.values()] == [1, 2, 1]  # groups 1 and 3 are alike
+    assert two.missing == 0 and 0 < one.missing < half.missing == one.missing + 8 * GIB
+    short = [s for s in plan.shortfalls if s.startswith("student server")]
+    assert short[0].startswith("student server on node 0 GPU 2; node 1 GPU 4: its share 18.0 GiB less weights ")
+    assert short[0].endswith(f" is {gib(one.missing)} short of one sequence of 2048 tokens")
+    assert short[1].startswith("student server on node 0 GPU 3: its share 10.0 GiB") and len(short) == 2
+    shares = {(u.node, u.device): u.moments["student server"]["student server's share"] for u in plan.uses[:5]}
+    assert shares == {(0, 0): two.share, (0, 1): two.share, (0, 2): one.share, (1, 4): one.share, (0, 3): half.share}
+    lines = page(plan, {}, None, None)
+    assert "Student server, each of 2 GPUs: node 0 GPU 0-1" in lines
+    assert "Student server, each of 1 GPUs: node 0 GPU 2; node 1 GPU 4" in lines
+    told = to_json(plan, {}, None, None)["servers"]
+    assert [s["devices"] for s in told] == [[[0, 0], [0, 1]], [[0, 2], [1, 4]], [[0, 3]]]
+    assert plan.time is not None and plan.time.at_once == 1  # as if all were the one that holds nothing
 
 
 def test_server_and_learner_on_one_gpu() -> None:
@@ -107,7 +143,10 @@ def test_time_and_push() -> None:
     assert plan.typical == Lengths(64 + 250, 64, 256, 10.0) and plan.time is not None
     tokens = 64 * ((314 + 4 * 256) + (64 + 4 * 256))
     tower = 64 * 10 * 50 * plan.student.count("tower") * 2
-    assert learner_flops(plan.config, plan.student, plan.typical) == 8 * plan.student.active * tokens + tower
+    output, answered = 156032 * 4096, 64 * 2 * 4 * 256  # the output layer is at work at response tokens, and once
+    layers = plan.student.active - output
+    arithmetic = 8 * layers * tokens + 6 * output * answered + tower
+    assert learner_flops(plan.config, plan.student, plan.typical) == pytest.approx(arithmetic, rel=1e-12)
     read = 64 * 2 * 4 * (64 + 256)
     speeds = Speeds(tflops=1.0, dense=0.5)
     expected = 2 * plan.teacher.active * read / (4 * 0.5e12)
@@ -116,7 +155,8 @@ def test_time_and_push() -> None:
     assert push_seconds(10**9, "file", 1.0) == 2.0 and push_seconds(10**9, "nccl", 1.0) == 1.0
     assert plan.time.sync == plan.push / 50e9
     lean = estimate(config(audio(FOUR_LOCAL, "student.lora={}")))
-    assert learner_flops(lean.config, lean.student, plan.typical) == 6 * plan.student.active * tokens + tower
+    arithmetic = 6 * layers * tokens + 4 * output * answered + tower
+    assert learner_flops(lean.config, lean.student, plan.typical) == pytest.approx(arithmetic, rel=1e-12)
 
 
 def test_a_run_to_come_has_the_shape_of_its_recipe(tmp_path: Path) -> None:
@@ -143,7 +183,15 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student"]) == 0
     assert "Time: not estimated on a CPU" in capsys.readouterr().out
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--memory", "0"]) == 2
-    assert "--memory: expected a number above 0, found 0" in capsys.readouterr().err
+    assert "--memory: expected a number above 0 and at most 1e+12, found 0.0" in capsys.readouterr().err
+    for option, value in (("--memory", "nan"), ("--host-memory", "inf"), ("--tflops", "-inf"), ("--bandwidth", "nan")):
+        assert main(["plan", RECIPE, "student.path=recipes/tiny/student", f"{option}={value}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"opd: error: {option}: expected a number above 0 and at most 1e+12, found {value}"
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--response-tokens", "25"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--response-tokens 25: expected at most rollout.max_tokens, which is 24" in line
+    assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--response-tokens", "24"]) == 0
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "teacher.path=no/where"]) == 2
     assert "teacher.path no/where: no readable config.json" in capsys.readouterr().err
     assert main(["plan", RECIPE, "student.path=recipes/tiny/teacher", "student.family="]) == 2
@@ -152,6 +200,8 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 def test_words() -> None:
     assert [gib(n) for n in (GIB, GIB // 2, 1 << 20, 2048)] == ["1.0 GiB", "0.5 GiB", "1.0 MiB", "2.0 KiB"]
+    spans = {59: "59 s", 60: "1 min", 174: "3 min", 3599: "60 min", 3600: "1.0 h", 36000: "10.0 h"}
+    assert [_span(s) for s in spans] == list(spans.values())
     uses = [Use(0, 0, 1), Use(0, 1, 1), Use(0, 3, 1), Use(1, 2, 1), Use(2, None, 1)]
     assert where(uses) == "node 0 GPU 0-1, 3; node 1 GPU 2; node 2 host"
 
