@@ -263,7 +263,6 @@ def check_urls(config: Config) -> None:
 
 def run(config: Config) -> None:
     """Train as the recipe says, resuming what its run folder holds."""
-    check_urls(config)
     rank = dist.get_rank()
     verdict = run_folder.check(config)
     dist.barrier()
@@ -271,6 +270,7 @@ def run(config: Config) -> None:
         if rank == 0:
             print(f"{config.run.dir}: this run is finished", flush=True)
         return
+    check_urls(config)
     log = None
     if rank == 0:
         run_folder.prepare(config)

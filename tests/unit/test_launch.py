@@ -24,7 +24,8 @@ run: {{dir: {dir}/run, seed: 5}}
 student: {{path: {dir}/student, dtype: float32}}
 teacher: {{path: {dir}/teacher}}
 data: {{train: {dir}/train.jsonl}}
-rollout: {{max_tokens: 32, server: {{max_model_len: 64, max_num_seqs: 8, kv_cache_gib: 2, threads: 3, args: [--swap-space, "0"]}}}}
+rollout: {{max_tokens: 32, server: {{max_model_len: 64, max_num_seqs: 8, kv_cache_gib: 2, threads: 3,
+  args: [--swap-space, "0"]}}}}
 launch: {{processes: 2, health_timeout_s: 60}}
 train: {{steps: 30, prompts_per_step: 4}}
 """

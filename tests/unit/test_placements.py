@@ -158,7 +158,7 @@ def test_nodes_have_addresses_and_ports() -> None:
 
     with pytest.raises(UserError, match="has 2 nodes, found 0 addresses; name each node's, such as launch.hosts="):
         places()
-    with pytest.raises(UserError, match="launch.hosts: 10.0.0.1 twice; every node has an address of its own"):
+    with pytest.raises(UserError, match="launch.hosts: 10.0.0.1 twice; expected an address of its own for each node"):
         places("launch.hosts=[10.0.0.1,10.0.0.1]")
     where = places("launch.hosts=[10.0.0.1,10.0.0.2]")
     assert where.urls("student") == ["http://10.0.0.1:8110", "http://10.0.0.1:8111"]

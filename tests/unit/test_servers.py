@@ -21,7 +21,8 @@ run: {{dir: {dir}/run, seed: 5}}
 student: {{path: {dir}/student, dtype: float32}}
 teacher: {{path: {dir}/teacher}}
 data: {{train: {dir}/train.jsonl}}
-rollout: {{max_tokens: 32, server: {{max_model_len: 64, max_num_seqs: 8, kv_cache_gib: 2, threads: 3, args: [--swap-space, "0"]}}}}
+rollout: {{max_tokens: 32, server: {{max_model_len: 64, max_num_seqs: 8, kv_cache_gib: 2, threads: 3,
+  args: [--swap-space, "0"]}}}}
 train: {{steps: 30, prompts_per_step: 4}}
 """
 HERE = "127.0.0.1"

@@ -43,6 +43,9 @@ def status(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run/status.json").read_text())
 
 
+SERVER = 'rollout.urls=["http://127.0.0.1:9"]'
+
+
 @pytest.mark.parametrize("phase", ["finished", "training"])
 def test_a_refused_start_leaves_the_run_that_is_there_alone(
     tmp_path: Path, phase: str, capsys: pytest.CaptureFixture[str]
@@ -67,8 +70,14 @@ def test_a_run_that_is_finished_stays_finished(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+def test_a_run_without_its_servers_claims_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(tmp_path) == 2
+    assert "rollout.urls: rollout.source student needs a server" in capsys.readouterr().err
+    assert not (tmp_path / "run/config.yaml").exists() and not (tmp_path / "run/checkpoints").exists()
+
+
 def test_a_mistake_of_the_run_itself_is_in_its_status(tmp_path: Path) -> None:
-    assert start(tmp_path, f"student.path={tmp_path}/nowhere") == 2
+    assert start(tmp_path, f"student.path={tmp_path}/nowhere", SERVER) == 2
     found = status(tmp_path)
     assert (found["phase"], found["user_error"], found["detail"]) == ("failed", True, "rank 0")
     assert f"{tmp_path}/nowhere" in found["error"]
@@ -79,7 +88,7 @@ def test_a_fault_of_ours_is_in_its_status(tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("broken")
 
     monkeypatch.setattr(train, "build", broken)
-    assert start(tmp_path) == 1
+    assert start(tmp_path, SERVER) == 1
     found = status(tmp_path)
     assert (found["phase"], found["user_error"], found["error"]) == ("failed", False, "RuntimeError: broken")
 
