@@ -42,7 +42,7 @@ def checks() -> tuple[Check, ...]:
     return (
         Check("run folder", run_folder_, "choose another run.dir, or set run.overwrite=true"),
         Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
-        Check("student", student, "name a whole checkpoint of a known family: `opd families`"),
+        Check("student", student, "name a whole checkpoint (`opd families`), or mend student.lora"),
         Check("teacher", teacher, "name a whole checkpoint of a text LLM"),
         Check("servers", servers, "start the servers of the recipe with its models, or take the URLs out", both),
         Check("manifests", manifests, "mend or remove the records that are named"),
