@@ -38,8 +38,8 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
     json_file: takes the same lines. Raises UserError when the recipe itself cannot be read, or that file not written.
     """
     config = load_config(recipe, overrides)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json {json_file}: its folder does not exist")
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise UserError(f"--json {json_file}: expected a file in a folder that exists")
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break the table
