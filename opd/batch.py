@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opd.config import Config
 from opd.models.base import Family
-from opd.types import VIEWS, Batch, Sample, ScoredRollout
+from opd.types import VIEWS, Batch, Sample, ScoredRollout, View
 from opd.views import audio_paths, render
 
 
@@ -36,6 +36,9 @@ class MicroBatch:
     weights: Tensor  # [B, T], of each token in the loss, 0 at padding
     teacher_logp: Tensor  # [B, T], 0 where the objective reads rows instead
     sampler_logp: Tensor  # [B, T], 0 where no student sampled
+    sampled: Tensor  # [B] bool: a student did
+    top_ids: Tensor | None = None  # [B, T, K], with objective.top_k; -1 where there is none
+    top_logp: Tensor | None = None  # [B, T, K], the teacher's
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same with its tensors on `device`."""
@@ -49,10 +52,10 @@ class MicroBatch:
         return [k for r in sorted(first) for k in first[r].clips]
 
 
-def view_shares(config: Config) -> dict[str, float]:
+def view_shares(config: Config) -> dict[View, float]:
     """Share of each view in the objective: lambda for text, 1 - lambda for speech; views of share 0 are left out."""
     lam = config.objective.lambda_
-    shares = {"speech": 1.0 - lam, "text": lam}
+    shares: dict[View, float] = {"speech": 1.0 - lam, "text": lam}
     return {v: shares[v] for v in VIEWS if shares[v] > 0}
 
 
@@ -73,28 +76,27 @@ def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Conf
     """Weigh every token by the objective's one global denominator and split into micro-batches.
 
     average = response: a token of a response of |y| tokens weighs share(view) / (N_view * |y|); average = token:
-    share(view) / tokens_view, where N_view and tokens_view count over all ranks. Every rank gets the same number of
-    micro-batches: short ranks repeat a sample with weight 0.
+    share(view) / tokens_view, where N_view and tokens_view count over all ranks, and a response that stands for w
+    counts w times. Every rank gets the same number of micro-batches: short ranks repeat a sample with weight 0.
     """
     shares = view_shares(config)
     views = list(shares)
-    counts = torch.tensor(
-        [float(sum(s.scored.rollout.view == v for s in samples)) for v in shares]
-        + [float(sum(len(s.response_ids) for s in samples if s.scored.rollout.view == v)) for v in shares],
-        dtype=torch.float64,
-    )
-    counts = all_reduce(counts, "sum")
-    responses, tokens = counts[: len(shares)], counts[len(shares) :]
+    counts = torch.zeros(len(views) + 1, 2, dtype=torch.float64)  # by view, then without weights; responses, tokens
     for s in samples:
-        v = views.index(s.scored.rollout.view)
-        per_response = responses[v] * len(s.response_ids)
-        denominator = per_response if config.objective.average == "response" else tokens[v]
-        s.weight = shares[s.scored.rollout.view] / float(denominator)
+        r, tokens = s.scored.rollout, float(len(s.response_ids))
+        counts[views.index(r.view)] += r.stands_for * torch.tensor([1.0, tokens], dtype=torch.float64)
+        counts[-1] += torch.tensor([1.0, tokens], dtype=torch.float64)
+    counts = all_reduce(counts, "sum")
+    for s in samples:
+        r = s.scored.rollout
+        responses, tokens = counts[views.index(r.view)].tolist()
+        denominator = responses * len(s.response_ids) if config.objective.average == "response" else tokens
+        s.weight = shares[r.view] * r.stands_for / denominator
     micro = split(samples, config.train.micro_batch_tokens)
     most = int(all_reduce(torch.tensor(float(len(micro))), "max"))
     assert micro, "a rank without samples"
     micro += [[_dummy(micro[0][0])] for _ in range(most - len(micro))]
-    return Batch(samples, clips, micro, int(tokens.sum()), int(responses.sum()))
+    return Batch(samples, clips, micro, int(counts[-1, 1]), int(counts[-1, 0]))
 
 
 def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
@@ -148,7 +150,23 @@ def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
             at += t
     attends = _attends(part)
     weights = mask * torch.tensor([s.weight for s in samples])[:, None]
-    return MicroBatch(samples, ids, places, attends, row, positions, targets, mask, weights, teacher, sampler)
+    sampled = torch.tensor([s.scored.rollout.logprobs is not None for s in samples])
+    inputs = (ids, places, attends, row, positions, targets, mask, weights, teacher, sampler, sampled)
+    return MicroBatch(samples, *inputs, *_top(samples, steps))
+
+
+def _top(samples: list[Sample], steps: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Ids [B, T, K] and the teacher's log-probs there, padded with -1 and 0; none where no sample has them."""
+    most = max((s.scored.top_ids.shape[1] for s in samples if s.scored.top_ids is not None), default=0)
+    if most == 0:
+        return None, None
+    ids, logp = torch.full((len(samples), steps, most), -1), torch.zeros(len(samples), steps, most)
+    for i, s in enumerate(samples):
+        if s.scored.top_ids is not None and s.scored.top_logprobs is not None:
+            t, k = s.scored.top_ids.shape
+            ids[i, :t, :k] = torch.from_numpy(s.scored.top_ids.astype(np.int64))
+            logp[i, :t, :k] = torch.from_numpy(s.scored.top_logprobs.astype(np.float32))
+    return ids, logp
 
 
 def _attends(part: Tensor) -> Tensor:

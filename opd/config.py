@@ -112,7 +112,8 @@ class ServerConfig(Section):
 class RolloutConfig(Section):
     """Where responses come from, how they are sampled, how new weights get there."""
 
-    source: Literal["student", "teacher", "dataset"] = "student"
+    source: Literal["student", "teacher", "dataset", "mix"] = "student"
+    student_share: float = Field(0.5, gt=0, lt=1, description="mix: share of prompts that the student answers")
     n: PositiveInt = Field(4, description="responses per prompt and view (source: student)")
     temperature: PositiveFloat = 1.0
     max_tokens: PositiveInt = 512
@@ -129,22 +130,77 @@ class RolloutConfig(Section):
     transfer_dir: str = Field("/dev/shm", description="file: folder that learner and servers share, for new weights")
     server: ServerConfig = ServerConfig()
 
+    @property
+    def student_writes(self) -> bool:
+        """Whether the student samples responses while it learns: every step then pushes its weights."""
+        return self.source in ("student", "mix")
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher writes responses."""
+        return self.source in ("teacher", "mix")
+
 
 class ObjectiveConfig(Section):
     """The loss (opd/objectives.py) and its settings."""
 
-    name: Literal["xopd", "kd"] = "xopd"
+    name: Literal["sft", "kd", "xopd", "reverse_kl", "forward_kl", "jsd", "entropy_aware", "cord", "salad"] = "xopd"
     lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="weight of the text view; 1 - lambda: speech")
     average: Literal["response", "token"] = Field("response", description="per-response mean, or one mean over tokens")
+    reference: float = Field(0.0, ge=0, description="on-policy: weight of KL(student || student at the start)")
     advantage_clip: PositiveFloat | None = Field(None, description="xopd: A is clipped to +- this")
-    ratio_max: PositiveFloat = Field(2.0, description="xopd: importance ratios are truncated here")
+    ratio_max: PositiveFloat = Field(2.0, description="xopd: largest importance ratio")
+    ratio_above: Literal["truncate", "mask"] = Field("truncate", description="xopd: a larger ratio becomes it, or 0")
     mu: float = Field(0.5, ge=0, description="kd: weight of the KL term")
     tau: PositiveFloat = Field(2.0, description="kd: temperature of the KL term")
+    beta: float = Field(0.5, ge=0, le=1, description="jsd: 0 would be forward KL, 1 reverse KL")
+    top_k: PositiveInt | None = Field(
+        None, description="reverse_kl: the student's best ids and a bucket; forward_kl, jsd: the teacher's; none: all"
+    )
+    entropy_threshold: float = Field(0.8, ge=0, description="entropy_aware: nats above which forward KL is added")
+    cord_share: float = Field(0.2, gt=0, le=1, description="cord: share of a response's tokens that are important")
+    cord_importance: float = Field(2.0, ge=1, description="cord: their weight; the others' is 1")
+    cord_decay: float = Field(0.99, gt=0, le=1, description="cord: weight of a token relative to the one before it")
+    alpha: float = Field(0.5, ge=0, le=1, description="salad: weight of forward KL; 1 - alpha: of the response's NLL")
+
+    @property
+    def divergence_beta(self) -> float:
+        """beta of the generalised JSD that forward_kl and jsd compute."""
+        return 0.0 if self.name == "forward_kl" else self.beta
 
     @property
     def reads_rows(self) -> bool:
         """Whether it reads the teacher's full vocabulary rows, which only a local teacher has."""
-        return self.name == "kd" and self.mu > 0
+        if self.name in ("reverse_kl", "forward_kl", "jsd"):
+            return self.top_k is None
+        weight = {"kd": self.mu, "salad": self.alpha, "sft": 0.0, "xopd": 0.0}
+        return weight.get(self.name, 1.0) > 0
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether it reads anything of the teacher's."""
+        return self.reads_rows or self.name in ("xopd", "reverse_kl", "forward_kl", "jsd")
+
+    @property
+    def top_of(self) -> Literal["student", "teacher"] | None:
+        """Whose best objective.top_k ids it reads, if any."""
+        if self.top_k is None or self.name not in ("reverse_kl", "forward_kl", "jsd"):
+            return None
+        return "student" if self.name == "reverse_kl" else "teacher"
+
+
+# Where an objective's responses may come from.
+SOURCES_OF = {
+    "sft": ("dataset",),
+    "kd": ("teacher", "dataset"),
+    "xopd": ("student",),
+    "reverse_kl": ("student",),
+    "forward_kl": ("student", "teacher", "dataset", "mix"),
+    "jsd": ("student", "teacher", "dataset", "mix"),
+    "entropy_aware": ("student",),
+    "cord": ("student",),
+    "salad": ("dataset",),
+}
 
 
 class OptimConfig(Section):
@@ -229,16 +285,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        name, source = self.objective.name, self.rollout.source
-        if name == "xopd" and source != "student":
-            raise ValueError(f"objective.name xopd needs rollout.source student, found {source}")
-        if name == "kd" and source == "student":
-            raise ValueError("objective.name kd needs rollout.source teacher or dataset, found student")
-        if self.objective.reads_rows and self.teacher.kind == "server":
+        o, source = self.objective, self.rollout.source
+        if source not in SOURCES_OF[o.name]:
+            wanted = " or ".join(SOURCES_OF[o.name])
+            raise ValueError(f"objective.name {o.name} needs rollout.source {wanted}, found {source}")
+        if o.reads_rows and self.teacher.kind == "server":
+            remedy = {"kd": " unless objective.mu is 0", "salad": " unless objective.alpha is 0"}.get(o.name, "")
+            remedy = " unless objective.top_k is set" if o.name in ("reverse_kl", "forward_kl", "jsd") else remedy
             raise ValueError(
-                "objective.name kd reads full vocabulary rows unless objective.mu is 0: "
-                "teacher.kind must be local, found server"
+                f"objective.name {o.name} reads full vocabulary rows{remedy}: teacher.kind must be local, found server"
             )
+        if o.top_k is not None and o.top_of is None:
+            raise ValueError(f"objective.top_k is of reverse_kl, forward_kl and jsd, found objective.name {o.name}")
+        if o.top_k is not None and o.name == "jsd" and o.beta == 1.0:
+            raise ValueError("objective.beta 1 with top_k is infinite: the teacher has no mass on other ids")
+        if o.reference > 0 and not self.rollout.student_writes:
+            raise ValueError(f"objective.reference is for on-policy responses: rollout.source student, found {source}")
         if not self.rollout.urls and self.rollout.server.max_model_len <= self.rollout.max_tokens:
             raise ValueError(
                 f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be more than "

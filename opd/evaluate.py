@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd.batch import all_reduce, make_samples
+from opd.batch import MicroBatch, all_reduce, make_samples
 from opd.clips import ClipLoader
 from opd.config import Config, UserError
+from opd.divergences import divergence
 from opd.learner import Learner
 from opd.metrics import Estimate, ratio_stderr
 from opd.models.base import Family
-from opd.objectives import divergence
 from opd.rollout import VllmSampler, gold_ids
 from opd.teacher import LocalTeacher, ServerTeacher
+from opd.token_loss import Rows, chunks
 from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
 from opd.views import transcript
 
@@ -117,14 +118,11 @@ class Evaluator:
         for chunk in self._in_step(prompts):
             clips = self._load([c for c in chunk if c[0] >= 0] or chunk)
             speech, text = (self._gold(chunk, v, clips) for v in VIEWS)
-            mb, logits = self.learner.eval_logits(text, clips)
-            student = torch.log_softmax(logits, -1)
-            kl = [divergence(student, torch.log_softmax(self.learner.eval_logits(speech, clips)[1], -1))]
+            mb, read = self._student(text, clips)
+            heard = self._student(speech, clips)[1]
+            self._gather(sums[0], chunk, self._kl(mb, read, heard))
             if isinstance(self.teacher, LocalTeacher):
-                rows = self.teacher.logits(mb.samples, logits.shape[1])
-                kl.append(divergence(torch.log_softmax(rows, -1), student))
-            for row, values in enumerate(kl):
-                self._gather(sums[row], chunk, (values * mb.mask).sum(-1))
+                self._gather(sums[1], chunk, self._kl(mb, self.teacher.rows(mb.samples), read))
             self._gather(sums[2], chunk, mb.mask.sum(-1))
         sums = all_reduce(sums, "sum")
         names = ["misalignment", "forgetting"] if isinstance(self.teacher, LocalTeacher) else ["misalignment"]
@@ -142,18 +140,33 @@ class Evaluator:
                 jobs = [(p, view, f"reverse_kl/{i}") for i, p in chunk]
                 own = self.sampler.sample(jobs, clips, 1, 1.0)
                 scored = self._scored(own)
-                mb, logits = self.learner.eval_logits(make_samples(scored, clips, self.family), clips)
-                student = torch.log_softmax(logits, -1)
-                if isinstance(self.teacher, LocalTeacher):
-                    rows = self.teacher.logits(mb.samples, logits.shape[1])
-                    kl = divergence(student, torch.log_softmax(rows, -1))
-                else:
-                    kl = student.gather(-1, mb.targets[..., None])[..., 0] - mb.teacher_logp
-                self._gather(sums[0], chunk, (kl * mb.mask).sum(-1))
+                mb, student = self._student(make_samples(scored, clips, self.family), clips)
+                rows = self.teacher.rows(mb.samples) if isinstance(self.teacher, LocalTeacher) else None
+                self._gather(sums[0], chunk, self._kl(mb, student, rows))
                 self._gather(sums[1], chunk, mb.mask.sum(-1))
             sums = all_reduce(sums, "sum")
             out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist(), questions(prompts))
         return out
+
+    def _student(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Rows]:
+        mb, logits = self.learner.eval_logits(samples, clips)
+        at = mb.mask.nonzero()
+        return mb, lambda part: logits[at[part, 0], at[part, 1]]
+
+    def _kl(self, mb: MicroBatch, p: Rows, q: Rows | None) -> torch.Tensor:
+        """KL(p || q) summed over the tokens of each response, [B]; without q the targets' estimate of it against the
+        teacher's log-probs."""
+        real = mb.mask.bool()
+        out = torch.zeros_like(mb.mask)
+        found = []
+        for part in chunks(int(real.sum()), self.family.vocab_size):
+            rows = torch.log_softmax(p(part), -1)
+            if q is not None:
+                found.append(divergence(rows, torch.log_softmax(q(part), -1)))
+            else:
+                found.append(rows.gather(-1, mb.targets[real][part, None])[:, 0] - mb.teacher_logp[real][part])
+        out[real] = torch.cat(found).to(out.dtype)
+        return out.sum(-1)
 
     def _scored(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         if isinstance(self.teacher, ServerTeacher):

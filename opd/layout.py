@@ -72,20 +72,19 @@ def evaluates(config: Config) -> bool:
 
 def starts_student(config: Config) -> bool:
     """Whether the launcher starts the student's servers: they are needed, and the recipe names no running ones."""
-    return not config.rollout.urls and (config.rollout.source == "student" or evaluates(config))
+    return not config.rollout.urls and (config.rollout.student_writes or evaluates(config))
 
 
 def needs_teacher(config: Config) -> bool:
     """Whether anything in the run reads or writes with the teacher: else it need not be there."""
-    objective = config.objective
-    return objective.name == "xopd" or objective.reads_rows or config.rollout.source == "teacher" or evaluates(config)
+    return config.objective.asks_teacher or config.rollout.teacher_writes or evaluates(config)
 
 
 def asks_teacher_servers(config: Config) -> bool:
     """Whether teacher servers work in this run: they grade, or they write a warm start's responses."""
     if config.teacher.kind == "server":
         return needs_teacher(config)
-    return config.rollout.source == "teacher" and bool(config.teacher.urls or placement_of(config).teacher)
+    return config.rollout.teacher_writes and bool(config.teacher.urls or placement_of(config).teacher)
 
 
 def starts_teacher(config: Config) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from opd.batch import MicroBatch, all_reduce, collate
 from opd.config import Config, UserError
 from opd.models.base import Family, SpeechLM
 from opd.models.lora import Piece, adapters, pieces
-from opd.objectives import OBJECTIVES, Tokens
 from opd.sharding import load_sharded
+from opd.token_loss import Rows, TokenLoss
 from opd.types import VIEWS, Batch, Sample
 
 CLIPS_PER_CALL = 8  # of the frozen tower
 GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TeacherLogits = Callable[[list[Sample], int], Tensor]  # samples, T -> [B, T, V]
 
 
 class Learner:
@@ -61,8 +60,11 @@ class Learner:
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch, step: int, teacher_logits: TeacherLogits | None = None) -> dict[str, float]:
-        """One gradient step on the batches of all ranks; returns the metrics of the step, the same on every rank."""
+    def step(self, batch: Batch, step: int, teacher: Any = None) -> dict[str, float]:
+        """One gradient step on the batches of all ranks; returns the metrics of the step, the same on every rank.
+
+        `teacher.rows(samples)` gives its distributions to objectives that read them.
+        """
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -72,42 +74,40 @@ class Learner:
         last = len(batch.micro_batches) - 1
         for i, samples in enumerate(batch.micro_batches):
             mb = collate(samples).to(self.device)
-            loss = self._loss(mb, self.logits(mb, audio, batch.clips), stats, teacher_logits)
+            loss = self._loss(mb, audio, batch.clips, stats, teacher)
             self.engine.set_gradient_accumulation_boundary(i == last)
             self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages over ranks: we mean the sum
             self.engine.step()
         metrics = stats.reduce()
         return metrics | {"lr": lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
 
-    def _loss(self, mb: MicroBatch, logits: Tensor, stats: Sums, teacher_logits: TeacherLogits | None) -> Tensor:
-        from trl.trainer.utils import entropy_from_logits
-
-        counted = mb.mask * (mb.weights > 0)
-        with torch.no_grad():
-            stats.add("entropy", entropy_from_logits(logits.detach()), counted)
+    def _loss(
+        self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray], stats: Sums, teacher: Any
+    ) -> Tensor:
         objective = self.config.objective
-        rows = None
+        rows: Rows | None = None
         if objective.reads_rows:
-            assert teacher_logits is not None
-            rows = teacher_logits(mb.samples, mb.targets.shape[1]).to(logits.device)
-        temperature = self.config.rollout.temperature
-        tokens = Tokens(logits, mb.targets, rows, mb.teacher_logp, mb.sampler_logp, temperature)
-        terms = OBJECTIVES[objective.name](tokens, objective)
-        for name, values in terms.metrics.items():
-            stats.add(name, values, counted)
-        if terms.advantage is not None:
-            self._keep_advantages(mb, terms.advantage)
-            for view in VIEWS:
-                of_view = torch.tensor([s.scored.rollout.view == view for s in mb.samples], device=counted.device)
-                stats.add(f"reverse_kl/{view}", -terms.advantage, counted * of_view[:, None])
-        weighted = (terms.loss * mb.weights).sum()
-        stats.total("loss", weighted)
-        return weighted
+            assert teacher is not None
+            rows = teacher.rows(mb.samples)
+        loss = TokenLoss(mb, objective, self.config.rollout.temperature, rows)
+        total = self._forward(mb, audio, clips, loss=loss, mask=mb.mask)
+        stats.total("loss", total)
+        self._count(mb, loss.found(), stats)
+        return total
 
-    def _keep_advantages(self, mb: MicroBatch, advantage: Tensor) -> None:
-        for s, row in zip(mb.samples, advantage.tolist(), strict=True):
-            if s.weight > 0:
-                self.advantages[id(s)] = row[: len(s.response_ids)]
+    def _count(self, mb: MicroBatch, found: dict[str, Tensor], stats: Sums) -> None:
+        """Add the metrics [N] of a micro-batch's tokens to the step's, but for samples that only fill up."""
+        real = mb.mask.bool()
+        counted = (mb.weights > 0)[real]
+        if (advantage := found.pop("advantage", None)) is not None:
+            own = advantage.split(real.sum(1).tolist())
+            self.advantages |= {id(s): a.tolist() for s, a in zip(mb.samples, own, strict=True) if s.weight > 0}
+        if (kl := found.pop("reverse_kl", None)) is not None:
+            for view in VIEWS:
+                of_view = torch.tensor([s.scored.rollout.view == view for s in mb.samples], device=real.device)
+                stats.add(f"reverse_kl/{view}", kl, counted & of_view[:, None].expand_as(real)[real])
+        for name, values in found.items():
+            stats.add(name, values, counted & ~values.isnan())
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
@@ -129,8 +129,10 @@ class Learner:
 
     def logits(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> Tensor:
         """Logits [B, T, V] of a micro-batch's response tokens; every rank runs the same modules."""
+        return self._forward(mb, audio, clips)
+
+    def _forward(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray], **inputs: Any) -> Tensor:
         keys = mb.clips
-        inputs: dict[str, Any] = {}
         if self.model.tower_trained:
             inputs["features"] = self.family.features([clips[k] for k in keys]) if keys else self._silent_clip
         elif keys:
@@ -203,9 +205,9 @@ class Sums:
         self.totals: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Count `values` [B, T] where `mask` [B, T] is 1 towards the mean called `name`."""
+        """Count `values` [N] where `mask` [N] is true towards the mean called `name`."""
         pair = self.sums.setdefault(name, [0.0, 0.0])
-        pair[0] += float((values.detach() * mask).sum())
+        pair[0] += float(values.detach()[mask].double().sum())
         pair[1] += float(mask.sum())
 
     def total(self, name: str, value: Tensor) -> None:

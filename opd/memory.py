@@ -284,7 +284,7 @@ def learner_memory(
     weights = [w.numel for w in student.weights] + adapters(config, student)
     out = states(zero, weights, with_gradient, d, ranks)
     live = gathered(zero, weights, d, ranks)
-    n = config.rollout.n if config.rollout.source == "student" else 1
+    n = config.rollout.n if config.rollout.student_writes else 1
     prompts = -(-config.train.prompts_per_step // ranks)
     local = config.teacher.kind == "local"
     if local:
@@ -322,10 +322,10 @@ def learner_memory(
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
     shared = gathered(replace(zero, stage=3), [w.numel for w in teacher.weights], SIZES[config.teacher.dtype], ranks)
     gather = {"teacher's gathered parameters": shared} if local and config.teacher.shard else {}
-    if local and config.rollout.source == "student":
+    if local and config.rollout.student_writes:
         samples = prompts * n * len(views)
         found = teacher_bytes(teacher, student.decoder.vocab, config, lengths, samples)
         out.phases["teacher scores"] = found | gather
-    elif local and config.rollout.source == "teacher" and not asks_teacher_servers(config):
+    elif local and config.rollout.teacher_writes and not asks_teacher_servers(config):
         out.phases["teacher responds"] = {"keys and values": teacher_kv_bytes(teacher, config)} | gather
     return out

@@ -1,7 +1,10 @@
-"""Losses as plain functions of tensors. Shape legend in opd/types.py.
+"""Losses as plain functions of tensors.
 
-Each function returns a loss per token [B, T]; the batch's weights (opd/batch.py) carry the mask, the view's share
-lambda and the global denominator, so that `(weights * loss).sum()` over all micro-batches and ranks is the objective.
+Each function returns a loss per token [N]; the batch's weights (opd/batch.py) carry the mask, the view's share lambda
+and the global denominator, so that `(weights * loss).sum()` over all micro-batches and ranks is the objective. The
+in-modal and the cross-modal part of every objective therefore come from lambda alone. Names in the tables at the end.
+
+N tokens of responses (a chunk of them: opd/token_loss.py), V vocabulary, K kept ids.
 """
 
 from __future__ import annotations
@@ -13,35 +16,66 @@ import torch
 from torch import Tensor
 
 from opd.config import ObjectiveConfig
+from opd.divergences import (
+    EXCLUDED,
+    divergence,
+    entropy,
+    generalized_jsd,
+    jsd_on_teacher_top,
+    reverse_kl_with_tail,
+)
 
 
 @dataclass
 class Tokens:
-    """What an objective may read of a micro-batch: its response tokens as student, teacher and sampler see them."""
+    """What an objective may read: response tokens as student, teacher and sampler see them."""
 
-    logits: Tensor  # [B, T, V] of the student at temperature 1, with gradient
-    targets: Tensor  # [B, T], the response
-    teacher_logits: Tensor | None  # [B, T, V], for objectives that read rows (ObjectiveConfig.reads_rows)
-    teacher_logp: Tensor  # [B, T], for the others
-    sampler_logp: Tensor  # [B, T], 0 where no student sampled
+    logits: Tensor  # [N, V] of the student at temperature 1, with gradient
+    targets: Tensor  # [N], the response
+    sampler_logp: Tensor  # [N], 0 where no student sampled
     temperature: float  # of the sampler
+    teacher: Tensor | None = None  # [N, V] logits, for objectives that read rows (ObjectiveConfig.reads_rows)
+    teacher_logp: Tensor | None = None  # [N] of the targets, for the others
+    top_ids: Tensor | None = None  # [N, K], with objective.top_k: ids that the teacher was asked for; -1: none
+    top_logp: Tensor | None = None  # [N, K], the teacher's
+    reference: Tensor | None = None  # [N, V] logits of the student at the start, with objective.reference
+    importance: Tensor | None = None  # [N], of `cord`: weights from its preview
+    sampled: Tensor | None = None  # [N] bool: the student sampled it; none: all
+
+    def student(self, temperature: float = 1.0) -> Tensor:
+        """[N, V] log-probabilities of the student."""
+        return torch.log_softmax(self.logits / temperature if temperature != 1.0 else self.logits, -1)
+
+    def rows(self, temperature: float = 1.0) -> Tensor:
+        """[N, V] log-probabilities of the teacher."""
+        assert self.teacher is not None, "this objective reads the teacher's rows"
+        return torch.log_softmax(self.teacher / temperature if temperature != 1.0 else self.teacher, -1)
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """[N, V] -> [N]: at the targets."""
+        return rows.gather(-1, self.targets[:, None])[:, 0]
+
+    def kept(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N, K] of student and teacher at the ids asked for, EXCLUDED where there is none."""
+        assert self.top_ids is not None and self.top_logp is not None, "this objective reads the best ids"
+        there = self.top_ids >= 0
+        ours = student.gather(-1, self.top_ids.clamp(min=0))
+        return ours.masked_fill(~there, EXCLUDED), self.top_logp.masked_fill(~there, EXCLUDED)
 
 
 @dataclass
 class Terms:
     """What an objective gives back."""
 
-    loss: Tensor  # [B, T], with gradient
-    metrics: dict[str, Tensor]  # [B, T] each: the step's token means are logged under these names
-    advantage: Tensor | None = None  # [B, T], of on-policy objectives: minus its mean is the reverse KL
-
-
-EXCLUDED = -1e9  # logit of an id that no distribution may use: finite, so that 0 * log 0 stays 0 and never NaN
+    loss: Tensor  # [N], with gradient
+    metrics: dict[str, Tensor]  # [N] each: the step's token means are logged under these names
+    reverse_kl: Tensor | None = None  # [N], of on-policy objectives: KL(student || teacher) or its sample
+    advantage: Tensor | None = None  # [N], log-ratio teacher / student of the targets, where the objective has it
 
 
 @dataclass
 class XopdTerms:
-    """What `xopd` computes per token, all [B, T]; only `loss` carries a gradient."""
+    """What `xopd` computes per token, all of the inputs' shape; only `loss` carries a gradient."""
 
     loss: Tensor
     advantage: Tensor  # before clipping
@@ -55,26 +89,28 @@ def xopd(
     sampler_logp: Tensor,
     advantage_clip: float | None = None,
     ratio_max: float = 2.0,
+    ratio_above: str = "truncate",
 ) -> XopdTerms:
     """Sampled-token reverse KL (X-OPD, arXiv 2603.24596, J_cm and J_im): loss = -r * A.
 
-    A = teacher_logp - logp, a constant; r = pi_theta / pi_old = exp(ratio_logp - sampler_logp), truncated at
-    `ratio_max`: a truncated token keeps its gradient with the weight `ratio_max` (truncated importance sampling)
-    instead of losing it, as clipping inside a PPO surrogate would have it.
+    A = teacher_logp - logp, a constant; r = pi_theta / pi_old = exp(ratio_logp - sampler_logp). Above `ratio_max` a
+    token keeps its gradient with the weight `ratio_max` (ratio_above truncate: truncated importance sampling), or
+    loses it (mask); clipping inside a PPO surrogate would do the second on one side of A only.
 
-    Args, all [B, T]: logp, of the student at temperature 1; teacher_logp, of the text teacher for the same tokens;
-    ratio_logp, of the student at the sampling temperature, with gradient; sampler_logp, of the rollout engine.
+    Args, all of one shape: logp, of the student at temperature 1; teacher_logp, of the text teacher for the same
+    tokens; ratio_logp, of the student at the sampling temperature, with gradient; sampler_logp, of the rollout engine.
     """
     advantage = (teacher_logp - logp).detach()
     clipped = advantage if advantage_clip is None else advantage.clamp(-advantage_clip, advantage_clip)
     ratio = (ratio_logp - sampler_logp).detach().exp()
+    weight = ratio.clamp(max=ratio_max) if ratio_above == "truncate" else ratio * (ratio <= ratio_max)
     score = 1.0 + ratio_logp - ratio_logp.detach()  # value 1, gradient of log pi
-    return XopdTerms(-ratio.clamp(max=ratio_max) * clipped * score, advantage, ratio)
+    return XopdTerms(-weight * clipped * score, advantage, ratio)
 
 
 @dataclass
 class KdTerms:
-    """What `kd` computes per token, all [B, T]."""
+    """What `kd` computes per token, [...] for logits [..., V]."""
 
     loss: Tensor
     ce: Tensor
@@ -84,7 +120,7 @@ class KdTerms:
 def kd(logits: Tensor, teacher_logits: Tensor, targets: Tensor, mu: float = 0.5, tau: float = 2.0) -> KdTerms:
     """Off-policy distillation (arXiv 2509.14930): CE(y) + mu * tau^2 * KL(teacher^tau || student^tau).
 
-    Args: logits and teacher_logits [B, T, V], excluded ids at EXCLUDED in both; targets [B, T], the teacher's response.
+    Args: logits and teacher_logits [..., V], excluded ids at EXCLUDED in both; targets [...], the teacher's response.
     """
     logprobs = torch.log_softmax(logits, -1)
     ce = -logprobs.gather(-1, targets[..., None])[..., 0]
@@ -94,37 +130,141 @@ def kd(logits: Tensor, teacher_logits: Tensor, targets: Tensor, mu: float = 0.5,
     return KdTerms(ce + mu * tau**2 * kl, ce, kl)
 
 
-def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
-    """`xopd` under the recipe's settings: the ratio is of the sampler's temperature, the advantage of temperature 1."""
-    from trl.trainer.utils import selective_log_softmax
-
-    ratio_logp = selective_log_softmax(t.logits / t.temperature, t.targets)
-    logp = ratio_logp if t.temperature == 1.0 else selective_log_softmax(t.logits, t.targets)
-    out = xopd(logp, t.teacher_logp, ratio_logp, t.sampler_logp, o.advantage_clip, o.ratio_max)
-    metrics = {
-        "advantage/mean": out.advantage,
-        "ratio/mean": out.ratio,
-        "ratio/clipped": (out.ratio > o.ratio_max).float(),
-        "mismatch/logprob": (ratio_logp.detach() - t.sampler_logp).abs(),
-    }
-    return Terms(out.loss, metrics, out.advantage)
+def sft_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Supervised fine-tuning: cross-entropy, loss = -log pi_theta(y_t)."""
+    ce = -t.pick(t.student())
+    return Terms(ce, {"sft/ce": ce})
 
 
 def kd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """`kd` under the recipe's settings; at mu = 0, sequence-level distillation, without the teacher's rows."""
-    from trl.trainer.utils import selective_log_softmax
-
     if not o.reads_rows:
-        ce = -selective_log_softmax(t.logits, t.targets)
+        ce = -t.pick(t.student())
         return Terms(ce, {"kd/ce": ce})
-    assert t.teacher_logits is not None
-    out = kd(t.logits, t.teacher_logits, t.targets, o.mu, o.tau)
+    assert t.teacher is not None
+    out = kd(t.logits, t.teacher, t.targets, o.mu, o.tau)
     return Terms(out.loss, {"kd/ce": out.ce, "kd/kl": out.kl})
 
 
-OBJECTIVES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {"xopd": xopd_terms, "kd": kd_terms}
+def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """`xopd` under the recipe's settings: the ratio is of the sampler's temperature, the advantage of temperature 1."""
+    assert t.teacher_logp is not None
+    ratio_logp = t.pick(t.student(t.temperature))
+    logp = ratio_logp if t.temperature == 1.0 else t.pick(t.student())
+    out = xopd(logp, t.teacher_logp, ratio_logp, t.sampler_logp, o.advantage_clip, o.ratio_max, o.ratio_above)
+    metrics = {
+        "advantage/mean": out.advantage,
+        "ratio/mean": out.ratio,
+        "ratio/clipped": (out.ratio > o.ratio_max).float(),
+    }
+    return Terms(out.loss, metrics, -out.advantage, out.advantage)
 
 
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probability rows: [..., V], [..., V] -> [...]."""
-    return (p.exp() * (p - q)).sum(-1)
+def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Dense reverse KL at every token that the student sampled: loss = KL(student || teacher).
+
+    The expectation of `xopd`'s gradient over the next token, without its variance. Over the full vocabulary, or with
+    objective.top_k over the student's K best ids and a bucket for the rest (`reverse_kl_with_tail`).
+    """
+    student = t.student()
+    kl = divergence(student, t.rows()) if o.top_k is None else reverse_kl_with_tail(*t.kept(student))
+    return Terms(kl, {}, kl)
+
+
+def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives.
+
+    With objective.top_k the teacher is known on its K best ids and renormalised there (`jsd_on_teacher_top`).
+    """
+    student = t.student()
+    if o.top_k is None:
+        loss = generalized_jsd(student, t.rows(), o.divergence_beta)
+    else:
+        ours, theirs = t.kept(student)
+        loss = jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, o.divergence_beta)
+    return Terms(loss, {})
+
+
+def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Entropy-aware on-policy distillation (arXiv 2603.07079): reverse KL everywhere, and forward KL besides wherever
+    the teacher's entropy passes objective.entropy_threshold (nats), so that a student keeps what an unsure teacher
+    would also have said."""
+    student, teacher = t.student(), t.rows()
+    reverse, unsure = divergence(student, teacher), (entropy(teacher) > o.entropy_threshold).to(student.dtype)
+    return Terms(reverse + unsure * divergence(teacher, student), {"entropy_aware/unsure": unsure}, reverse)
+
+
+def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Reverse KL weighted by token importance and position (the token level of CORD, arXiv 2601.16547).
+
+    loss = w_t KL(student || teacher), w as `cord_weights` has it from a preview of the same KL, a constant. CORD's
+    second level, a judged reward for whole responses by GRPO, is left out: nothing here is rewarded.
+    """
+    assert t.importance is not None
+    kl = divergence(t.student(), t.rows())
+    return Terms(t.importance * kl, {"cord/weight": t.importance}, kl)
+
+
+def cord_weights(kl: Tensor, response: Tensor, position: Tensor, o: ObjectiveConfig) -> Tensor:
+    """Weights of the tokens of whole responses: [N] each -> [N], of mean 1 within a response.
+
+    w_t is proportional to imp_t * pos_t: imp_t = objective.cord_importance for the objective.cord_share of a
+    response's tokens whose KL is largest, 1 for the others; pos_t = objective.cord_decay ** t, early tokens first.
+    The paper says that these two count; the numbers and the normalisation, which keeps the learning rate's meaning,
+    are ours.
+
+    Args: kl, of each token; response, its number, from 0; position, t from 0 within the response.
+    """
+    weights = torch.as_tensor(o.cord_decay, dtype=kl.dtype, device=kl.device) ** position.to(kl.dtype)
+    for r in response.unique():
+        of = response == r
+        count = max(1, round(o.cord_share * int(of.sum())))
+        bound = kl[of].topk(count).values[-1]
+        factor = torch.where(kl[of] >= bound, o.cord_importance, 1.0).to(kl.dtype)
+        w = weights[of] * factor
+        weights[of] = w / w.mean()
+    return weights
+
+
+def salad_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """SALAD's stage of natural speech (arXiv 2510.13632): alpha KL(teacher || student) + (1 - alpha) NLL of what
+    follows in the transcript, the record's response."""
+    student = t.student()
+    nll = -t.pick(student)
+    if not o.reads_rows:
+        return Terms(nll, {"salad/nll": nll})
+    kl = divergence(t.rows(), student)
+    return Terms(o.alpha * kl + (1.0 - o.alpha) * nll, {"salad/kl": kl, "salad/nll": nll})
+
+
+OBJECTIVES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
+    "sft": sft_terms,
+    "kd": kd_terms,
+    "xopd": xopd_terms,
+    "reverse_kl": reverse_kl_terms,
+    "forward_kl": jsd_terms,
+    "jsd": jsd_terms,
+    "entropy_aware": entropy_aware_terms,
+    "cord": cord_terms,
+    "salad": salad_terms,
+}
+
+
+def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """The recipe's objective, with what every objective shares: the reference penalty and common metrics.
+
+    objective.reference adds c KL(student || student at the start) in the response's own view.
+    """
+    terms = OBJECTIVES[o.name](t, o)
+    with torch.no_grad():
+        student = t.student()
+        terms.metrics["entropy"] = entropy(student)
+        if t.sampled is None or t.sampled.any():
+            logp = t.pick(student if t.temperature == 1.0 else t.student(t.temperature))
+            off = (logp - t.sampler_logp).abs()
+            terms.metrics["mismatch/logprob"] = off if t.sampled is None else off.where(t.sampled, torch.nan)
+    if t.reference is not None:
+        kl = divergence(t.student(), torch.log_softmax(t.reference, -1))
+        terms.metrics["reference_kl"] = kl
+        terms.loss = terms.loss + o.reference * kl
+    return terms

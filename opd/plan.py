@@ -299,7 +299,7 @@ def _hosts(
 def _time(plan: Plan, rollouts: int) -> StepTime:
     c, speeds, ranks = plan.config, plan.machine.speeds, plan.placement.ranks
     rollout, at_once = 0.0, 0
-    if c.rollout.source == "student":  # as if all servers were alike, and the slowest of them
+    if c.rollout.student_writes:  # as if all servers were alike, and the slowest of them
         figures = [
             decode_seconds(c, plan.student, server, rollouts, ranks, plan.typical, speeds)
             for server in plan.servers
@@ -310,7 +310,7 @@ def _time(plan: Plan, rollouts: int) -> StepTime:
     devices = sum(len(g.devices) for g in plan.placement.teacher) if serves else ranks
     teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds)
     work = learner_flops(c, plan.student, plan.typical) / (ranks * speeds.flops(plan.student))
-    return StepTime(rollout, teacher, work, plan.push_s if c.rollout.source == "student" else 0.0, at_once)
+    return StepTime(rollout, teacher, work, plan.push_s if c.rollout.student_writes else 0.0, at_once)
 
 
 def shortfalls(plan: Plan, node: int | None = None) -> list[str]:

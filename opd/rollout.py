@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,7 +76,45 @@ def gold_ids(family: Family, prompt: Prompt, max_tokens: int) -> tuple[tuple[int
     return tuple(ids[:max_tokens]), None, -1, len(ids) > max_tokens
 
 
-SOURCES = {"student": StudentSource, "teacher": TeacherSource, "dataset": DatasetSource}
+class MixSource:
+    """The student answers some of a step's prompts, the teacher the others (GKD, arXiv 2306.13649, its lambda).
+
+    rollout.student_share of the prompts, drawn by run seed, step and position, go to the student. The teacher writes
+    one response to a prompt, the student n: in means over responses the teacher's then stands for n.
+    """
+
+    def __init__(self, student: StudentSource, teacher: TeacherSource, config: Config) -> None:
+        self.student, self.teacher, self.config = student, teacher, config
+
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+        mine = [self._is_students(step, position) for position, _ in prompts]
+        own = [p for p, m in zip(prompts, mine, strict=True) if m]
+        others = [p for p, m in zip(prompts, mine, strict=True) if not m]
+        sampled = self.student.respond(own, clips, step)
+        written = self.teacher.respond(others, clips, step)  # also of none: a sharded teacher needs every rank
+        return sampled + [replace(r, stands_for=self.student.n) for r in written]
+
+    def _is_students(self, step: int, position: int) -> bool:
+        drawn = zlib.crc32(f"{self.config.run.seed}/{step}/{position}/mix".encode()) / 2**32
+        return drawn < self.config.rollout.student_share
+
+
+def make_source(config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family) -> Any:
+    """The response source that the recipe asks for; `writer`: the teacher that writes, wherever it is."""
+    make: dict[str, Callable[[], ResponseSource]] = {
+        "student": lambda: StudentSource(_there(sampler), config, views),
+        "teacher": lambda: TeacherSource(writer, config, views),
+        "dataset": lambda: DatasetSource(family, config, views),
+        "mix": lambda: MixSource(
+            StudentSource(_there(sampler), config, views), TeacherSource(writer, config, views), config
+        ),
+    }
+    return make[config.rollout.source]()
+
+
+def _there(sampler: VllmSampler | None) -> VllmSampler:
+    assert sampler is not None, "a student that samples has a server"
+    return sampler
 
 
 class VllmSampler:
@@ -82,6 +122,7 @@ class VllmSampler:
 
     def __init__(self, config: Config, family: Family, urls: list[str], rank: int = 0) -> None:
         self.config, self.family, self.rank, self.version = config, family, rank, 0
+        self.best = config.objective.top_k or 0 if config.objective.top_of == "student" else 0  # ids told per token
         self.servers = [Server(u, config.rollout.timeout_s) for u in urls]
         self._left_out: set[str] = set()
 
@@ -172,7 +213,7 @@ class VllmSampler:
             "stop_token_ids": family.eos_ids,
             "logit_bias": {str(i): BAN for i in family.banned_ids},
             "logprobs": True,
-            "top_logprobs": 0,
+            "top_logprobs": self.best,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
@@ -198,7 +239,17 @@ class VllmSampler:
         assert named == [f"token_id:{i}" for i in ids], f"prompt {prompt.id}: log-probs of other tokens: {named[:5]}"
         logprobs = np.array([e["logprob"] for e in entries], np.float32)
         truncated = ids[-1] not in self.family.eos_ids
-        return Rollout(prompt, view, tuple(ids), logprobs, self.version, truncated, seed)
+        top = _best(entries, self.best) if self.best else None
+        return Rollout(prompt, view, tuple(ids), logprobs, self.version, truncated, seed, top)
+
+
+def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
+    """[T, K] ids of the sampler's best tokens, -1 where it told of fewer."""
+    out = np.full((len(entries), k), -1, np.int64)
+    for t, entry in enumerate(entries):
+        ids = [int(e["token"].removeprefix("token_id:")) for e in entry["top_logprobs"]]
+        out[t, : len(ids[:k])] = ids[:k]
+    return out
 
 
 def _heard(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:

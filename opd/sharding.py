@@ -1,4 +1,4 @@
-"""Loading a model under DeepSpeed ZeRO-3: each rank gets its part, and the values are those of a whole copy."""
+"""Models under DeepSpeed ZeRO-3: each rank holds its part, and the values are those of a whole copy."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def load_sharded(load: Callable[[], Any], settings: dict[str, Any]) -> Any:
     if (settings.get("zero_optimization") or {}).get("stage") == 3:
         _restore_buffers(model)
     return model
+
+
+def inside(module: Any, run: Callable[..., Any], *inputs: Any) -> Any:
+    """`run(*inputs)` in the place of the module's forward: its parameters are whole there, and again in backward.
+
+    ZeRO-3 gathers and releases them in the module's hooks: once, however often `run` reads them.
+    """
+    module.forward = run  # an instance's attribute: the class's own forward is back when it is deleted
+    try:
+        return module(*inputs)
+    finally:
+        del module.forward
 
 
 def _restore_buffers(model: Any) -> None:

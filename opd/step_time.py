@@ -53,7 +53,7 @@ def learner_flops(config: Config, shape: ModelShape, typical: Lengths) -> float:
     response tokens only (opd/models/base.py, response_logits), and lies outside of what checkpointing computes again.
     The frozen tower 2 per position, once per clip.
     """
-    n = config.rollout.n if config.rollout.source == "student" else 1
+    n = config.rollout.n if config.rollout.student_writes else 1
     responses = len(_prompts(config, typical)) * n * typical.response * config.train.prompts_per_step
     tokens = sum(_prompts(config, typical)) * config.train.prompts_per_step + responses
     own = "llm" in config.student.train and config.student.lora is None
@@ -91,7 +91,7 @@ def decode_seconds(
 
 def scoring_seconds(config: Config, teacher: ModelShape, devices: int, typical: Lengths, speeds: Speeds) -> float:
     """Seconds in which the teacher reads each response behind its prompt's text: 2 FLOPs per parameter and token."""
-    n = config.rollout.n if config.rollout.source == "student" else 1
+    n = config.rollout.n if config.rollout.student_writes else 1
     tokens = (typical.text + typical.response) * n * len(_prompts(config, typical)) * config.train.prompts_per_step
     return 2 * teacher.active * tokens / (devices * speeds.flops(teacher))
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from opd.batch import all_reduce
 from opd.config import Config, UserError
+from opd.divergences import EXCLUDED
 from opd.http import Request, ServerError, post_all
 from opd.learner import DTYPES, deepspeed_settings
 from opd.models.base import Family
-from opd.objectives import EXCLUDED
 from opd.rollout import BAN
 from opd.sharding import load_sharded
+from opd.token_loss import Rows, chunks
 from opd.types import Message, Prompt, Rollout, Sample, ScoredRollout
 from opd.views import render
 
@@ -94,34 +95,56 @@ class LocalTeacher(_Reader):
         return int(all_reduce(torch.tensor(float(calls)), "max")) - calls if self.sharded else 0
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        from trl.trainer.utils import selective_log_softmax
-
         pairs = [(self.prompt_ids(r.prompt), r.token_ids) for r in rollouts]
         out: list[ScoredRollout | None] = [None] * len(rollouts)
-        for chunk, rows in self._rows(pairs):
-            targets = torch.zeros(rows.shape[:2], dtype=torch.long, device=self.device)
-            for j, i in enumerate(chunk):
-                targets[j, : len(pairs[i][1])] = torch.tensor(pairs[i][1], device=self.device)
-            logps = selective_log_softmax(rows, targets).cpu().numpy()
-            for j, i in enumerate(chunk):
-                out[i] = ScoredRollout(rollouts[i], logps[j, : len(pairs[i][1])].astype(np.float32))
+        for chunk, states in self._passes(pairs):
+            lengths = [len(rollouts[i].token_ids) for i in chunk]
+            found = [self._graded([rollouts[i] for i in chunk], states, p) for p in self._parts(sum(lengths))]
+            columns = [torch.cat(c).cpu().split(lengths) for c in zip(*found, strict=True)]
+            for i, logp, *top in zip(chunk, *columns, strict=True):
+                out[i] = ScoredRollout(rollouts[i], logp.numpy(), *(x.numpy() for x in top))
         return [s for s in out if s is not None]
 
-    def logits(self, samples: list[Sample], steps: int) -> Tensor:
-        """Teacher logits [B, T, V] of samples' responses, in their order; banned ids and ids it lacks at EXCLUDED."""
+    def _graded(self, rollouts: list[Rollout], states: Tensor, part: slice) -> tuple[Tensor, ...]:
+        """Of the tokens `part`: log-probs [n], with objective.top_k also ids [n, K] and log-probs [n, K]."""
+        rows = torch.log_softmax(self._project(states[part]), -1)
+        targets = torch.tensor([y for r in rollouts for y in r.token_ids][part], device=rows.device)
+        logp = rows.gather(-1, targets[:, None])[:, 0]
+        o = self.config.objective
+        if o.top_of is None:
+            return (logp,)
+        if o.top_of == "teacher":
+            best = rows.topk(min(o.top_k or 1, rows.shape[-1]))
+            return logp, best.indices, best.values
+        ids = torch.from_numpy(np.concatenate([_asked(r) for r in rollouts])[part]).to(rows.device)
+        return logp, ids, rows.gather(-1, ids.clamp(min=0))
+
+    def rows(self, samples: list[Sample]) -> Rows:
+        """Logits of the samples' response tokens, one response after another, banned ids and ids it lacks at EXCLUDED.
+
+        Reads them at once; makes the logits of a chunk when they are asked for. A sharded teacher, of whose output
+        layer no rank has the whole, makes all of them first.
+        """
         rollouts = [s.scored.rollout for s in samples]
         pairs = [(self.prompt_ids(r.prompt), r.token_ids) for r in rollouts]
-        out = torch.zeros(len(pairs), steps, len(self.banned), device=self.device)
-        for chunk, rows in self._rows(pairs):
-            out[chunk, : rows.shape[1]] = rows
-        return out
+        lengths = [len(y) for _, y in pairs]
+        starts = np.cumsum([0, *lengths])
+        flat: Tensor | None = None
+        for chunk, states in self._passes(pairs):
+            if flat is None:
+                flat = states.new_empty(sum(lengths), states.shape[-1])
+            for i, piece in zip(chunk, states.split([lengths[i] for i in chunk]), strict=True):
+                flat[starts[i] : starts[i + 1]] = piece
+        assert flat is not None, "no samples to read"
+        whole = flat
+        return lambda part: self._project(whole[part])
 
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
         ids = [self.prompt_ids(p) for p in prompts]
         per_call = max(1, self.config.teacher.batch_tokens // (max(map(len, ids)) + max_tokens)) if ids else 1
-        chunks = [ids[i : i + per_call] for i in range(0, len(ids), per_call)]
-        idle = self._idle(len(chunks))
-        replies = [reply for chunk in chunks for reply in self._generate(chunk, max_tokens)]
+        calls = [ids[i : i + per_call] for i in range(0, len(ids), per_call)]
+        idle = self._idle(len(calls))
+        replies = [reply for chunk in calls for reply in self._generate(chunk, max_tokens)]
         for _ in range(idle):
             self._generate([[0]], 1)  # goes on until every rank is done
         return replies
@@ -144,43 +167,72 @@ class LocalTeacher(_Reader):
         return [_cut(row, self.family.eos_ids) for row in out[:, longest:].tolist()]
 
     @torch.no_grad()
-    def _rows(self, pairs: list[tuple[list[int], tuple[int, ...]]]) -> Iterator[tuple[list[int], Tensor]]:
-        """(indices, logits [B, T, V] of the responses) by chunks of at most batch_tokens padded tokens."""
-        chunks = _chunks([len(p) + len(y) for p, y in pairs], self.config.teacher.batch_tokens)
-        idle = self._idle(len(chunks))
-        for chunk in chunks:
+    def _passes(self, pairs: list[tuple[list[int], tuple[int, ...]]]) -> Iterator[tuple[list[int], Tensor]]:
+        """(indices, what `_project` takes of their response tokens [n, ...]), batch_tokens padded tokens at a time."""
+        found = _chunks([len(p) + len(y) for p, y in pairs], self.config.teacher.batch_tokens)
+        idle = self._idle(len(found))
+        for chunk in found:
             longest = sum(map(len, pairs[chunk[0]]))
             ids = torch.zeros(len(chunk), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
-            steps = max(len(pairs[i][1]) for i in chunk)
-            positions = torch.zeros(len(chunk), steps, dtype=torch.long)
+            at: list[tuple[int, int]] = []
             for j, i in enumerate(chunk):
                 p, y = pairs[i]
                 ids[j, : len(p) + len(y)] = torch.tensor([*p, *y])
                 mask[j, : len(p) + len(y)] = 1
-                positions[j, : len(y)] = torch.arange(len(p) - 1, len(p) + len(y) - 1)
-            yield chunk, self._forward(ids.to(self.device), mask.to(self.device), positions.to(self.device))
+                at += [(j, t) for t in range(len(p) - 1, len(p) + len(y) - 1)]
+            yield chunk, self._states(ids.to(self.device), mask.to(self.device), torch.tensor(at, device=self.device))
         for _ in range(idle):
             ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-            self._forward(ids, torch.ones_like(ids), ids[:, :1])
+            self._states(ids, torch.ones_like(ids), ids[:, :2])
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """The model's own logits [B, T, V] at `positions` [B, T] of `ids` [B, L]."""
+    def _states(self, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+        """Read `ids` [B, L] -> what `_project` takes at the places `at` [n, 2]: hidden states, of a sharded teacher
+        its logits."""
+        kept: list[Tensor] = []
 
-        def rows(layer: Any, args: tuple[Tensor]) -> Tensor:
-            return args[0].gather(1, positions[..., None].expand(-1, -1, args[0].shape[-1]))
+        def gather(layer: Any, args: tuple[Tensor]) -> Tensor:
+            hidden = args[0][at[:, 0], at[:, 1]]
+            kept.append(hidden)
+            return (hidden if self.sharded else hidden[:1])[None]  # [B, L, V] would be large
 
-        with self.model.get_output_embeddings().register_forward_pre_hook(rows):  # [B, L, V] would be large
+        def keep(decoder: Any, args: Any, output: Any) -> None:
+            self._output = output
+
+        decoder = self.model.base_model
+        with decoder.register_forward_hook(keep), self.model.get_output_embeddings().register_forward_pre_hook(gather):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        if logits.shape[1] != positions.shape[1]:
+        if not kept or logits.shape[1] != (len(at) if self.sharded else 1):
             raise UserError(
                 f"teacher.path {self.config.teacher.path}: {type(self.model).__name__} makes its logits without its "
                 "output layer; have vLLM serve it: teacher.kind=server"
             )
-        out = torch.full((*logits.shape[:2], len(self.banned)), EXCLUDED, device=logits.device)  # float32
+        return self._masked(logits[0]) if self.sharded else kept[0]
+
+    @torch.no_grad()
+    def _project(self, states: Tensor) -> Tensor:
+        """The model's own logits [n, V], whatever it does to them, in float32; ids banned or missing at EXCLUDED."""
+        if self.sharded:
+            return states
+
+        def ready(*args: Any, **kwargs: Any) -> Any:
+            return type(self._output)(**{**self._output, "last_hidden_state": states[None]})
+
+        decoder, ids = self.model.base_model, torch.zeros(1, len(states), dtype=torch.long, device=self.device)
+        decoder.forward = ready  # of the instance: the class's own is back when it is deleted
+        try:
+            return self._masked(self.model(input_ids=ids, use_cache=False).logits[0])
+        finally:
+            del decoder.forward
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        out = torch.full((len(logits), len(self.banned)), EXCLUDED, device=logits.device)  # float32
         shared = min(logits.shape[-1], len(self.banned))
-        out[..., :shared] = logits[..., :shared]
+        out[:, :shared] = logits[:, :shared]
         return out.masked_fill_(self.banned, EXCLUDED)
+
+    def _parts(self, count: int) -> list[slice]:
+        return chunks(count, len(self.banned))
 
 
 class ServerTeacher(_Reader):
@@ -200,8 +252,9 @@ class ServerTeacher(_Reader):
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         prompts = [self.prompt_ids(r.prompt) for r in rollouts]
+        best = self.config.objective.top_k if self.config.objective.top_of else 0
         bodies = [
-            {"prompt": [*p, *r.token_ids], "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "top_p": 1.0}
+            {"prompt": [*p, *r.token_ids], "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": best, "top_p": 1.0}
             | {"return_token_ids": True, "add_special_tokens": False}
             for p, r in zip(prompts, rollouts, strict=True)
         ]
@@ -212,8 +265,27 @@ class ServerTeacher(_Reader):
                 wanted = len(p) + len(r.token_ids)
                 raise ServerError(f"teacher: expected {wanted} prompt log-probs, found {len(entries)}")
             values = [e[str(y)]["logprob"] for e, y in zip(entries[len(p) :], r.token_ids, strict=True)]
-            scored.append(ScoredRollout(r, np.array(values, np.float32)))
+            scored.append(ScoredRollout(r, np.array(values, np.float32), *self._top(r, entries[len(p) :])))
         return scored
+
+    def _top(self, rollout: Rollout, entries: list[dict[str, Any]]) -> tuple[np.ndarray, ...]:
+        """With objective.top_k: ids [T, K], -1 where there is none, and log-probs [T, K].
+
+        A server tells the log-probs of its own K best ids and of the token itself. Of the student's K best ids those
+        that are not among them are left to the bucket of all others, which keeps the divergence a lower bound.
+        """
+        o = self.config.objective
+        if o.top_of is None or o.top_k is None:
+            return ()
+        asked = _asked(rollout) if o.top_of == "student" else None
+        ids = np.full((len(entries), o.top_k), -1, np.int64)
+        logp = np.zeros((len(entries), o.top_k), np.float32)
+        for t, told in enumerate(entries):
+            known = {int(i): e["logprob"] for i, e in told.items() if asked is not None or e["rank"] <= o.top_k}
+            wanted = known if asked is None else [i for i in asked[t].tolist() if i in known]
+            for k, i in enumerate(wanted):
+                ids[t, k], logp[t, k] = i, known[i]
+        return ids, logp
 
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
         bodies = [
@@ -281,6 +353,12 @@ def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Ite
         a, b = (t(text, add_special_tokens=False).input_ids for t in (family.tokenizer, teacher))
         if a != b:
             raise UserError(f"teacher.path {teacher_path}: same vocabulary, but {text[:80]!r} becomes {b}, not {a}")
+
+
+def _asked(rollout: Rollout) -> np.ndarray:
+    """[T, K] ids that the student's sampler told of."""
+    assert rollout.top_ids is not None, f"{rollout.prompt.id}: sampled without objective.top_k"
+    return rollout.top_ids
 
 
 def _chunks(lengths: list[int], budget: int) -> list[list[int]]:

@@ -27,9 +27,9 @@ from opd.learner import Learner, deepspeed_settings
 from opd.metrics import MetricsLog
 from opd.models import family_of
 from opd.prompts import PromptStream, read_manifest
-from opd.rollout import SOURCES, ResponseSource, VllmSampler
+from opd.rollout import ResponseSource, VllmSampler, make_source
 from opd.teacher import LocalTeacher, ServerTeacher, make_teacher
-from opd.types import VIEWS, Batch, Prompt, Sample, ScoredRollout
+from opd.types import VIEWS, Batch, Prompt, Sample, ScoredRollout, View
 from opd.views import transcript
 from opd.weight_sync import WeightSync
 
@@ -54,8 +54,8 @@ class Parts:
 def loop(parts: Parts, start: int) -> None:
     """Warm start and X-OPD alike: respond, score, step, push."""
     c, learner = parts.config, parts.learner
-    on_policy = c.rollout.source == "student"
-    grader = parts.teacher if on_policy else None
+    on_policy = c.rollout.student_writes
+    grader = parts.teacher if c.objective.asks_teacher and not c.objective.reads_rows else None
     for step in range(start, c.train.steps):
         clock = Clock()
         mine = parts.stream.shard(step, learner.rank, learner.world)
@@ -67,7 +67,7 @@ def loop(parts: Parts, start: int) -> None:
         scored = grader.score(rollouts) if grader else [ScoredRollout(r, None) for r in rollouts]
         clock.lap("teacher")
         batch = make_batch(make_samples(scored, clips, learner.family), clips, c)
-        stats = learner.step(batch, step, getattr(parts.teacher, "logits", None))
+        stats = learner.step(batch, step, parts.teacher if c.objective.reads_rows else None)
         clock.lap("learner")
         if on_policy:
             push(parts, version=step + 1)
@@ -138,8 +138,8 @@ def report_step(parts: Parts, done: int, batch: Batch, stats: dict[str, float], 
     truncated = all_reduce(torch.tensor(float(sum(r.truncated for r in rollouts))), "sum")
     line["length/truncated"] = float(truncated) / batch.responses
     line["tokens"] = batch.tokens
-    if c.rollout.source == "student":
-        lag = done - 1 - min(r.version for r in rollouts)
+    if c.rollout.student_writes:
+        lag = max((done - 1 - r.version for r in rollouts if r.version >= 0), default=0)
         line["version/lag"] = int(all_reduce(torch.tensor(float(lag)), "max"))
     line |= clock.metrics()
     parts.seconds += line["time/step"]
@@ -207,7 +207,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     family = family_of(path, config.student.family)
     prompts, bad = read_manifest(config.data.train)
     stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
-    views = list(view_shares(config))
+    views: list[View] = list(view_shares(config))
     sampler = sync = None
     room = Room(family, config.rollout.max_tokens, None)
     if config.rollout.urls:
@@ -230,9 +230,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         known = listed(config)
         list_bad(config, [b for b in bad if b["place"] not in known])
     clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), room)
-    maker: Any = SOURCES[config.rollout.source]
-    argument = {"student": sampler, "teacher": writer, "dataset": family}[config.rollout.source]
-    source: ResponseSource = maker(argument, config, views)
+    source = make_source(config, views, sampler, writer, family)
     parts = Parts(config, learner, teacher, stream, clips, source, log, sampler, sync)
     if evaluates(config):
         assert teacher is not None
@@ -253,8 +251,8 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
 def check_urls(config: Config) -> None:
     """Refuse a run without the servers that it needs. Raises UserError."""
     launches = "`opd launch` starts what is needed when it is empty"
-    if not config.rollout.urls and config.rollout.source == "student":
-        raise UserError(f"rollout.urls: rollout.source student needs a server; {launches}")
+    if not config.rollout.urls and config.rollout.student_writes:
+        raise UserError(f"rollout.urls: rollout.source {config.rollout.source} needs a server; {launches}")
     if not config.rollout.urls and evaluates(config):
         raise UserError(f"rollout.urls: evaluations ask the student's server; {launches}")
     if not config.teacher.urls and asks_teacher_servers(config):
@@ -286,7 +284,7 @@ def run(config: Config) -> None:
             log.truncate_after(start)
         if config.eval.start and start == 0:
             evaluate(parts, config.eval.start, 0)
-        if config.rollout.source == "student":
+        if config.rollout.student_writes:
             push(parts, version=start)
         else:
             rest(parts)

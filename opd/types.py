@@ -45,6 +45,8 @@ class Rollout:
     version: int  # of the weights that sampled; -1 when no student sampled it
     truncated: bool  # the length limit ended it, not an end-of-turn token
     seed: int = 0
+    top_ids: np.ndarray | None = None  # [T, K] of the sampler's best ids, with objective.top_k of the student
+    stands_for: int = 1  # responses, in a mean over responses
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class ScoredRollout:
 
     rollout: Rollout
     teacher_logprobs: np.ndarray | None  # [T] float32; None when the objective reads full rows instead
+    top_ids: np.ndarray | None = None  # [T, K] int64 with objective.top_k, -1 where there is none
+    top_logprobs: np.ndarray | None = None  # [T, K] float32, the teacher's
 
 
 @dataclass

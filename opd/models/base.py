@@ -14,12 +14,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from opd.audio import BadAudio
 from opd.config import LoraConfig, UserError
+from opd.divergences import EXCLUDED
 from opd.families import Entry
 from opd.models.lora import adapters, inject
-from opd.objectives import EXCLUDED
+from opd.sharding import inside
+from opd.token_loss import TokenLoss, chunks, summed_loss
 from opd.types import Message
 
 Part = Literal["tower", "adapter", "llm", "fixed"]  # fixed: never trained, such as a vision tower
@@ -187,9 +190,9 @@ class Family(ABC):
         out = llm(inputs_embeds=embeds, position_ids=position_ids, attention_mask=bias, use_cache=False)
         return out.last_hidden_state
 
-    def head(self, hf: Any, hidden: Tensor) -> Tensor:
-        """Last hidden states [..., H] -> logits [..., V]."""
-        return hf.lm_head(hidden)
+    def scaled(self, logits: Tensor) -> Tensor:
+        """What the model does to the output layer's logits [..., V]: nothing, in most families."""
+        return logits
 
     def prompt_ids(self, messages: list[Message], clip_samples: list[int]) -> list[int]:
         """Token ids of a chat with the generation prompt, every audio placeholder expanded to its S ids.
@@ -245,8 +248,15 @@ class SpeechLM(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, features: dict[str, Tensor] | None = None, **text: Any) -> Any:
-        return self.encode(features) if not text else self.response_logits(features=features, **text)
+    def forward(
+        self, features: dict[str, Tensor] | None = None, loss: TokenLoss | None = None, mask: Any = None, **text: Any
+    ) -> Any:
+        """`encode` without text; else `response_logits`, or with `loss` and `mask` `response_loss`."""
+        if not text:
+            return self.encode(features)
+        if loss is None:
+            return self.response_logits(features=features, **text)
+        return self.response_loss(loss, mask, features=features, **text)
 
     def encode(self, features: dict[str, Tensor] | None) -> list[Tensor]:
         """What is frozen of the audio path, per clip: [S, H], or [S, tower width] when the adapter is trained."""
@@ -255,23 +265,49 @@ class SpeechLM(nn.Module):
             audio = self.family.run_tower(self.hf, features)
             return audio if self.adapter_trained else self.family.run_adapter(self.hf, audio)
 
-    def response_logits(
+    def response_logits(self, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
+        """Logits [B, T, V] of the response tokens in float32, banned ids at EXCLUDED.
+
+        row [B], positions [B, T]: see opd.batch.MicroBatch; the others as in `hidden`.
+        """
+        hidden = self.hidden(**inputs)[row[:, None], positions]
+        head: Any = self.hf.lm_head
+        return self.finished(head(hidden))
+
+    def response_loss(self, loss: TokenLoss, mask: Tensor, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
+        """`loss` of the response tokens where `mask` [B, T] is 1, a scalar, without their logits as a whole."""
+        hidden = self.hidden(**inputs)
+        real = mask.bool()
+        at = hidden[row[:, None].expand_as(real)[real], positions[real]]  # [N, H]
+        head: Any = self.hf.lm_head
+        parts = chunks(len(at), self.family.vocab_size)
+
+        def run(at: Tensor) -> Tensor:
+            if loss.previews:
+                with torch.no_grad():
+                    loss.preview(lambda p: self.finished(linear(at[p], head.weight, head.bias)), parts)
+            return summed_loss(at, head, lambda raw, part: loss(self.finished(raw), part), parts)
+
+        return inside(head, run, at)
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """Output layer's logits [..., V] -> the model's own in float32, banned ids at EXCLUDED."""
+        return self.family.scaled(logits).float().masked_fill(self.banned, EXCLUDED)  # type: ignore[arg-type]
+
+    def hidden(
         self,
         ids: Tensor,
         position_ids: Tensor,
         attends: Tensor,
-        row: Tensor,
-        positions: Tensor,
         audio: list[Tensor] | None = None,
         features: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Logits of the response tokens, banned ids at EXCLUDED.
+        """Last hidden states [R, L, H].
 
-        ids, position_ids [R, L]; attends [R, 1, L, L]; row [B]; positions [B, T]: see opd.batch.MicroBatch.
+        ids, position_ids [R, L]; attends [R, 1, L, L]: see opd.batch.MicroBatch.
         audio: what `encode` gave for the clips of `ids` in the order of their placeholders; or, with a trained tower,
         `features` of the clips, `audio` None. A micro-batch without any clip passes a dummy one so that every rank
         runs the same modules; it then counts for nothing.
-        Returns [B, T, V] in float32.
         """
         embed: Any = self.hf.get_input_embeddings
         embeds = embed()(ids)
@@ -291,6 +327,4 @@ class SpeechLM(nn.Module):
                 embeds = embeds.masked_scatter(where[..., None], heard)
         bias = torch.zeros(attends.shape, dtype=embeds.dtype, device=embeds.device)
         bias = bias.masked_fill(~attends, torch.finfo(embeds.dtype).min)
-        hidden = self.family.run_llm(self.hf, embeds, position_ids, bias)
-        logits = self.family.head(self.hf, hidden[row[:, None], positions]).float()
-        return logits.masked_fill(self.banned, EXCLUDED)  # type: ignore[arg-type]
+        return self.family.run_llm(self.hf, embeds, position_ids, bias)

@@ -57,8 +57,8 @@ class GraniteSpeech(Family):
         """The Q-Former makes a few embeddings of each window of tower outputs."""
         return one_by_one(hf.model.projector, audio, lambda clip: hf.model.projector(clip[None])[0])
 
-    def head(self, hf: Any, hidden: Tensor) -> Tensor:
-        return hf.lm_head(hidden) / self.config.text_config.logits_scaling
+    def scaled(self, logits: Tensor) -> Tensor:
+        return logits / self.config.text_config.logits_scaling
 
 
 def one_by_one(module: Any, inputs: list[Tensor], run: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -15,9 +15,9 @@ from conftest import STUDENT, config_of
 from opd.batch import make_samples
 from opd.clips import ClipLoader
 from opd.config import UserError
+from opd.divergences import EXCLUDED
 from opd.http import Server, ServerError, check_model
 from opd.models import family_of
-from opd.objectives import EXCLUDED
 from opd.probe import PlainStudent
 from opd.prompts import read_manifest
 from opd.rollout import VllmSampler
@@ -135,5 +135,5 @@ def test_both_teachers_agree(data: Path, teacher_url: str, setup, tmp_path: Path
     for a, b in zip(here.score(rollouts), there.score(rollouts), strict=True):
         assert np.abs(a.teacher_logprobs - b.teacher_logprobs).max() < 1e-3
     assert here.respond(prompts, 24) == there.respond(prompts, 24)
-    rows = here.logits(make_samples(here.score(rollouts), clips, local.family)[:2], 24)
-    assert (rows[:, 0, local.family.banned_ids] == EXCLUDED).all()
+    rows = here.rows(make_samples(here.score(rollouts), clips, local.family)[:2])(slice(None))
+    assert (rows[:, local.family.banned_ids] == EXCLUDED).all()

@@ -21,6 +21,7 @@ from opd.models.base import Family
 from opd.teacher import LocalTeacher
 from opd.types import Prompt, Rollout, Sample
 
+ALL = slice(None)
 TEXTS = [
     "sort nine two five one",
     "what is one plus two plus three",
@@ -43,8 +44,8 @@ def differences(sharded: LocalTeacher, whole: LocalTeacher, mine: list[Rollout],
     """Greatest differences of log-probs and logits, and the number of responses that differ."""
     pairs = zip(sharded.score(mine), whole.score(mine), strict=True)
     scores = max((float(np.abs(a.teacher_logprobs - b.teacher_logprobs).max()) for a, b in pairs), default=0.0)
-    rows = [float((sharded.logits([s], 9) - whole.logits([s], 9)).abs().max()) for s in samples[:2]]
-    rows.append(float((sharded.logits(samples, 9) - whole.logits(samples, 9)).abs().max()) if samples else 0.0)
+    rows = [float((sharded.rows([s])(ALL) - whole.rows([s])(ALL)).abs().max()) for s in samples[:2]]
+    rows.append(float((sharded.rows(samples)(ALL) - whole.rows(samples)(ALL)).abs().max()) if samples else 0.0)
     asked = [r.prompt for r in mine]
     replies = zip(sharded.respond(asked, 12), whole.respond(asked, 12), strict=True)
     return [scores, max(rows), float(sum(a != b for a, b in replies))]

@@ -15,10 +15,10 @@ import torch
 import opd.evaluate
 from opd.batch import collate
 from opd.config import Config, load_config
+from opd.divergences import EXCLUDED
 from opd.evaluate import PAIRS, Evaluator, correct, decode, drop
 from opd.models import family_of
 from opd.models.base import SpeechLM
-from opd.objectives import EXCLUDED
 from opd.teacher import LocalTeacher
 from opd.types import VIEWS, Prompt, Rollout, Sample, View
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from opd.batch import _dummy, make_batch, make_samples, view_shares
 from opd.config import Config, load_config
+from opd.divergences import EXCLUDED
 from opd.learner import Learner, _groups, learning_rate
 from opd.models import family_of
 from opd.models.base import Family, SpeechLM
 from opd.models.lora import Piece
-from opd.objectives import EXCLUDED
+from opd.token_loss import Rows
 from opd.types import Batch, Prompt, Rollout, Sample, ScoredRollout, View
 
 ROOT = Path(__file__).parents[2]
@@ -255,15 +256,15 @@ def test_gradient_of_the_warm_start(family: Family, reference: Reference, budget
     c = config(*kd, f"train.micro_batch_tokens={budget}", "objective.lambda=0.25")
     rows = {(s, v, a): r for (s, v, a), r in zip(ANSWERS, reference.rows, strict=True)}
 
-    def teacher_logits(samples: list[Sample], steps: int) -> Tensor:
-        out = torch.zeros(len(samples), steps, family.vocab_size)
-        for i, r in enumerate(s.scored.rollout for s in samples):
-            out[i, : len(r.token_ids)] = rows[r.prompt.id, r.view, r.token_ids]
-        return out
+    class Teacher:
+        def rows(self, samples: list[Sample]) -> Rows:
+            rollouts = [s.scored.rollout for s in samples]
+            flat = torch.cat([rows[r.prompt.id, r.view, r.token_ids] for r in rollouts])
+            return lambda part: flat[part]
 
     loss, want = reference.objective(c, lambda i: reference.kd(c, i))
-    asked = teacher_logits if mu else None
-    learner, _, metrics = one_step(family, c, reference.samples(family, c), teacher_logits=asked)
+    asked = Teacher() if mu else None
+    learner, _, metrics = one_step(family, c, reference.samples(family, c), teacher=asked)
     assert ("kd/kl" in metrics) == (mu > 0)
     ce = torch.cat([-reference.logp(out, a) for out, (_, _, a) in zip(reference.logits, ANSWERS, strict=True)])
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5) and metrics["kd/ce"] == pytest.approx(

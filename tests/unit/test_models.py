@@ -16,9 +16,10 @@ from opd.audio import BadAudio
 from opd.batch import collate
 from opd.clips import Room
 from opd.config import UserError
+from opd.divergences import EXCLUDED
 from opd.models import family_of
 from opd.models.base import SpeechLM
-from opd.objectives import EXCLUDED, xopd
+from opd.objectives import xopd
 from opd.types import VIEWS, Message, Prompt, Rollout, Sample, ScoredRollout
 from opd.views import audio_paths, render
 

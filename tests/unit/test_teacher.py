@@ -210,7 +210,7 @@ def test_what_an_llm_does_to_its_logits(
     config.teacher.path = str(tmp_path)
     teacher = LocalTeacher(config, family, torch.device("cpu"))
     ids = torch.tensor([[300, 301, 302]])
-    rows = teacher._forward(ids, torch.ones_like(ids), torch.tensor([[0, 1, 2]]))
+    rows = teacher._project(teacher._states(ids, torch.ones_like(ids), torch.tensor([[0, 0], [0, 1], [0, 2]])))[None]
     expected = teacher.model(input_ids=ids).logits[..., : rows.shape[-1]]
     kept = ~teacher.banned[: expected.shape[-1]]
     torch.testing.assert_close(rows[..., : len(kept)][..., kept], expected[..., kept].float())

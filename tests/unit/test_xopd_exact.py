@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from opd.objectives import EXCLUDED, divergence, kd, xopd
+from opd.divergences import EXCLUDED, divergence
+from opd.objectives import kd, xopd
 
 T = torch.tensor
 
