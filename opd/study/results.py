@@ -60,7 +60,7 @@ def summarise(study: Study) -> dict[str, Any]:
         by_name = {r["name"]: r for r in rows}
         for r in rows:
             r["matched"] = r["samples"] == usual if r["samples"] else None
-            for other in (BASE, spec.reference):
+            for other in (BASE, spec.reference) if r["name"] != BASE else ():
                 if other and other != r["name"] and r["complete"] and by_name[other]["complete"]:
                     r["differences"][other] = _differences(r, by_name[other])
         worlds.append({"name": world, "samples": usual, "rows": rows})

@@ -22,13 +22,13 @@ State = Literal["missing", "partial", "failed", "conflict", "finished"]
 class Run:
     """One launch: a row at one learning rate and seed. `start` is the run whose student it goes on with."""
 
-    row: Row
+    row: Row = field(compare=False)
     phase: Phase
     seed: int
     rate: float | None  # none: the untrained student, which is measured and not trained
     folder: Path
-    split: dict[str, Any]
-    start: Run | None = None
+    split: dict[str, Any] = field(compare=False)
+    start: Run | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class Run:
         # a later stage goes on with other prompts: the same seed would begin with those of the stage before
         own["run.seed"] = self.seed + LATER * (len(self.lineage) - 1)
         if self.rate is None:  # a run has at least one step: nothing is measured after it
-            own |= {"train.steps": 1, "eval.start": BASE, "eval.end": False}
+            own |= {"run.stage": BASE, "train.steps": 1, "eval.start": BASE, "eval.every": None, "eval.end": False}
         else:
             own |= {"optim.lr": self.rate, "eval.start": None, "eval.end": True}
         if self.start is not None:
