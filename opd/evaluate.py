@@ -93,12 +93,20 @@ class Evaluator:
         """Which answers of a view are right; their share and their lengths go into `out`."""
         self.say(f"answers in the {view} view")
         right, lengths = self._greedy(prompts, view, "test")
-        out[f"accuracy/{view}"], out[f"length/{view}"] = share(right, prompts), share(lengths, prompts)
+        self._note(out, f"accuracy/{view}", right, prompts)
+        self._note(out, f"length/{view}", lengths, prompts)
         return right
 
     def _retained(self, prompts: list[Prompt], out: dict[str, Any]) -> None:
         self.say("retention")
-        out["retention"] = share(self._greedy(prompts, "speech", "retention")[0], prompts)
+        self._note(out, "retention", self._greedy(prompts, "speech", "retention")[0], prompts)
+
+    def _note(self, out: dict[str, Any], name: str, values: list[float], prompts: list[Prompt]) -> None:
+        """The mean, and under `first` that of the records of an interim evaluation, so that curves compare like."""
+        out[name] = share(values, prompts)
+        limit = self.config.eval.every_limit
+        if self.config.eval.every and len(prompts) > limit:
+            out.setdefault("first", {})[name] = share(values[:limit], prompts[:limit])
 
     def _greedy(self, prompts: list[Prompt], view: View, name: str) -> tuple[list[float], list[float]]:
         """Of every record, whether the greedy answer is right (1 or 0), and its tokens with the end of turn."""

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from opd.report_page import STYLE, table, table_row
-from opd.report_plots import COLOURS, GREY, INK, figure
+from opd.report_plots import COLOURS, GREY, figure
 from opd.study.spec import BASE
 
 DASHES = ("-", "--", ":")  # a row beyond the colours has one of them again, with other strokes
@@ -20,7 +20,7 @@ def page(content: dict[str, Any]) -> str:
         body += [f"<h2>{escape(world['name'])}</h2>", results(world), *charts(world, f"w{k}")]
         body += ["<h3>Choice of the learning rate</h3>", sweeps(world)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>opd study</title>'
-    head += f"<style>{STYLE}</style>"
+    head += f"<style>{STYLE} body {{ max-width: 80rem; }}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
 
 
@@ -57,7 +57,7 @@ def sweeps(world: World) -> str:
 def charts(world: World, key: str) -> list[str]:
     """Accuracy by view against steps and seconds; spoken accuracy against what it cost."""
     against = (("forgetting", "forgetting F, nats per token"), ("retention", "retention"))
-    curves = "Accuracy by view against {}. Dots: the whole test split; curves between: its first records."
+    curves = "Accuracy by view against {}, means over seeds, on the first eval.every_limit records of the split."
     return [
         lines(world, f"{key}-steps", curves.format("steps, all stages counted"), "step", "step"),
         lines(world, f"{key}-seconds", curves.format("seconds of training"), "seconds", "seconds of training"),
@@ -77,9 +77,8 @@ def lines(world: World, key: str, caption: str, x: str, label: str) -> str:
             for k, r in enumerate(trained):
                 points = [p for p in ([zero] if zero else []) + r["curve"] if f"accuracy/{view}" in p]
                 style = {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k // len(COLOURS) % len(DASHES)]}
-                whole = [not p["interim"] for p in points]
                 xs, ys = [p[x] for p in points], [p[f"accuracy/{view}"] for p in points]
-                ax.plot(xs, ys, **style, marker="o", markersize=4, markevery=whole, linewidth=1.4, label=r["name"])
+                ax.plot(xs, ys, **style, marker="o", markersize=3, linewidth=1.4, label=r["name"])
 
     return figure(key, caption, draw, (8.0, 3.4), "second" if x == "seconds" else "step")
 
@@ -98,6 +97,6 @@ def scatter(world: World, key: str, caption: str, against: tuple[tuple[str, str]
                 found, speech = r["metrics"].get(metric), r["metrics"].get("accuracy/speech")
                 if found and speech:
                     at = {"x": found["mean"], "xerr": found["half"], "y": speech["mean"], "yerr": speech["half"]}
-                    ax.errorbar(**at, fmt="o", color=colour, ecolor=INK, elinewidth=0.7, label=r["name"])
+                    ax.errorbar(**at, fmt="o", color=colour, elinewidth=0.8, label=r["name"])
 
     return figure(key, caption, draw, (8.0, 3.4))

@@ -143,22 +143,22 @@ def _differences(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def _curve(study: Study, row: Row, done: list[Run]) -> list[dict[str, Any]]:
     """Points of the row's curve over its whole pipeline, means over seeds; steps and seconds count from its start.
 
-    `interim` points are measured on fewer records than the others.
+    All of them, also those of whole evaluations, are of the records that interim evaluations are measured on.
     """
-    points: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+    points: dict[int, list[dict[str, Any]]] = {}
     for run in done:
         steps, seconds = 0, 0.0
         for part in run.lineage:
             outcome = study.outcome(part)
             for e in [*outcome.interim, outcome.evaluation]:
-                key = steps + e["step"], bool(e.get("interim"))
-                points.setdefault(key, []).append({"seconds": seconds + e["train_seconds"], **_means(e)})
+                at = {"seconds": seconds + e["train_seconds"]}
+                points.setdefault(steps + e["step"], []).append(at | _means(e.get("first", e)))
             steps, seconds = steps + outcome.steps, seconds + outcome.seconds
     found = []
-    for (step, interim), of_point in sorted(points.items()):
+    for step, of_point in sorted(points.items()):
         if len(of_point) == len(done):
             names = set.intersection(*(set(p) for p in of_point))
-            found.append({"step": step, "interim": interim, **{n: fmean(p[n] for p in of_point) for n in names}})
+            found.append({"step": step, **{n: fmean(p[n] for p in of_point) for n in names}})
     return found
 
 

@@ -47,7 +47,7 @@ class Run:
         # a later stage goes on with other prompts: the same seed would begin with those of the stage before
         own["run.seed"] = self.seed + LATER * (len(self.lineage) - 1)
         if self.rate is None:  # a run has at least one step: nothing is measured after it
-            own |= {"run.stage": BASE, "train.steps": 1, "eval.start": BASE, "eval.every": None, "eval.end": False}
+            own |= {"run.stage": BASE, "train.steps": 1, "eval.start": BASE, "eval.end": False}
         else:
             own |= {"optim.lr": self.rate, "eval.start": None, "eval.end": True}
         if self.start is not None:
