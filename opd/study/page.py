@@ -9,7 +9,7 @@ from opd.report_page import STYLE, table, table_row
 from opd.report_plots import COLOURS, GREY, figure
 from opd.study.spec import BASE
 
-DASHES = ("-", "--", ":")  # a row beyond the colours has one of them again, with other strokes
+STROKES, MARKERS = ("-", "--", ":"), ("o", "s", "^")  # a row beyond the colours has one of them again, drawn otherwise
 World = dict[str, Any]
 
 
@@ -65,38 +65,47 @@ def charts(world: World, key: str) -> list[str]:
     ]
 
 
+def trained(world: World) -> list[dict[str, Any]]:
+    """The rows that are drawn in colour, in the order of their colours."""
+    return [r for r in world["rows"] if r["curve"] and r["name"] != BASE]
+
+
+def look(k: int) -> tuple[str, int]:
+    """Colour of the k-th row, and how often that colour was given before."""
+    return COLOURS[k % len(COLOURS)], k // len(COLOURS) % len(STROKES)
+
+
 def lines(world: World, key: str, caption: str, x: str, label: str) -> str:
     """A line per row; its last point is the final evaluation, its first the untrained student's."""
-    trained = [r for r in world["rows"] if r["curve"] and r["name"] != BASE]
     zero = next((r["curve"][0] for r in world["rows"] if r["name"] == BASE and r["curve"]), None)
 
     def draw(fig: Any) -> None:
         for ax, view in zip(fig.subplots(1, 2), ("speech", "text"), strict=True):
             ax.grid(True, axis="y")
             ax.set(xlabel=label, ylabel=f"accuracy, {view}")
-            for k, r in enumerate(trained):
+            for k, r in enumerate(trained(world)):
                 points = [p for p in ([zero] if zero else []) + r["curve"] if f"accuracy/{view}" in p]
-                style = {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k // len(COLOURS) % len(DASHES)]}
+                colour, again = look(k)
+                style = {"color": colour, "linestyle": STROKES[again], "marker": MARKERS[again]}
                 xs, ys = [p[x] for p in points], [p[f"accuracy/{view}"] for p in points]
-                ax.plot(xs, ys, **style, marker="o", markersize=3, linewidth=1.4, label=r["name"])
+                ax.plot(xs, ys, **style, markersize=3, linewidth=1.4, label=r["name"])
 
     return figure(key, caption, draw, (8.0, 3.4), "second" if x == "seconds" else "step")
 
 
 def scatter(world: World, key: str, caption: str, against: tuple[tuple[str, str], ...]) -> str:
     """A point with its intervals for each complete row."""
-    rows = [r for r in world["rows"] if r["complete"]]
+    rows, order = [r for r in world["rows"] if r["complete"]], [r["name"] for r in trained(world)]
 
     def draw(fig: Any) -> None:
         for ax, (metric, label) in zip(fig.subplots(1, len(against)), against, strict=True):
             ax.grid(True)
             ax.set(xlabel=label, ylabel="accuracy, speech")
-            colours = iter([*COLOURS] * len(rows))
             for r in rows:
-                colour = GREY if r["name"] == BASE else next(colours)
+                colour, again = (GREY, 0) if r["name"] == BASE else look(order.index(r["name"]))
                 found, speech = r["metrics"].get(metric), r["metrics"].get("accuracy/speech")
                 if found and speech:
                     at = {"x": found["mean"], "xerr": found["half"], "y": speech["mean"], "yerr": speech["half"]}
-                    ax.errorbar(**at, fmt="o", color=colour, elinewidth=0.8, label=r["name"])
+                    ax.errorbar(**at, fmt=MARKERS[again], color=colour, elinewidth=0.8, label=r["name"])
 
     return figure(key, caption, draw, (8.0, 3.4))
