@@ -100,12 +100,16 @@ def _row(study: Study, row: Row) -> dict[str, Any]:
 
 def _missing(study: Study, row: Row, reported: list[Run], done: list[Run]) -> str:
     seeds = len(study.spec.report.seeds)
+    if not reported and row.start and study.choice(study.start(row)) is None:
+        return f"waits for the learning rate of {row.start}, which it starts from"
     if not reported:
         swept = [r for some in study.sweep(row).values() for r in some]
         finished = sum(study.outcome(r).finished for r in swept)
         return f"learning rate not chosen: {finished} of {study.count(row) - seeds} runs of its selection finished"
-    failed = sum(study.outcome(r).state in ("failed", "conflict") for r in reported)
-    return f"{len(done)} of {seeds} seeds finished" + (f", {failed} failed" if failed else "")
+    states = Counter(study.outcome(r).state for r in reported)
+    bad = {"failed": "failed", "conflict": "hold a run of another configuration"}
+    found = [f"{states[s]} {words}" for s, words in bad.items() if states[s]]
+    return ", ".join([f"{len(done)} of {seeds} seeds finished", *found])
 
 
 def _totals(study: Study, run: Run) -> dict[str, float]:

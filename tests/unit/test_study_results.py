@@ -104,6 +104,12 @@ def test_the_curve_of_a_pipeline_goes_on_where_the_last_stage_ended(path: Path) 
     assert points == [(2, 4.0, 0.3), (4, 8.0, 0.35), (5, 10.0, 0.3), (6, 12.0, 0.35)]
 
 
+def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
+    rows = summarise(Study(study_file(tmp_path)))["worlds"][0]["rows"]
+    assert rows[1]["state"] == "learning rate not chosen: 0 of 2 runs of its selection finished"
+    assert rows[2]["state"] == "waits for the learning rate of kd, which it starts from"
+
+
 def test_what_is_not_there_has_no_number(path: Path) -> None:
     study = Study(path)
     for seed in (0, 1, 2):
