@@ -106,7 +106,7 @@ def _missing(study: Study, row: Row, reported: list[Run], done: list[Run]) -> st
         swept = [r for some in study.sweep(row).values() for r in some]
         finished = sum(study.outcome(r).finished for r in swept)
         return f"learning rate not chosen: {finished} of {study.count(row) - seeds} runs of its selection finished"
-    states = Counter(study.outcome(r).state for r in reported)
+    states: Counter[str] = Counter(study.outcome(r).state for r in reported)
     bad = {"failed": "failed", "conflict": "hold a run of another configuration"}
     found = [f"{states[s]} {words}" for s, words in bad.items() if states[s]]
     return ", ".join([f"{len(done)} of {seeds} seeds finished", *found])
