@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opd.config import Config
+from opd.placement import of_routes
 from opd.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Facts:
     family: Family = field(init=False)
     teacher: str = field(init=False)
     tokenizer: Any = field(init=False)  # the teacher's
+    routes: dict[str, Facts] = field(default_factory=dict)  # with teacher.kind routed: the same for each teacher
     max_model_len: int | None = None  # of the student's servers; None: there are none
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)  # setting -> good records of its manifest
     bad: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # setting -> bad ones
@@ -43,6 +46,29 @@ class Facts:
     probe: PlainStudent | None = None
     rollouts: list[Rollout] = field(default_factory=list)
     stack: ExitStack = field(default_factory=ExitStack)  # of what has to be stopped at the end
+
+
+def each_teacher(run: Callable[[Facts], str]) -> Callable[[Facts], str]:
+    """The check `run` for every teacher of a recipe that routes, else as it is."""
+
+    def checked(facts: Facts) -> str:
+        if facts.config.teacher.kind != "routed":
+            return run(facts)
+        found = {}
+        for name, config in of_routes(facts.config).items():
+            one = facts.routes.setdefault(name, replace_with(facts, config))
+            found[name] = run(one)
+        said = "; ".join(f"{name}: {what}" for name, what in found.items())
+        return Warned(said) if any(isinstance(what, Warned) for what in found.values()) else said
+
+    return checked
+
+
+def replace_with(facts: Facts, config: Config) -> Facts:
+    """The same facts, shared, under another config."""
+    found = copy(facts)
+    found.config = config
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -74,16 +75,28 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     """The text LLM that grades, and where it runs."""
 
-    kind: Literal["local", "server"] | None = Field(
+    kind: Literal["local", "server", "self", "routed"] | None = Field(
         None, description="none: server where the placement has teacher servers and the objective can use them"
     )
-    path: str = Field(description="checkpoint folder or hub id of the text LLM")
+    path: str = Field("", description="checkpoint folder or hub id of the text LLM; none: self, routed")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     urls: list[str] = Field(
         [], description="servers that grade, or write a warm start's responses; empty: `opd launch` starts them"
     )
-    shard: bool = Field(False, description="local: ZeRO-3 over the learner's ranks instead of a copy on each")
-    batch_tokens: PositiveInt = Field(16384, description="local: padded tokens in one forward pass")
+    shard: bool = Field(False, description="local, self: ZeRO-3 over the learner's ranks instead of a copy on each")
+    batch_tokens: PositiveInt = Field(16384, description="local, self: padded tokens in one forward pass")
+    field: str = Field("group", description="routed: of a record, names its route")
+    routes: dict[str, TeacherConfig] = Field({}, description='routed: value of the field -> teacher; "*": any other')
+
+    @property
+    def each(self) -> dict[str, TeacherConfig]:
+        """The teachers that it stands for, by route: itself, unless it is routed."""
+        return self.routes if self.kind == "routed" else {"": self}
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "" if value is None else value  # as an override says it: teacher.path=
 
 
 class DataConfig(Section):
@@ -144,7 +157,9 @@ class RolloutConfig(Section):
 class ObjectiveConfig(Section):
     """The loss (opd/objectives.py) and its settings."""
 
-    name: Literal["sft", "kd", "xopd", "reverse_kl", "forward_kl", "jsd", "entropy_aware", "cord", "salad"] = "xopd"
+    name: Literal["sft", "kd", "xopd", "reverse_kl", "forward_kl", "jsd", "entropy_aware", "cord", "salad", "uld"] = (
+        "xopd"
+    )
     lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="weight of the text view; 1 - lambda: speech")
     average: Literal["response", "token"] = Field("response", description="per-response mean, or one mean over tokens")
     reference: float = Field(0.0, ge=0, description="on-policy: weight of KL(student || student at the start)")
@@ -154,6 +169,7 @@ class ObjectiveConfig(Section):
     mu: float = Field(0.5, ge=0, description="kd: weight of the KL term")
     tau: PositiveFloat = Field(2.0, description="kd: temperature of the KL term")
     beta: float = Field(0.5, ge=0, le=1, description="jsd: 0 would be forward KL, 1 reverse KL")
+    hybrid: bool = Field(False, description="uld: tokens that both tokenizers have are compared directly (TRL's GOLD)")
     top_k: PositiveInt | None = Field(
         None, description="reverse_kl: the student's best ids and a bucket; forward_kl, jsd: the teacher's; none: all"
     )
@@ -200,6 +216,7 @@ SOURCES_OF = {
     "entropy_aware": ("student",),
     "cord": ("student",),
     "salad": ("dataset",),
+    "uld": ("student", "teacher", "dataset", "mix"),
 }
 
 
@@ -381,6 +398,8 @@ NOT_COMPARED: tuple[str, ...] = (
 def compared(dumped: dict[str, Any]) -> dict[str, Any]:
     """What makes a run the run that it is: a dumped config as {dotted key: value}, without NOT_COMPARED."""
     flat = _flat(dumped)
+    of_routes = [k for k in flat if k.startswith("teacher.routes.") and k.endswith((".urls", ".shard"))]
+    flat = {k: v for k, v in flat.items() if k not in of_routes}
     return {k: v for k, v in flat.items() if not any(k == n or k.startswith(f"{n}.") for n in NOT_COMPARED)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd.checks import Check, Facts, Skip, Warned
+from opd.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.config import Config, UserError
 from opd.family_check import AGREE, DIFFER
 from opd.layout import LOOPBACK, Place, free_port, starts_student
@@ -20,9 +20,11 @@ from opd.placement import Servers, node_of, placement_of
 from opd.probe import Mismatch, PlainStudent
 from opd.rollout import gold_ids
 from opd.servers import Command, student_server, teacher_server
+from opd.starting import StartingStudent
 from opd.supervise import cause
 from opd.supervisor import serving
-from opd.teacher import LocalTeacher, ServerTeacher, make_teacher
+from opd.teacher import Teacher
+from opd.teachers import make_teacher
 from opd.types import VIEWS, Prompt, Rollout
 from opd.weight_sync import WeightSync
 
@@ -172,17 +174,27 @@ def judge_push(stale: Mismatch, fresh: Mismatch, restored: Mismatch, config: Con
 def teacher_reads(facts: Facts) -> str:
     """The teacher prefers a record's own response to another's: it reads the transcript."""
     facts.probe = None  # its memory is the teacher's
+    return each_teacher(prefers)(facts)
+
+
+def prefers(facts: Facts) -> str:
+    """`teacher_reads` of one teacher."""
     config = facts.config.model_copy(deep=True)
-    config.teacher.path, config.teacher.shard = facts.teacher, False
+    config.teacher.shard = False  # of one process
+    if config.teacher.kind != "self":
+        config.teacher.path = facts.teacher
+    if config.objective.name == "uld":
+        raise Skip("with another tokenizer it gives no log-probs of these tokens")
     on = torch.device(device(config))
     if config.teacher.kind == "server" and not config.teacher.urls:
         place = place_of("teacher", config, placement_of(config).teacher)
         config.teacher.urls = [start(facts, teacher_server(config, place))]
-    teacher = make_teacher(config, facts.family, on)
+    itself = StartingStudent(config, facts.family, on, None) if config.teacher.kind == "self" else None
+    teacher = make_teacher(config, facts.family, on, itself)
     return preference(teacher, facts.prompts["data.train"], facts.family, min(MAX_TOKENS, config.rollout.max_tokens))
 
 
-def preference(teacher: LocalTeacher | ServerTeacher | Any, prompts: list[Prompt], family: Family, limit: int) -> str:
+def preference(teacher: Teacher | Any, prompts: list[Prompt], family: Family, limit: int) -> str:
     """Compare the mean log-prob of each record's response with that of another's, after the same transcript.
 
     Records without `response` get the teacher's greedy reply. Raises UserError when the own one wins too seldom.

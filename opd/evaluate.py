@@ -22,7 +22,7 @@ from opd.learner import Learner
 from opd.metrics import Estimate, ratio_stderr
 from opd.models.base import Family
 from opd.rollout import VllmSampler, gold_ids
-from opd.teacher import LocalTeacher, ServerTeacher
+from opd.teacher import Teacher
 from opd.token_loss import Rows, chunks
 from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
 from opd.views import transcript
@@ -50,13 +50,13 @@ class Evaluator:
     config: Config
     family: Family
     learner: Learner
-    teacher: LocalTeacher | ServerTeacher
+    teacher: Teacher
     sampler: VllmSampler
     clips: ClipLoader
     test: list[Prompt]
     retention: list[Prompt]
     say: Callable[[str], None] = lambda _: None
-    writer: LocalTeacher | ServerTeacher | None = None  # answers in the teacher's place; none: the teacher itself
+    writer: Teacher | None = None  # answers in the teacher's place; none: the teacher itself
     _teacher_right: list[float] | None = None  # the teacher is frozen: asked once
 
     def run(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Evaluator:
 
     def _divergences(self) -> dict[str, Estimate]:
         """Misalignment KL(student|text || student|speech), forgetting KL(teacher|text || student|text), in nats per
-        token of the gold response. Forgetting needs the teacher's full rows: absent with a teacher on a server."""
+        token of the gold response. Forgetting needs the teacher's full rows: absent without them."""
         prompts = self.test[: self.config.eval.kl_limit]
         sums = torch.zeros(3, len(prompts), dtype=torch.float64)  # misalignment, forgetting, tokens
         for chunk in self._in_step(prompts):
@@ -151,17 +151,19 @@ class Evaluator:
             mb, read = self._student(text, clips)
             heard = self._student(speech, clips)[1]
             self._gather(sums[0], chunk, self._kl(mb, read, heard))
-            if isinstance(self.teacher, LocalTeacher):
+            if self.teacher.gives_rows:
                 self._gather(sums[1], chunk, self._kl(mb, self.teacher.rows(mb.samples), read))
             self._gather(sums[2], chunk, mb.mask.sum(-1))
         sums = all_reduce(sums, "sum")
-        names = ["misalignment", "forgetting"] if isinstance(self.teacher, LocalTeacher) else ["misalignment"]
+        names = ["misalignment", "forgetting"] if self.teacher.gives_rows else ["misalignment"]
         return {n: ratio_stderr(sums[i].tolist(), sums[2].tolist(), questions(prompts)) for i, n in enumerate(names)}
 
     def _reverse_kl(self) -> dict[str, Estimate]:
         """KL(student || teacher) per token on the student's own samples at temperature 1, by view: over the full
-        vocabulary with a local teacher, else the sampled tokens' estimate of it."""
-        out = {}
+        vocabulary with a local teacher, else the sampled tokens' estimate of it; absent with another tokenizer."""
+        out: dict[str, Estimate] = {}
+        if not self.teacher.grades:
+            return out
         for view in VIEWS:
             prompts = self.test[: self.config.eval.kl_limit]
             sums = torch.zeros(2, len(prompts), dtype=torch.float64)
@@ -171,7 +173,7 @@ class Evaluator:
                 own = self.sampler.sample(jobs, clips, 1, 1.0)
                 scored = self._scored(own)
                 mb, student = self._student(make_samples(scored, clips, self.family), clips)
-                rows = self.teacher.rows(mb.samples) if isinstance(self.teacher, LocalTeacher) else None
+                rows = self.teacher.rows(mb.samples) if self.teacher.gives_rows else None
                 self._gather(sums[0], chunk, self._kl(mb, student, rows))
                 self._gather(sums[1], chunk, mb.mask.sum(-1))
             sums = all_reduce(sums, "sum")
@@ -199,9 +201,9 @@ class Evaluator:
         return out.sum(-1)
 
     def _scored(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        if isinstance(self.teacher, ServerTeacher):
-            return self.teacher.score(rollouts)
-        return [ScoredRollout(r, None) for r in rollouts]
+        if self.teacher.gives_rows:
+            return [ScoredRollout(r, None) for r in rollouts]
+        return self.teacher.score(rollouts)
 
     def _gold(self, chunk: list[tuple[int, Prompt]], view: View, clips: dict[str, np.ndarray]) -> list[Sample]:
         limit = self.config.rollout.max_tokens

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from opd.config import Config, UserError
 from opd.models.base import Family, SpeechLM
 from opd.models.lora import Piece, adapters, pieces
 from opd.sharding import load_sharded
-from opd.token_loss import Rows, TokenLoss
+from opd.token_loss import TokenLoss
 from opd.types import VIEWS, Batch, Sample
+
+if TYPE_CHECKING:
+    from opd.starting import StartingStudent
 
 CLIPS_PER_CALL = 8  # of the frozen tower
 GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
@@ -36,6 +39,7 @@ class Learner:
 
         self.config, self.family = config, family
         self.advantages: dict[int, list[float]] = {}  # by id() of the newest step's samples, for samples.jsonl
+        self.reference: StartingStudent | None = None  # with objective.reference
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
         settings = deepspeed_settings(config)
@@ -53,10 +57,10 @@ class Learner:
         self.model: SpeechLM = self.engine.module
         self.model.train()
         silent = np.zeros(family.sampling_rate // 2, np.float32)
-        self._silent_clip = family.features([silent])
+        self._silent_clip = self._features([silent])
         self._silence: list[Tensor] | None = None
         if self.model.adapter_trained and not self.model.tower_trained:
-            self._silence = self._engine_call(features=self._silent_clip)
+            self._silence = self.call(features=self._silent_clip)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -85,12 +89,17 @@ class Learner:
         self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray], stats: Sums, teacher: Any
     ) -> Tensor:
         objective = self.config.objective
-        rows: Rows | None = None
-        if objective.reads_rows:
-            assert teacher is not None
+        inputs = self.inputs(mb, audio, clips)
+        rows = reference = aligned = None
+        if objective.name == "uld":
+            aligned = teacher.aligned(mb.samples)
+        elif objective.reads_rows:
             rows = teacher.rows(mb.samples)
-        loss = TokenLoss(mb, objective, self.config.rollout.temperature, rows)
-        total = self._forward(mb, audio, clips, loss=loss, mask=mb.mask)
+        if objective.reference > 0:
+            assert self.reference is not None
+            reference = self.reference.rows(mb, inputs)
+        loss = TokenLoss(mb, objective, self.config.rollout.temperature, rows, reference, aligned)
+        total = self.call(**inputs, loss=loss, mask=mb.mask)
         stats.total("loss", total)
         self._count(mb, loss.found(), stats)
         return total
@@ -121,27 +130,28 @@ class Learner:
         calls = int(all_reduce(torch.tensor(float(len(chunks))), "max"))
         audio: dict[str, Tensor] = {}
         for chunk in chunks:
-            outputs = self._engine_call(features=self.family.features([clips[k] for k in chunk]))
+            outputs = self.call(features=self._features([clips[k] for k in chunk]))
             audio.update(zip(chunk, outputs, strict=True))
         for _ in range(calls - len(chunks)):
-            self._engine_call(features=self._silent_clip)
+            self.call(features=self._silent_clip)
         return audio
 
     def logits(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> Tensor:
         """Logits [B, T, V] of a micro-batch's response tokens; every rank runs the same modules."""
-        return self._forward(mb, audio, clips)
+        return self.call(**self.inputs(mb, audio, clips))
 
-    def _forward(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray], **inputs: Any) -> Tensor:
-        keys = mb.clips
+    def inputs(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What `SpeechLM` takes of a micro-batch; `audio`: what `encode` gave for its clips."""
+        inputs: dict[str, Any] = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
+        return inputs | self.heard(mb.clips, audio, clips)
+
+    def heard(self, keys: list[str], audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The part of `inputs` that is heard: of no clip a silent one where something of the audio path is trained."""
         if self.model.tower_trained:
-            inputs["features"] = self.family.features([clips[k] for k in keys]) if keys else self._silent_clip
-        elif keys:
-            inputs["audio"] = [audio[k] for k in keys]
-        elif self._silence is not None:
-            inputs["audio"] = self._silence
-        for name in ("ids", "position_ids", "attends", "row", "positions"):
-            inputs[name] = getattr(mb, name)
-        return self._engine_call(**inputs)
+            return {"features": self._features([clips[k] for k in keys]) if keys else self._silent_clip}
+        if keys:
+            return {"audio": [audio[k] for k in keys]}
+        return {} if self._silence is None else {"audio": self._silence}
 
     @torch.no_grad()
     def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
@@ -152,10 +162,12 @@ class Learner:
         self.model.train()
         return mb, logits
 
-    def _engine_call(self, **inputs: Any) -> Any:
-        if inputs.get("features") is not None:
-            inputs["features"] = {k: v.to(self.device) for k, v in inputs["features"].items()}
+    def call(self, **inputs: Any) -> Any:
+        """`SpeechLM.forward` through DeepSpeed's engine."""
         return self.engine(**inputs)
+
+    def _features(self, waves: list[np.ndarray]) -> dict[str, Tensor]:
+        return {k: v.to(self.device) for k, v in self.family.features(waves).items()}
 
     # ---- weights --------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd.config import Config, UserError
-from opd.layout import asks_teacher_servers
-from opd.shapes import ModelShape, Weight
+from opd.layout import asks_teacher_servers, copies_start, shards_start
+from opd.placement import of_routes
+from opd.shapes import ModelShape, Weight, teacher_shape
 
 SIZES = {"float32": 4, "bfloat16": 2}
 TOWER_CLIPS = 8  # opd.learner.CLIPS_PER_CALL, which a test compares; that module needs torch
@@ -275,6 +276,21 @@ def teacher_kv_bytes(shape: ModelShape, config: Config) -> int:
     return 2 * m.layers * m.kv_heads * m.head_dim * SIZES[config.teacher.dtype] * config.teacher.batch_tokens
 
 
+def frozen(config: Config, student: ModelShape, teacher: ModelShape) -> dict[str, tuple[int, bool]]:
+    """Bytes of the weights that a rank holds beside the student's, by name, and whether the ranks share them.
+
+    `teacher`: what `teacher_shape` gave; the shapes of several local ones are looked up.
+    """
+    found = {}
+    for route, one in of_routes(config).items():
+        if one.teacher.kind == "local":
+            shape = teacher_shape(one) if route else teacher
+            found[f"local teacher {route}".strip()] = shape.count() * SIZES[one.teacher.dtype], one.teacher.shard
+    if copies_start(config):
+        found["student at the start"] = student.count() * SIZES[config.student.dtype], shards_start(config)
+    return found
+
+
 def learner_memory(
     config: Config, zero: Zero, student: ModelShape, teacher: ModelShape, lengths: Lengths, ranks: int
 ) -> LearnerMemory:
@@ -286,11 +302,11 @@ def learner_memory(
     live = gathered(zero, weights, d, ranks)
     n = config.rollout.n if config.rollout.student_writes else 1
     prompts = -(-config.train.prompts_per_step // ranks)
-    local = config.teacher.kind == "local"
-    if local:
-        whole = teacher.count() * SIZES[config.teacher.dtype]
-        where = out.host if config.teacher.shard and zero.offload_param else out.device
-        where["local teacher"] = -(-whole // ranks) if config.teacher.shard else whole
+    local = any(t.kind in ("local", "self") for t in config.teacher.each.values())
+    shard = any(t.shard and t.kind == "local" for t in config.teacher.each.values())
+    for name, (size, cut) in frozen(config, student, teacher).items():
+        where = out.host if cut and zero.offload_param else out.device
+        where[name] = -(-size // ranks) if cut else size
     hears = config.objective.lambda_ < 1
     tower_trained = "tower" in config.student.train
     if hears and not tower_trained:
@@ -321,7 +337,7 @@ def learner_memory(
     for phase in ("loss", "backward"):
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
     shared = gathered(replace(zero, stage=3), [w.numel for w in teacher.weights], SIZES[config.teacher.dtype], ranks)
-    gather = {"teacher's gathered parameters": shared} if local and config.teacher.shard else {}
+    gather = {"teacher's gathered parameters": shared} if local and shard else {}
     if local and config.rollout.student_writes:
         samples = prompts * n * len(views)
         found = teacher_bytes(teacher, student.decoder.vocab, config, lengths, samples)

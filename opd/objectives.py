@@ -41,6 +41,7 @@ class Tokens:
     reference: Tensor | None = None  # [N, V] logits of the student at the start, with objective.reference
     importance: Tensor | None = None  # [N], of `cord`: weights from its preview
     sampled: Tensor | None = None  # [N] bool: the student sampled it; none: all
+    aligned: Tensor | None = None  # scalar, of `uld`: the loss of the response that these tokens are
 
     def student(self, temperature: float = 1.0) -> Tensor:
         """[N, V] log-probabilities of the student."""
@@ -237,6 +238,16 @@ def salad_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     return Terms(o.alpha * kl + (1.0 - o.alpha) * nll, {"salad/kl": kl, "salad/nll": nll})
 
 
+def uld_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Universal logit distillation from a teacher with another tokenizer (arXiv 2402.12030), as opd/uld.py aligns it.
+
+    One number for a whole response, which all of its tokens carry.
+    """
+    assert t.aligned is not None
+    loss = t.aligned.expand(len(t.targets))
+    return Terms(loss, {"uld": loss})
+
+
 OBJECTIVES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
     "sft": sft_terms,
     "kd": kd_terms,
@@ -247,6 +258,7 @@ OBJECTIVES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
     "entropy_aware": entropy_aware_terms,
     "cord": cord_terms,
     "salad": salad_terms,
+    "uld": uld_terms,
 }
 
 

@@ -119,13 +119,7 @@ def place(config: Config) -> None:
     Raises UserError where the two contradict each other.
     """
     placement, name = placement_of(config), config.launch.placement
-    if config.teacher.kind is None:
-        serves = bool(placement.teacher or config.teacher.urls) and not config.objective.reads_rows
-        config.teacher.kind = "server" if serves else "local"
-    if config.teacher.shard and config.teacher.kind == "server":
-        raise UserError("teacher.shard: true is for a local teacher, found kind server; set teacher.kind=local")
-    if config.teacher.kind == "server" and not config.teacher.urls and not placement_of(config).teacher:
-        raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
+    _place_teacher(config, placement)
     if config.rollout.transport is None:
         config.rollout.transport = placement.transport
     if config.rollout.sleep is None:
@@ -139,6 +133,42 @@ def place(config: Config) -> None:
             f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
             f"launch.processes ({placement.ranks}): every learner process needs a prompt"
         )
+
+
+def _place_teacher(config: Config, placement: Placement) -> None:
+    t, o, name = config.teacher, config.objective, config.launch.placement
+    if t.kind is None:
+        serves = bool(placement.teacher or t.urls) and not o.reads_rows
+        t.kind = "server" if serves else "local"
+    for key, one in t.each.items():
+        where = f"teacher.routes.{key}" if key else "teacher"
+        if key:
+            one.kind = one.kind or ("server" if one.urls else "local")
+            if one.kind == "server" and not one.urls:
+                raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
+            if one.kind == "server" and o.reads_rows:
+                raise UserError(f"{where}: objective.name {o.name} reads full vocabulary rows, which no server gives")
+        if one.kind in ("local", "server") and not one.path:
+            raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM")
+        if one.kind == "self" and one.path not in ("", config.student.path):
+            raise UserError(f"{where}: kind self is the student itself, found path {one.path}; set {where}.path=")
+        if one.urls and one.kind in ("self", "routed"):
+            raise UserError(f"{where}: kind {one.kind} asks no server of its own, found urls; set {where}.urls=[]")
+        if one.routes and one.kind != "routed" or one.kind == "routed" and key:
+            raise UserError(f"{where}.routes: expected with teacher.kind routed alone, found kind {one.kind}")
+        if one.shard and one.kind == "server" and o.reference == 0:
+            raise UserError(f"{where}.shard: true is for a local teacher, found kind server; set teacher.kind=local")
+    if t.kind == "routed" and (not t.routes or t.path or t.urls or (t.shard and o.reference == 0)):
+        raise UserError("teacher.kind routed: expected teacher.routes, and path, urls and shard in each of them")
+    if o.name == "uld" and t.kind != "local":
+        raise UserError(f"objective.name uld is for one local teacher, found teacher.kind {t.kind}")
+    if t.kind == "server" and not t.urls and not placement_of(config).teacher:
+        raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
+
+
+def of_routes(config: Config) -> dict[str, Config]:
+    """The recipe as each of its teachers has it: itself, unless it routes."""
+    return {name: config.model_copy(update={"teacher": one}) for name, one in config.teacher.each.items()}
 
 
 def memory_share(config: Config, group: float | None) -> float:

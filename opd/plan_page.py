@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.config import Config, UserError
+from opd.layout import copies_start
 from opd.memory import Bytes, Lengths
 from opd.plan import Machine, Plan, Use, alternatives, at, estimate, gib, load, recommended, where
 from opd.server_memory import CONTEXT, GRAPHS, ServerMemory
@@ -232,7 +233,7 @@ def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
     c = plan.config
     offload = Path(c.train.deepspeed).with_name("zero3_offload.json")
     choices = [f"train.deepspeed={offload}"] if offload.is_file() else []
-    choices += ["teacher.shard=true"] if c.teacher.kind == "local" and not c.teacher.shard else []
+    choices += ["teacher.shard=true"] if (c.teacher.kind == "local" or copies_start(c)) and not c.teacher.shard else []
     choices += ["student.lora={}"] if c.student.lora is None and "llm" in c.student.train else []
     largest = max(c.train.micro_batch_tokens, c.teacher.batch_tokens)
     shares = [[f"rollout.server.gpu_memory_utilization={s}"] for s in SHARES if plan.placement.shared]
@@ -249,6 +250,6 @@ def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
 
 def _budget(config: Config, tokens: int | None) -> list[str]:
     given = {"train.micro_batch_tokens": config.train.micro_batch_tokens}
-    if config.teacher.kind == "local":
+    if config.teacher.kind in ("local", "self"):
         given["teacher.batch_tokens"] = config.teacher.batch_tokens
     return [f"{key}={tokens}" for key, now in given.items() if tokens is not None and tokens < now]

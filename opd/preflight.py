@@ -11,13 +11,13 @@ import numpy as np
 import psutil
 
 from opd import audio, run_folder
-from opd.checks import Check, Facts, Skip, Warned
+from opd.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.http import Server, check_model
-from opd.layout import asks_teacher_servers, starts_student, starts_teacher
+from opd.layout import copies_start, starts_student, starts_teacher, teacher_servers
 from opd.placement import node_of, placement_of
-from opd.prompts import read_manifest
+from opd.prompts import read_manifest, route_of
 from opd.views import audio_paths
 
 HEARD = 8  # training records that are kept with their clips for what comes after
@@ -43,15 +43,18 @@ def checks() -> tuple[Check, ...]:
         Check("run folder", run_folder_, "choose another run.dir, or set run.overwrite=true"),
         Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
         Check("student", student, "name a whole checkpoint (`opd families`), or mend student.lora"),
-        Check("teacher", teacher, "name a whole checkpoint of a text LLM"),
+        Check("teacher", each_teacher(teacher), "name a whole checkpoint of a text LLM"),
         Check("servers", servers, "start the servers of the recipe with its models, or take the URLs out", both),
         Check("manifests", manifests, "mend or remove the records that are named"),
         Check("versions", versions, "install what was tested: requirements/"),
-        Check("tokenizers", tokenizers, "choose a teacher with the student's tokenizer", both),
-        Check("chat templates", v.templates, "mend chat_template.jinja", ("tokenizers", "manifests")),
+        Check("tokenizers", each_teacher(tokenizers), "choose a teacher with the student's tokenizer", both),
+        Check("chat templates", each_teacher(v.templates), "mend chat_template.jinja", ("tokenizers", "manifests")),
         Check("clips", clips, "mend or remove them, or raise rollout.server.max_model_len", ("student", "manifests")),
         Check(
-            "stop ids", v.stop_ids, "set eos_token_id in generation_config.json to what ends a turn", ("tokenizers",)
+            "stop ids",
+            each_teacher(v.stop_ids),
+            "set eos_token_id in generation_config.json to what ends a turn",
+            ("tokenizers",),
         ),
         Check("banned ids", v.banned_ids, "mend the family's banned_ids in opd/models/", ("student",)),
         Check("placement", placement, "choose a placement of recipes/placements/ for the GPUs that are here"),
@@ -94,6 +97,10 @@ def teacher(facts: Facts) -> str:
     """The teacher is a whole checkpoint of a text LLM, with a tokenizer."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    if facts.config.teacher.kind == "self":
+        facts.teacher = resolve_model(facts.config.student.path, "student.path")
+        copied = "in a second copy" if copies_start(facts.config) else "adapters switched off"
+        return f"the student at the start, {copied}"
     path = resolve_model(facts.config.teacher.path, "teacher.path")
     whole_weights(path, "teacher.path")
     try:
@@ -138,9 +145,9 @@ def servers(facts: Facts) -> str:
     """Running servers that the recipe names hold its models; what the student's take is noted."""
     config = facts.config
     taken = [_holds(config, "rollout.urls", u, facts.student) for u in config.rollout.urls]
-    asked = config.teacher.urls if asks_teacher_servers(config) else []
-    for url in asked:
-        _holds(config, "teacher.urls", url, facts.teacher)
+    asked = teacher_servers(config)
+    for key, url, model in asked:
+        _holds(config, key, url, resolve_model(model, key))
     if not taken and starts_student(config):
         taken = [config.rollout.server.max_model_len]
     facts.max_model_len = min(taken, default=None)
@@ -169,6 +176,9 @@ def tokenizers(facts: Facts) -> str:
     """The teacher has a tokenizer, and it is the student's."""
     from opd import vocabulary
 
+    if facts.config.teacher.kind == "self":
+        facts.tokenizer = facts.family.tokenizer
+        return vocabulary.tokenizers(facts)
     path = facts.teacher
     try:
         facts.tokenizer = facts.family.text_tokenizer(path)
@@ -204,6 +214,9 @@ def _read(facts: Facts, key: str, path: str) -> str:
             raise UserError(f"{key}: {p.place}: an evaluation needs `answer` and `response`, the record lacks one")
         if key == "data.train" and config.rollout.source == "dataset" and p.response is None:
             raise UserError(f"{key}: {p.place}: rollout.source dataset needs a `response` in every record")
+    if config.teacher.kind == "routed" and key != "eval.retention":
+        for p in prompts:
+            route_of(config.teacher, p)
     gone = [(p, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]
     if gone:
         fault = f"{gone[0][0].place}: {gone[0][1]}: no such audio file"

@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opd.config import UserError
+from opd.config import TeacherConfig, UserError
 from opd.types import Prompt
+
+KNOWN = ("messages", "audio", "transcript", "id", "response", "answer", "match", "group")  # of a record
 
 
 def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], list[dict[str, str]]]:
     """Read a manifest: JSONL here, Parquet, JSON, CSV or a hub id (`hub:owner/name[:split]`) through `datasets`.
 
     A record is `{"messages": [...]}` whose audio parts carry `path` and `transcript`, or the short form
-    `{"audio": path, "transcript": str}`; optional: id, response, answer, match, group. Paths are relative to the
-    manifest and must stay inside its folder.
+    `{"audio": path, "transcript": str}`; optional: id, response, answer, match, group, and strings by other names, for
+    teacher.field. Paths are relative to the manifest and must stay inside its folder.
 
     Returns prompts and the bad records, each {"place", "id", "reason"}. Raises UserError for an unreadable manifest.
     """
@@ -72,7 +74,22 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
         match=match,
         group=str(record.get("group") or ""),
         place=place,
+        other={k: v for k, v in record.items() if k not in KNOWN and isinstance(v, str)},
     )
+
+
+def route_of(teacher: TeacherConfig, prompt: Prompt) -> str:
+    """Which of teacher.routes reads a prompt. Raises UserError, naming the record, when none does."""
+    value = prompt.group if teacher.field == "group" else prompt.other.get(teacher.field, "")
+    found = next((name for name in (value, "*") if name in teacher.routes), None)
+    if found is None:
+        has = f"{teacher.field} {value!r}" if value else f"no {teacher.field}"
+        known = ", ".join(teacher.routes)
+        raise UserError(
+            f"{prompt.place or prompt.id}: has {has}, which is no route of teacher.routes ({known}); "
+            'name it there, or "*" for all others'
+        )
+    return found
 
 
 class PromptStream:

@@ -17,6 +17,7 @@ from typing import Any
 
 from opd.config import Config, UserError, read_yaml, resolve_model
 from opd.families import FAMILIES, Entry
+from opd.placement import of_routes
 
 SHIPPED = Path(__file__).with_name("shapes.yaml")
 RATE = 16000  # samples per second of every family
@@ -106,7 +107,14 @@ def student_shape(config: Config) -> ModelShape:
 
 
 def teacher_shape(config: Config) -> ModelShape:
-    """Shape of the recipe's teacher. Raises UserError when there is no config to read, or it is no text LLM."""
+    """Shape of the recipe's teacher, of several the largest; `self` has the student's.
+
+    Raises UserError when there is no config to read, or it is no text LLM.
+    """
+    if config.teacher.kind == "routed":
+        return max(map(teacher_shape, of_routes(config).values()), key=lambda shape: shape.count())
+    if config.teacher.kind == "self":
+        return student_shape(config)
     return _teacher(_resolved(config.teacher.path, "teacher.path"))
 
 

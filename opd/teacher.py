@@ -5,7 +5,7 @@ No audio ever reaches it: prompts are rendered in the text view here and nowhere
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,26 +22,36 @@ from opd.models.base import Family
 from opd.rollout import BAN
 from opd.sharding import load_sharded
 from opd.token_loss import Rows, chunks
-from opd.types import Message, Prompt, Rollout, Sample, ScoredRollout
+from opd.types import Prompt, Rollout, Sample, ScoredRollout
 from opd.views import render
+from opd.vocabulary import check_tokenizers, text_prompt_ids
 
 Reply = tuple[tuple[int, ...], bool]  # token ids with end of turn, truncated
 
 
 class Teacher(Protocol):
-    """Seam: a frozen text LLM that shares the student's tokenizer."""
+    """Seam: a frozen LLM that reads the text view. All but that of `uld` share the student's tokenizer."""
+
+    gives_rows: bool  # whether `rows` is there to be asked
+    grades: bool  # whether `score` is
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         """Log-probabilities of each rollout's own token ids, at temperature 1, in the text view."""
         ...
 
+    def rows(self, samples: list[Sample]) -> Rows:
+        """Logits of the samples' response tokens in the text view, one response after another."""
+        ...
+
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
-        """Greedy responses to the text view."""
+        """Greedy responses to the text view, in the student's tokens."""
         ...
 
 
 class _Reader:
     """Tokenises text views with the teacher's own tokenizer and chat template."""
+
+    grades = True
 
     def __init__(self, config: Config, family: Family) -> None:
         self.config, self.family = config, family
@@ -49,7 +59,11 @@ class _Reader:
             self.tokenizer = family.text_tokenizer(config.teacher.path)
         except (OSError, ValueError) as e:
             raise UserError(f"teacher.path {config.teacher.path}: no loadable tokenizer: {_first_line(e)}") from e
-        check_tokenizers(family, self.tokenizer, config.teacher.path)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a tokenizer that is not the student's."""
+        check_tokenizers(self.family, self.tokenizer, self.config.teacher.path)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of the text view with the generation prompt."""
@@ -63,12 +77,14 @@ class LocalTeacher(_Reader):
     calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work.
     """
 
+    gives_rows = True
+
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         super().__init__(config, family)
         self.sharded, self.device = config.teacher.shard, device
-        settings = inference_settings(config) if self.sharded else None
+        settings = inference_settings(config, config.teacher.dtype) if self.sharded else None
 
         def load() -> Any:
             return AutoModelForCausalLM.from_pretrained(
@@ -87,8 +103,13 @@ class LocalTeacher(_Reader):
             self.engine, *_ = deepspeed.initialize(model=self.model, config=settings)  # its hooks gather and release
         else:
             self.model.to(device)
-        self.banned = torch.zeros(family.vocab_size, dtype=torch.bool, device=device)
-        self.banned[family.banned_ids] = True
+        self._knows(family.vocab_size, family.banned_ids, family.eos_ids, self.model.config.vocab_size)
+
+    def _knows(self, vocab: int, banned: list[int], eos: list[int], rows: int) -> None:
+        """Ids: how many there are, which are banned, which end a response; `rows` of the output layer."""
+        self.banned = torch.zeros(vocab, dtype=torch.bool, device=self.device)
+        self.banned[banned] = True
+        self.eos_ids, self.suppressed = eos, [i for i in banned if i < rows]
 
     def _idle(self, calls: int) -> int:
         """How many more calls of a sharded model some other rank makes than this one."""
@@ -126,7 +147,11 @@ class LocalTeacher(_Reader):
         layer no rank has the whole, makes all of them first.
         """
         rollouts = [s.scored.rollout for s in samples]
-        pairs = [(self.prompt_ids(r.prompt), r.token_ids) for r in rollouts]
+        states = self._read([(self.prompt_ids(r.prompt), r.token_ids) for r in rollouts])
+        return lambda part: self._project(states[part])
+
+    def _read(self, pairs: list[tuple[list[int], tuple[int, ...]]]) -> Tensor:
+        """What `_project` takes of all response tokens of (prompt ids, response ids), one response after another."""
         lengths = [len(y) for _, y in pairs]
         starts = np.cumsum([0, *lengths])
         flat: Tensor | None = None
@@ -135,9 +160,7 @@ class LocalTeacher(_Reader):
                 flat = states.new_empty(sum(lengths), states.shape[-1])
             for i, piece in zip(chunk, states.split([lengths[i] for i in chunk]), strict=True):
                 flat[starts[i] : starts[i + 1]] = piece
-        assert flat is not None, "no samples to read"
-        whole = flat
-        return lambda part: self._project(whole[part])
+        return torch.empty(0, len(self.banned), device=self.device) if flat is None else flat
 
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
         ids = [self.prompt_ids(p) for p in prompts]
@@ -159,12 +182,15 @@ class LocalTeacher(_Reader):
         greedy = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=False,
-            eos_token_id=self.family.eos_ids,
-            pad_token_id=self.family.eos_ids[0],
-            suppress_tokens=[i for i in self.family.banned_ids if i < self.model.config.vocab_size] or None,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.eos_ids[0],
+            suppress_tokens=self.suppressed or None,
         )
-        out = self.model.generate(tokens, attention_mask=mask, generation_config=greedy, synced_gpus=self.sharded)
-        return [_cut(row, self.family.eos_ids) for row in out[:, longest:].tolist()]
+        out = self._write(input_ids=tokens, attention_mask=mask, generation_config=greedy, synced_gpus=self.sharded)
+        return [_cut(row, self.eos_ids) for row in out[:, longest:].tolist()]
+
+    def _write(self, **arguments: Any) -> Tensor:
+        return self.model.generate(**arguments)
 
     @torch.no_grad()
     def _passes(self, pairs: list[tuple[list[int], tuple[int, ...]]]) -> Iterator[tuple[list[int], Tensor]]:
@@ -242,6 +268,8 @@ class ServerTeacher(_Reader):
     masked there. A text LLM gives them next to nothing, so the difference to the local teacher is of that size.
     """
 
+    gives_rows = False
+
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         from transformers import AutoConfig
 
@@ -297,62 +325,25 @@ class ServerTeacher(_Reader):
         answers = self._ask("/v1/completions", bodies)
         return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in answers]
 
+    def rows(self, samples: list[Sample]) -> Rows:
+        raise AssertionError("a server gives no rows; who asks looks at gives_rows")
+
     def _ask(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
         requests = [Request(path, {"model": "teacher"} | b, len(b["prompt"]) + b["max_tokens"]) for b in bodies]
         r = self.config.rollout
         return [a.content for a in post_all(self.config.teacher.urls, requests, r.concurrency, r.timeout_s, self.first)]
 
 
-def inference_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed settings of a sharded teacher: ZeRO-3, whatever the student's stage, with the recipe's offload_param
-    and bucket sizes; nothing that an optimizer would need."""
+def inference_settings(config: Config, dtype: str) -> dict[str, Any]:
+    """DeepSpeed settings of a sharded teacher of `dtype`: ZeRO-3, whatever the student's stage, with the recipe's
+    offload_param and bucket sizes; nothing that an optimizer would need."""
     settings = deepspeed_settings(config)
     zero = {k: v for k, v in (settings.get("zero_optimization") or {}).items() if k != "offload_optimizer"}
     return settings | {
         "zero_optimization": zero | {"stage": 3},
-        "bf16": {"enabled": config.teacher.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
         "gradient_clipping": 0.0,
     }
-
-
-TEACHERS: dict[str, type[LocalTeacher] | type[ServerTeacher]] = {"local": LocalTeacher, "server": ServerTeacher}
-
-
-def make_teacher(config: Config, family: Family, device: torch.device) -> LocalTeacher | ServerTeacher:
-    """The teacher that the recipe asks for."""
-    return TEACHERS[config.teacher.kind or "local"](config, family, device)
-
-
-def text_prompt_ids(family: Family, tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a chat in the text view, with the generation prompt, as a text teacher reads it."""
-    return family.text_ids(tokenizer, [_plain(m) for m in messages])
-
-
-TEXTS = (
-    *("What is 12 plus 3? It's fifteen.", "1 234 567.89 and 10%, 3/4, 2e-5", "  spaces at both ends  "),
-    *("Zürich, Привет, 你好, नमस्ते 🎧", "one line\nand another\n\n\tand a tab", "<b>no token</b> #1"),
-)
-
-
-def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Iterable[str] = TEXTS) -> None:
-    """Refuse a teacher whose tokenizer gives any shared id another meaning, or other ids to any of the texts.
-
-    The differing tokens are named. Ids that only the student has must be the audio-only ones, which are banned.
-    """
-    ours = {i: t for t, i in family.tokenizer.get_vocab().items()}
-    theirs = {i: t for t, i in teacher.get_vocab().items()}
-    banned = set(family.banned_ids)
-    wrong = [i for i in sorted(ours.keys() | theirs.keys()) if i not in banned and ours.get(i) != theirs.get(i)]
-    if wrong:
-        shown = ", ".join(f"{i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in wrong[:5])
-        raise UserError(
-            f"teacher.path {teacher_path}: its tokenizer differs from the student's in {len(wrong)} ids "
-            f"(id: student / teacher): {shown}; choose a teacher with the student's tokenizer"
-        )
-    for text in texts:
-        a, b = (t(text, add_special_tokens=False).input_ids for t in (family.tokenizer, teacher))
-        if a != b:
-            raise UserError(f"teacher.path {teacher_path}: same vocabulary, but {text[:80]!r} becomes {b}, not {a}")
 
 
 def _asked(rollout: Rollout) -> np.ndarray:
@@ -371,12 +362,6 @@ def _chunks(lengths: list[int], budget: int) -> list[list[int]]:
             chunk.append(order.pop())
         chunks.append(chunk)
     return chunks
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """Text templates of many LLMs take strings only: join the text parts."""
-    content = message["content"]
-    return message if isinstance(content, str) else {**message, "content": "".join(p["text"] for p in content)}
 
 
 def _cut(ids: list[int], eos: list[int]) -> Reply:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ELEMENTS = 1 << 26  # of a chunk's logits: 256 MiB in float32, times the few that an objective needs
 Rows = Callable[[slice], Tensor]  # logits [n, V] of the tokens of a chunk, made when they are asked for
+Aligned = Callable[[Tensor, int], Tensor]  # the student's logits [T, V] of a response, its number -> its loss
 
 
 class TokenLoss:
@@ -37,10 +38,11 @@ class TokenLoss:
         temperature: float,
         teacher: Rows | None = None,
         reference: Rows | None = None,
+        aligned: Aligned | None = None,
     ) -> None:
-        """`teacher`, `reference`: rows of the same tokens, without gradient."""
+        """`teacher`, `reference`: rows of the same tokens, without gradient; `aligned`: see opd/uld.py."""
         self.objective, self.temperature = objective, temperature
-        self.teacher, self.reference = teacher, reference
+        self.teacher, self.reference, self.aligned = teacher, reference, aligned
         real = mb.mask.bool()
         self.targets, self.weights = mb.targets[real], mb.weights[real]
         self.teacher_logp, self.sampler_logp = mb.teacher_logp[real], mb.sampler_logp[real]
@@ -52,6 +54,13 @@ class TokenLoss:
         self.position, self.response = at[real], of[real]
         self.importance: Tensor | None = None
         self.metrics: dict[str, list[Tensor]] = {}
+
+    def parts(self, vocab: int) -> list[slice]:
+        """The chunks in which the tokens are to come: with `aligned` whole responses, else of about ELEMENTS."""
+        if self.aligned is None:
+            return chunks(len(self.targets), vocab)
+        ends = torch.unique_consecutive(self.response, return_counts=True)[1].cumsum(0).tolist()
+        return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     @property
     def previews(self) -> bool:
@@ -83,6 +92,7 @@ class TokenLoss:
             reference=self.reference(part) if self.reference else None,
             importance=cut(self.importance),
             sampled=self.sampled[part],
+            aligned=self.aligned(logits, int(self.response[part.start])) if self.aligned else None,
         )
         terms = token_terms(tokens, self.objective)
         found = dict(terms.metrics)

@@ -22,13 +22,14 @@ from opd.clips import ClipLoader, Room, list_bad, listed
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.evaluate import Evaluator, decode
 from opd.http import Server, check_model
-from opd.layout import asks_teacher_servers, evaluates, needs_teacher
+from opd.layout import asks_teacher_servers, evaluates, needs_teacher, teacher_servers
 from opd.learner import Learner, deepspeed_settings
 from opd.metrics import MetricsLog
 from opd.models import family_of
 from opd.prompts import PromptStream, read_manifest
 from opd.rollout import ResponseSource, VllmSampler, make_source
-from opd.teacher import LocalTeacher, ServerTeacher, make_teacher
+from opd.teacher import ServerTeacher, Teacher
+from opd.teachers import make_start, make_teacher
 from opd.types import VIEWS, Batch, Prompt, Sample, ScoredRollout, View
 from opd.views import transcript
 from opd.weight_sync import WeightSync
@@ -40,7 +41,7 @@ class Parts:
 
     config: Config
     learner: Learner
-    teacher: LocalTeacher | ServerTeacher | None  # none: nothing in the run needs one
+    teacher: Teacher | None  # none: nothing in the run needs one
     stream: PromptStream
     clips: ClipLoader
     source: ResponseSource
@@ -214,7 +215,9 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     """All parts of a run, from its recipe."""
     rank, world = dist.get_rank(), dist.get_world_size()
     path = resolve_model(config.student.path, "student.path")
-    config.teacher.path = resolve_model(config.teacher.path, "teacher.path")
+    for teacher_config in config.teacher.each.values():
+        if teacher_config.path:
+            teacher_config.path = resolve_model(teacher_config.path, "teacher.path")
     family = family_of(path, config.student.family)
     prompts, bad = read_manifest(config.data.train)
     stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
@@ -227,16 +230,17 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
         room = Room(family, config.rollout.max_tokens, min(taken))
         sync = WeightSync(sampler.servers, family, config, rank)
         sync.sleep()  # before anything else needs the device
-    if asks_teacher_servers(config):
-        for url in config.teacher.urls:
-            check_model(Server(url, config.rollout.timeout_s), "teacher.urls", config.teacher.path, config.teacher.path)
+    for key, url, model in teacher_servers(config):
+        check_model(Server(url, config.rollout.timeout_s), key, model, model)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    teacher = make_teacher(config, family, device) if needs_teacher(config) else None
+    learner = Learner(config, family, path)
+    start = make_start(config, family, device, learner)
+    learner.reference = start if config.objective.reference > 0 else None
+    teacher = make_teacher(config, family, device, start) if needs_teacher(config) else None
     writer = teacher
     if config.teacher.kind == "local" and asks_teacher_servers(config):  # they write, it grades
         writer = ServerTeacher(config, family, device)
-    learner = Learner(config, family, path)
     if rank == 0:
         known = listed(config)
         list_bad(config, [b for b in bad if b["place"] not in known])

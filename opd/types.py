@@ -32,6 +32,7 @@ class Prompt:
     match: Literal["exact", "regex"] = "exact"
     group: str = ""
     place: str = ""  # "file.jsonl:12", for error messages
+    other: dict[str, str] = field(default_factory=dict)  # further strings of the record, by name
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from opd.audio import BadAudio
 from opd.checks import Facts, Warned
 from opd.config import UserError
-from opd.teacher import TEXTS, check_tokenizers, text_prompt_ids
 from opd.types import Message, Prompt
 from opd.views import render
+
+if TYPE_CHECKING:
+    from opd.models.base import Family
 
 RECORDS = 64  # of the manifest, whose texts are put into ids
 ASK: Message = {"role": "user", "content": [{"type": "text", "text": "What is 12 plus 3?"}]}
@@ -19,8 +21,56 @@ ANSWER, ASK_AGAIN = "Fifteen.", {"role": "user", "content": [{"type": "text", "t
 IdsOf = Callable[[list[Message]], list[int]]
 
 
+def text_prompt_ids(family: Family, tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Token ids of a chat in the text view, with the generation prompt, as a text teacher reads it."""
+    return family.text_ids(tokenizer, [joined(m) for m in messages])
+
+
+TEXTS = (
+    *("What is 12 plus 3? It's fifteen.", "1 234 567.89 and 10%, 3/4, 2e-5", "  spaces at both ends  "),
+    *("Zürich, Привет, 你好, नमस्ते 🎧", "one line\nand another\n\n\tand a tab", "<b>no token</b> #1"),
+)
+
+
+def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Iterable[str] = TEXTS) -> None:
+    """Refuse a teacher whose tokenizer gives any shared id another meaning, or other ids to any of the texts.
+
+    The differing tokens are named. Ids that only the student has must be the audio-only ones, which are banned.
+    """
+    ours = {i: t for t, i in family.tokenizer.get_vocab().items()}
+    theirs = {i: t for t, i in teacher.get_vocab().items()}
+    banned = set(family.banned_ids)
+    wrong = [i for i in sorted(ours.keys() | theirs.keys()) if i not in banned and ours.get(i) != theirs.get(i)]
+    if wrong:
+        shown = ", ".join(f"{i}: {ours.get(i)!r} / {theirs.get(i)!r}" for i in wrong[:5])
+        raise UserError(
+            f"teacher.path {teacher_path}: its tokenizer differs from the student's in {len(wrong)} ids "
+            f"(id: student / teacher): {shown}; choose a teacher with the student's tokenizer, or objective.name=uld"
+        )
+    for text in texts:
+        a, b = (t(text, add_special_tokens=False).input_ids for t in (family.tokenizer, teacher))
+        if a != b:
+            raise UserError(f"teacher.path {teacher_path}: same vocabulary, but {text[:80]!r} becomes {b}, not {a}")
+
+
+def joined(message: dict[str, Any]) -> dict[str, Any]:
+    """Text templates of many LLMs take strings only: join the text parts."""
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": "".join(p["text"] for p in content)}
+
+
 def tokenizers(facts: Facts) -> str:
-    """Both tokenizers give the same ids the same meaning, and the same ids to the same texts."""
+    """Both tokenizers give the same ids the same meaning, and the same ids to the same texts.
+
+    With objective uld, that their texts can be aligned.
+    """
+    if facts.config.teacher.kind == "self":
+        return "the teacher is the student"
+    if facts.config.objective.name == "uld":
+        from opd.uld import check_byte_level
+
+        check_byte_level(facts.family, facts.tokenizer, facts.teacher)
+        return "both are byte-level: objective uld aligns them"
     found = texts(facts)
     check_tokenizers(facts.family, facts.tokenizer, facts.teacher, found)
     return f"same tokens, and the same ids for {len(found)} texts"
@@ -37,25 +87,27 @@ def texts(facts: Facts) -> list[str]:
 
 def templates(facts: Facts) -> str:
     """Both chat templates hold the text view and a generation prompt that a reply can follow."""
-    family, tokenizer = facts.family, facts.tokenizer
-    for name, tok, ids_of in sides(facts):
+    family = facts.family
+    (_, _, ours), (_, tokenizer, theirs) = both = sides(facts)
+    for name, tok, ids_of in both:
         end_of_turn(name, tok, ids_of)
     different = None
     records = facts.prompts["data.train"][:RECORDS]
     for prompt in records:
         view = render(prompt, "text")
         try:
-            heard, read = family.prompt_ids(view, []), text_prompt_ids(family, tokenizer, view)
+            heard, read = ours(view), theirs(view)
         except BadAudio:  # it spells the placeholder: a bad record, which the clips' check counts
             continue
         for name, tok, ids in (("student", family.tokenizer, heard), ("teacher", tokenizer, read)):
             if lost := [t for t in _spoken(prompt) if _plain(t) not in _plain(tok.decode(ids))]:
                 raise UserError(f"{prompt.place}: the {name}'s chat template loses the transcript {lost[0][:80]!r}")
-        if different is None and heard != read:
+        if different is None and heard != read and facts.config.objective.name != "uld":
             different = difference(prompt, (family.tokenizer, heard), (tokenizer, read))
     if different is not None:
         return Warned(f"transcripts, generation prompt and end of turn are there; {different}")
-    return f"transcripts, generation prompt and end of turn are there; {len(records)} text views alike in both"
+    alike = "" if facts.config.objective.name == "uld" else f"; {len(records)} text views alike in both"
+    return f"transcripts, generation prompt and end of turn are there{alike}"
 
 
 def difference(prompt: Prompt, student: tuple[Any, list[int]], teacher: tuple[Any, list[int]]) -> str:
@@ -72,10 +124,15 @@ def difference(prompt: Prompt, student: tuple[Any, list[int]], teacher: tuple[An
 def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:
     """Student and teacher: name, tokenizer, and ids of a chat of texts with the generation prompt."""
     family, tokenizer = facts.family, facts.tokenizer
-    return [
-        ("student", family.tokenizer, lambda chat: family.prompt_ids(chat, [])),
-        ("teacher", tokenizer, lambda chat: text_prompt_ids(family, tokenizer, chat)),
-    ]
+
+    def ours(chat: list[Message]) -> list[int]:
+        return family.prompt_ids(chat, [])
+
+    def theirs(chat: list[Message]) -> list[int]:
+        return text_prompt_ids(family, tokenizer, chat)
+
+    own = facts.config.teacher.kind == "self"
+    return [("student", family.tokenizer, ours), ("teacher", tokenizer, ours if own else theirs)]
 
 
 def end_of_turn(name: str, tokenizer: Any, ids_of: IdsOf) -> int:
@@ -106,7 +163,9 @@ def stop_ids(facts: Facts) -> str:
         raise UserError(
             f"student.path {facts.student}: neither generation_config.json nor its tokenizer names a stop id"
         )
-    ours, theirs = (names(t) for t in (family.tokenizer, facts.tokenizer))
+    other = facts.config.objective.name == "uld"  # then the teacher's stop id is its tokenizer's own
+    ours = names(family.tokenizer)
+    theirs = ours if other else names(facts.tokenizer)
     shown = ", ".join(f"{i} {ours.get(i)!r}" for i in eos)
     for i in eos:
         if i not in ours or ours[i] != theirs.get(i):
@@ -115,7 +174,7 @@ def stop_ids(facts: Facts) -> str:
         raise UserError(f"stop id {banned[0]} {ours[banned[0]]!r} is banned: no response could end")
     ends = {name: end_of_turn(name, tokenizer, ids_of) for name, tokenizer, ids_of in sides(facts)}
     for name, end in ends.items():
-        if end not in eos:
+        if end not in ([facts.tokenizer.eos_token_id] if other and name == "teacher" else eos):
             raise UserError(
                 f"the {name}'s chat template ends a turn with {end} {ours.get(end)!r}, generation stops at {shown}"
             )

@@ -22,7 +22,7 @@ from opd.divergences import EXCLUDED
 from opd.families import Entry
 from opd.models.lora import adapters, inject
 from opd.sharding import inside
-from opd.token_loss import TokenLoss, chunks, summed_loss
+from opd.token_loss import TokenLoss, summed_loss
 from opd.types import Message
 
 Part = Literal["tower", "adapter", "llm", "fixed"]  # fixed: never trained, such as a vision tower
@@ -249,11 +249,24 @@ class SpeechLM(nn.Module):
         return self
 
     def forward(
-        self, features: dict[str, Tensor] | None = None, loss: TokenLoss | None = None, mask: Any = None, **text: Any
+        self,
+        features: dict[str, Tensor] | None = None,
+        loss: TokenLoss | None = None,
+        mask: Any = None,
+        at: Tensor | None = None,
+        generate: dict[str, Any] | None = None,
+        **text: Any,
     ) -> Any:
-        """`encode` without text; else `response_logits`, or with `loss` and `mask` `response_loss`."""
+        """`encode` without text; else `response_logits`, with `at` `states`, with `loss` and `mask` `response_loss`.
+
+        `generate`: arguments of transformers' `generate`, whose tokens are given back.
+        """
+        if generate is not None:
+            return self._generate(generate)
         if not text:
             return self.encode(features)
+        if at is not None:
+            return self.states(at, features=features, **text)
         if loss is None:
             return self.response_logits(features=features, **text)
         return self.response_loss(loss, mask, features=features, **text)
@@ -274,21 +287,40 @@ class SpeechLM(nn.Module):
         head: Any = self.hf.lm_head
         return self.finished(head(hidden))
 
+    def states(self, at: Tensor, whole: bool = False, **inputs: Any) -> Tensor:
+        """Hidden states [N, H] at the places `at` [N, 2] (row, position); `whole`: their logits [N, V], `finished`."""
+        found = self.hidden(**inputs)[at[:, 0], at[:, 1]]
+        head: Any = self.hf.lm_head
+        return self.finished(head(found)) if whole else found
+
+    def project(self, states: Tensor) -> Tensor:
+        """Logits [n, V] of hidden states [n, H], `finished`; the output layer must be whole here."""
+        head: Any = self.hf.lm_head
+        return self.finished(linear(states, head.weight, head.bias))
+
     def response_loss(self, loss: TokenLoss, mask: Tensor, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
         """`loss` of the response tokens where `mask` [B, T] is 1, a scalar, without their logits as a whole."""
-        hidden = self.hidden(**inputs)
-        real = mask.bool()
-        at = hidden[row[:, None].expand_as(real)[real], positions[real]]  # [N, H]
+        at = self.states(places(row, positions, mask), **inputs)
         head: Any = self.hf.lm_head
-        parts = chunks(len(at), self.family.vocab_size)
+        parts = loss.parts(self.family.vocab_size)
 
         def run(at: Tensor) -> Tensor:
             if loss.previews:
                 with torch.no_grad():
-                    loss.preview(lambda p: self.finished(linear(at[p], head.weight, head.bias)), parts)
+                    loss.preview(lambda p: self.project(at[p]), parts)
             return summed_loss(at, head, lambda raw, part: loss(self.finished(raw), part), parts)
 
         return inside(head, run, at)
+
+    def _generate(self, arguments: dict[str, Any]) -> Tensor:
+        from transformers import GenerationConfig
+
+        hf: Any = self.hf
+        own, hf.generation_config = hf.generation_config, GenerationConfig()  # it would fill in what is not said
+        try:
+            return hf.generate(**arguments)
+        finally:
+            hf.generation_config = own
 
     def finished(self, logits: Tensor) -> Tensor:
         """Output layer's logits [..., V] -> the model's own in float32, banned ids at EXCLUDED."""
@@ -306,13 +338,12 @@ class SpeechLM(nn.Module):
 
         ids, position_ids [R, L]; attends [R, 1, L, L]: see opd.batch.MicroBatch.
         audio: what `encode` gave for the clips of `ids` in the order of their placeholders; or, with a trained tower,
-        `features` of the clips, `audio` None. A micro-batch without any clip passes a dummy one so that every rank
-        runs the same modules; it then counts for nothing.
+        `features` of the clips, `audio` None. In training a micro-batch without any clip passes a dummy one, so that
+        every rank runs the same modules; it then counts for nothing.
         """
         embed: Any = self.hf.get_input_embeddings
         embeds = embed()(ids)
-        if self.tower_trained:
-            assert features is not None
+        if features is not None:
             audio = self.family.run_tower(self.hf, features)
         if (self.tower_trained or self.adapter_trained) and audio is not None:
             audio = self.family.run_adapter(self.hf, audio)
@@ -328,3 +359,12 @@ class SpeechLM(nn.Module):
         bias = torch.zeros(attends.shape, dtype=embeds.dtype, device=embeds.device)
         bias = bias.masked_fill(~attends, torch.finfo(embeds.dtype).min)
         return self.family.run_llm(self.hf, embeds, position_ids, bias)
+
+
+def places(row: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """Where the logits of a micro-batch's response tokens are read, one response after another: [N, 2].
+
+    row [B], positions [B, T], mask [B, T]: see opd.batch.MicroBatch.
+    """
+    real = mask.bool()
+    return torch.stack([row[:, None].expand_as(real)[real], positions[real]], 1)

@@ -7,6 +7,7 @@ W + alpha / r * B A. Weight sync and checkpoints know nothing of adapters.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,19 @@ def adapted(hf: Any) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {n: m for n, m in hf.named_modules() if isinstance(m, LoraLayer)}
+
+
+@contextmanager
+def switched_off(hf: Any) -> Iterator[None]:
+    """`hf` computes what it did before it had adapters; nothing with a gradient may be under way."""
+    layers = adapted(hf).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def adapters(hf: Any) -> list[Piece]:

@@ -143,8 +143,8 @@ def test_another_tokenizer_is_refused(family: Family) -> None:
 
 @pytest.mark.parametrize("file", ["zero3_offload", "zero2"])
 def test_settings_of_a_sharded_teacher(config: Config, file: str) -> None:
-    config.train.deepspeed, config.teacher.dtype = f"deepspeed_configs/{file}.json", "bfloat16"
-    settings = inference_settings(config)
+    config.train.deepspeed = f"deepspeed_configs/{file}.json"
+    settings = inference_settings(config, "bfloat16")
     zero = settings["zero_optimization"]
     assert zero["stage"] == 3 and "offload_optimizer" not in zero and settings["bf16"] == {"enabled": True}
     assert zero.get("offload_param", {}).get("device") == ("cpu" if file == "zero3_offload" else None)
