@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
     _recipe_command(commands, "train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
     _plan_command(commands)
+    _study_command(commands)
     families = commands.add_parser("families", help="list the speech LLM families, or prove that they work here")
     families.add_argument("names", nargs="*", metavar="NAME", help="of a family; all by default")
     families.add_argument("--check", action="store_true", help="try them on small random checkpoints: minutes each")
@@ -87,6 +88,18 @@ def _plan_command(commands) -> None:
     number("--clip-seconds", type=float, default=10.0, metavar="S", help="of a usual clip (default: 10)")
     number("--response-tokens", type=int, metavar="N", help="of a usual response (default: half of rollout.max_tokens)")
     number("--json", action="store_true", help="print JSON")
+
+
+def _study_command(commands) -> None:
+    text = "run methods side by side: learning rates, seeds, tables, plots"
+    study = commands.add_parser("study", help=text, description=text)
+    study.add_argument("study", type=Path, metavar="STUDY", help="YAML file")
+    only = "rows to run, with what they start from; * and ? as in file names; repeatable"
+    study.add_argument("--only", action="append", default=[], metavar="WORLD/ROW", help=only)
+    study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: as the study has)")
+    study.add_argument("--dry-run", action="store_true", help="list the runs and where they stand, start nothing")
+    study.add_argument("--report-only", action="store_true", help="write tables and plots of what is there")
+    study.set_defaults(run=_study)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -146,6 +159,14 @@ def _families(args: argparse.Namespace) -> int:
     from opd import family_check
 
     return family_check.check(args.names, args.keep) if args.check else family_check.show(args.names)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from opd.study import command
+
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs: expected 1 or more, found {args.jobs}")
+    return command.main(args.study, args.only, args.jobs, args.dry_run, args.report_only)
 
 
 def _report(args: argparse.Namespace) -> int:

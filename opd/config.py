@@ -256,6 +256,8 @@ class EvalConfig(Section):
     kl_limit: PositiveInt = Field(128, description="records for misalignment, forgetting and reverse KL")
     start: str | None = Field(None, description="name of an evaluation before the first step; none: no evaluation")
     end: bool = Field(True, description="evaluate after the last step, under the name run.stage")
+    every: PositiveInt | None = Field(None, description="steps between evaluations in training, without divergences")
+    every_limit: PositiveInt = Field(100, description="records of each manifest in those")
 
 
 class LaunchConfig(Section):

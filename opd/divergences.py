@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 EXCLUDED = -1e9  # logit of an id that no distribution may use: finite, so that 0 * log 0 stays 0 and never NaN
-TINY = 1e-30  # keeps the logarithm of a tail without mass finite
+TAIL = 1e-6  # least mass of a tail: float32 log-probabilities do not tell it from none
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def reverse_kl_with_tail(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def log_tail(kept: Tensor) -> Tensor:
-    """log(1 - sum of probabilities): [N, K] log-probabilities -> [N]; at least log(TINY)."""
-    return torch.log((1.0 - kept.exp().sum(-1)).clamp(min=TINY))
+    """log(1 - sum of probabilities): [N, K] log-probabilities -> [N]; at least log(TAIL)."""
+    return torch.log((1.0 - kept.exp().sum(-1)).clamp(min=TAIL))
 
 
 def jsd_on_teacher_top(student: Tensor, kept: Tensor, teacher: Tensor, beta: float) -> Tensor:

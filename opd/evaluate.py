@@ -65,31 +65,61 @@ class Evaluator:
         if self.test:
             self.say("the teacher's answers")
             right = {"teacher": self._teacher()}
+            out["accuracy/teacher"] = share(right["teacher"], self.test)
             for view in VIEWS:
-                self.say(f"answers in the {view} view")
-                right[view] = self._accuracy(self.test, view, "test")
-            for name, values in right.items():
-                out[f"accuracy/{name}"] = share(values, self.test)
+                right[view] = self._answers(self.test, view, out)
             for view in VIEWS:
                 out[f"drop/{view}"] = drop(right[view], right["teacher"], questions(self.test))
             out["groups"] = {v: self._groups(right[v]) for v in VIEWS}
             self.say("misalignment, forgetting, reverse KL")
             out |= self._divergences() | self._reverse_kl()
         if self.retention:
-            self.say("retention")
-            out["retention"] = share(self._accuracy(self.retention, "speech", "retention"), self.retention)
+            self._retained(self.retention, out)
+        return out
+
+    def interim(self) -> dict[str, Any]:
+        """Accuracies, lengths and retention on the first eval.every_limit records: cheap enough for every few steps."""
+        out: dict[str, Any] = {}
+        limit = self.config.eval.every_limit
+        if self.test:
+            for view in VIEWS:
+                self._answers(self.test[:limit], view, out)
+        if self.retention:
+            self._retained(self.retention[:limit], out)
         return out
 
     # ---- accuracy -------------------------------------------------------------------------------------------------
 
-    def _accuracy(self, prompts: list[Prompt], view: View, name: str) -> list[float]:
-        right = torch.zeros(len(prompts), dtype=torch.float64)
+    def _answers(self, prompts: list[Prompt], view: View, out: dict[str, Any]) -> list[float]:
+        """Which answers of a view are right; their share and their lengths go into `out`."""
+        self.say(f"answers in the {view} view")
+        right, lengths = self._greedy(prompts, view, "test")
+        self._note(out, f"accuracy/{view}", right, prompts)
+        self._note(out, f"length/{view}", lengths, prompts)
+        return right
+
+    def _retained(self, prompts: list[Prompt], out: dict[str, Any]) -> None:
+        self.say("retention")
+        self._note(out, "retention", self._greedy(prompts, "speech", "retention")[0], prompts)
+
+    def _note(self, out: dict[str, Any], name: str, values: list[float], prompts: list[Prompt]) -> None:
+        """The mean, and under `first` that of the records of an interim evaluation, so that curves compare like."""
+        out[name] = share(values, prompts)
+        limit = self.config.eval.every_limit
+        if self.config.eval.every and len(prompts) > limit:
+            out.setdefault("first", {})[name] = share(values[:limit], prompts[:limit])
+
+    def _greedy(self, prompts: list[Prompt], view: View, name: str) -> tuple[list[float], list[float]]:
+        """Of every record, whether the greedy answer is right (1 or 0), and its tokens with the end of turn."""
+        found = torch.zeros(2, len(prompts), dtype=torch.float64)
         for chunk in self._mine(prompts, CHUNK):
             clips = self._load(chunk) if view == "speech" else {}
             jobs = [(p, view, f"{name}/{i}") for i, p in chunk]
             for (i, p), r in zip(chunk, self.sampler.sample(jobs, clips, 1, 0.0), strict=True):
-                right[i] = correct(p, decode(self.family, r.token_ids), r.truncated)
-        return all_reduce(right, "sum").tolist()
+                found[0, i] = correct(p, decode(self.family, r.token_ids), r.truncated)
+                found[1, i] = len(r.token_ids)
+        right, lengths = all_reduce(found, "sum").tolist()
+        return right, lengths
 
     def _teacher(self) -> list[float]:
         if self._teacher_right is None:
@@ -214,7 +244,7 @@ def questions(prompts: list[Prompt]) -> list[str]:
 
 
 def share(right: list[float], prompts: list[Prompt]) -> Estimate:
-    """Share of right answers, its standard error over questions."""
+    """Share of right answers, or a mean over records alike, with its standard error over questions."""
     return ratio_stderr(right, [1.0] * len(right), questions(prompts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +15,29 @@ FIRST_PORT = 8100  # where the recipe names none and several nodes must agree
 SERVERS_FROM = 10  # ports from the first to those of the servers
 
 
+# Below the range from which Linux takes the ports of outgoing connections: a server binds its port seconds after it
+# was chosen, and none of those may have it by then.
+PORTS = range(20000, 32768)
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as s:
-        s.bind((LOOPBACK, 0))
-        return s.getsockname()[1]
+    """A port that nobody listens on and that no other `opd` process of this machine has been given.
+
+    It is this process's until it ends: an abstract Unix socket of that name says so to the others.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0opd-port-{port}")
+            with socket.socket() as s:
+                s.bind((LOOPBACK, port))
+        except OSError:
+            claim.close()
+            continue
+        _held.append(claim)
+        return port
+    raise UserError(f"no free port on {LOOPBACK} from {PORTS.start} to {PORTS.stop - 1}")
 
 
 @dataclass(frozen=True)
@@ -66,8 +85,9 @@ class Layout:
 
 
 def evaluates(config: Config) -> bool:
-    """Whether the run evaluates at its start or end."""
-    return bool((config.eval.test or config.eval.retention) and (config.eval.start or config.eval.end))
+    """Whether the run evaluates at its start, in training or at its end."""
+    e = config.eval
+    return bool((e.test or e.retention) and (e.start or e.every or e.end))
 
 
 def starts_student(config: Config) -> bool:

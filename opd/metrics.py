@@ -22,10 +22,12 @@ STEP_METRICS = (
     *("kd/ce", "kd/kl", "lr", "grad_norm", "seconds"),
     *("time/rollout", "time/teacher", "time/learner", "time/sync", "time/rest", "time/step"),
 )
-# Each an Estimate: accuracy and retention are shares in [0, 1], drops percent below the teacher, the rest nats a token
+# Each an Estimate: accuracy and retention are shares in [0, 1], drops percent below the teacher, lengths tokens
+# of a greedy response with its end of turn, the rest nats a token
 EVAL_METRICS = (
     *("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech", "drop/text"),
     *("misalignment", "forgetting", "retention", "reverse_kl/speech", "reverse_kl/text"),
+    *("length/speech", "length/text"),
 )
 PHASES = ("starting", "loading", "evaluating", "training", "checkpointing", "finished", "failed", "interrupted")
 

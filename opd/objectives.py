@@ -10,7 +10,7 @@ N tokens of responses (a chunk of them: opd/token_loss.py), V vocabulary, K kept
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,10 +42,14 @@ class Tokens:
     importance: Tensor | None = None  # [N], of `cord`: weights from its preview
     sampled: Tensor | None = None  # [N] bool: the student sampled it; none: all
     aligned: Tensor | None = None  # scalar, of `uld`: the loss of the response that these tokens are
+    made: dict[float, Tensor] = field(default_factory=dict, repr=False)  # what `student` gave, by temperature
 
     def student(self, temperature: float = 1.0) -> Tensor:
         """[N, V] log-probabilities of the student."""
-        return torch.log_softmax(self.logits / temperature if temperature != 1.0 else self.logits, -1)
+        if temperature not in self.made:
+            logits = self.logits / temperature if temperature != 1.0 else self.logits
+            self.made[temperature] = torch.log_softmax(logits, -1)
+        return self.made[temperature]
 
     def rows(self, temperature: float = 1.0) -> Tensor:
         """[N, V] log-probabilities of the teacher."""
@@ -104,7 +108,7 @@ def xopd(
     advantage = (teacher_logp - logp).detach()
     clipped = advantage if advantage_clip is None else advantage.clamp(-advantage_clip, advantage_clip)
     ratio = (ratio_logp - sampler_logp).detach().exp()
-    weight = ratio.clamp(max=ratio_max) if ratio_above == "truncate" else ratio * (ratio <= ratio_max)
+    weight = ratio.clamp(max=ratio_max) if ratio_above == "truncate" else ratio.where(ratio <= ratio_max, 0.0)
     score = 1.0 + ratio_logp - ratio_logp.detach()  # value 1, gradient of log pi
     return XopdTerms(-weight * clipped * score, advantage, ratio)
 
@@ -268,15 +272,13 @@ def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     objective.reference adds c KL(student || student at the start) in the response's own view.
     """
     terms = OBJECTIVES[o.name](t, o)
-    with torch.no_grad():
-        student = t.student()
-        terms.metrics["entropy"] = entropy(student)
-        if t.sampled is None or t.sampled.any():
-            logp = t.pick(student if t.temperature == 1.0 else t.student(t.temperature))
-            off = (logp - t.sampler_logp).abs()
-            terms.metrics["mismatch/logprob"] = off if t.sampled is None else off.where(t.sampled, torch.nan)
     if t.reference is not None:
         kl = divergence(t.student(), torch.log_softmax(t.reference, -1))
         terms.metrics["reference_kl"] = kl
         terms.loss = terms.loss + o.reference * kl
+    with torch.no_grad():
+        terms.metrics["entropy"] = entropy(t.student())
+        off = (t.pick(t.student(t.temperature)) - t.sampler_logp).abs()
+        # under this name in every chunk and on every rank, also where no student sampled
+        terms.metrics["mismatch/logprob"] = off if t.sampled is None else off.where(t.sampled, torch.nan)
     return terms

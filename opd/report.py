@@ -30,6 +30,7 @@ class Run:
     status: dict[str, Any]
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    interim: list[dict[str, Any]]  # evaluations in training, on fewer records: points of a curve, no stages
     samples: list[dict[str, Any]]
     launches: list[dict[str, Any]]
     name: str  # its folder's last name, or as many of its last names as tell it from the other runs of a report
@@ -152,6 +153,7 @@ class _Evaluation(Line):
     learner: dict[str, Any]
     rollout: dict[str, Any]
     groups: dict[str, dict[str, _Estimate]] | None = None
+    interim: bool = False
 
 
 class _Launch(BaseModel):
@@ -202,7 +204,10 @@ def read_run(folder: Path, name: str = "") -> Run:
         samples.setdefault(s["step"], []).append(s)
         for between in list(samples)[1:-1]:
             del samples[between]
-    evaluations = {(e["stage"], e["step"]): e for e in read_lines(folder / "eval.jsonl", _EvaluationLine)}
+    lines = list(read_lines(folder / "eval.jsonl", _EvaluationLine))
+    # the last of each stage and step counts: a resumed run repeats it
+    evaluations = {(e["stage"], e["step"]): e for e in lines if not e.get("interim")}
+    interim = {e["step"]: e for e in lines if e.get("interim")}
     return Run(
         folder=folder,
         config=about["config"],
@@ -210,7 +215,8 @@ def read_run(folder: Path, name: str = "") -> Run:
         commit=about["git_commit"],
         status=_status(folder / "status.json"),
         steps=list(read_lines(folder / "metrics.jsonl", _StepLine)),
-        evaluations=list(evaluations.values()),  # the last of each stage and step counts: a resumed run repeats it
+        evaluations=list(evaluations.values()),
+        interim=list(interim.values()),
         launches=list(read_lines(folder / "launches.jsonl", _Launch)),
         samples=[s for of_step in samples.values() for s in of_step],
         name=name or folder.resolve().name,
@@ -361,7 +367,7 @@ def seconds(run: Run, what: str) -> float:
     """Seconds that the steps ("training") or the evaluations of a run took, over all resumes."""
     if what == "training":
         return run.steps[-1]["seconds"] if run.steps else 0.0
-    return sum(e["eval_seconds"] for e in run.evaluations)
+    return sum(e["eval_seconds"] for e in [*run.evaluations, *run.interim])
 
 
 def phases(run: Run) -> dict[str, Estimate]:

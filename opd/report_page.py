@@ -196,15 +196,17 @@ def _by_stage(pipelines: list[Pipeline], columns: dict[str, Cell], about: str) -
             other = "*" if s["records"] != p.stages[-1]["records"] else ""
             alone = sum(t["name"] == s["name"] for t in p.stages) == 1
             name = s["name"] if alone else f"{s['name']} ({s['run']})"
-            rows.append(_row(name + other, [show(s) for show in columns.values()]))
-    return _table(["stage", *columns], rows, about)
+            rows.append(table_row(name + other, [show(s) for show in columns.values()]))
+    return table(["stage", *columns], rows, about)
 
 
-def _row(name: str, cells: list[str]) -> str:
+def table_row(name: str, cells: list[str]) -> str:
+    """A row of a table, its name as the row's head."""
     return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(c)}</td>" for c in cells)}</tr>'
 
 
-def _table(head: list[str], rows: list[str], about: str, kind: str = "numbers") -> str:
+def table(head: list[str], rows: list[str], about: str, kind: str = "numbers") -> str:
+    """A table that scrolls sideways where it must, with a line about it below."""
     top = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
     table = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="scroll">{table}</div><p class="note">{escape(about)}</p>'
@@ -215,21 +217,21 @@ def _times(runs: list[Run]) -> str:
     for run in runs:
         mean = phases(run)
         totals = [f"{seconds(run, what):.0f}" for what in ("training", "evaluations")]
-        rows.append(_row(run.name, [*(_number(mean[n]) for n in (*PHASES, "step")), *totals]))
+        rows.append(table_row(run.name, [*(_number(mean[n]) for n in (*PHASES, "step")), *totals]))
         whole = mean["step"]["mean"]
         if whole:
             rows.append(
-                _row("", [*(f"{100 * (mean[n]['mean'] or 0.0) / whole:.1f} %" for n in (*PHASES, "step")), "", ""])
+                table_row("", [*(f"{100 * (mean[n]['mean'] or 0.0) / whole:.1f} %" for n in (*PHASES, "step")), "", ""])
             )
     about = "Mean seconds of a step, their standard error over steps, the share of the step; then the run's totals in "
     about += "seconds. rest: reading clips and whatever no other phase claims. Checkpoints are outside the steps."
-    return _table(["run", *PHASES, "step", "all steps", "all evaluations"], rows, about)
+    return table(["run", *PHASES, "step", "all steps", "all evaluations"], rows, about)
 
 
 def _runs(runs: list[Run]) -> str:
-    rows = [_row(r.name, [r.state, str(r.folder), r.config["student"]["path"], r.commit[:12]]) for r in runs]
+    rows = [table_row(r.name, [r.state, str(r.folder), r.config["student"]["path"], r.commit[:12]]) for r in runs]
     about = "Where each run stands and what it started from."
-    return _table(["run", "state", "folder", "student", "commit"], rows, about, "text")
+    return table(["run", "state", "folder", "student", "commit"], rows, about, "text")
 
 
 # ---- dialogues --------------------------------------------------------------------------------------------------

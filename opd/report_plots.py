@@ -64,7 +64,7 @@ def accuracy(pipelines: list[Pipeline], key: str) -> str:
         axes.set_ylabel("accuracy")
 
     caption = "Accuracy by stage, with standard errors" + ("; pipelines side by side." if len(shown) > 1 else ".")
-    return _figure(key, caption, draw, (max(8.0, 1.1 * x), 3.2))
+    return figure(key, caption, draw, (max(8.0, 1.1 * x), 3.2))
 
 
 def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) -> str:
@@ -95,7 +95,7 @@ def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) ->
 
     if any(len(r.steps) > POINTS for p in pipelines for r in p.runs):
         caption += f" Means of consecutive steps, at most {POINTS} points a curve."
-    return _figure(key, caption, draw, (8.0, 3.2))
+    return figure(key, caption, draw, (8.0, 3.2))
 
 
 def _widen(axes: Any, least: float) -> None:
@@ -123,7 +123,7 @@ def times(runs: list[Run], key: str) -> str:
         axes.set_xlabel("seconds per step")
 
     caption = "Where a step's time goes: mean seconds by phase, a run's first step left out when there are more."
-    return _figure(key, caption, draw, (8.0, 1.4 + 0.4 * len(found)))
+    return figure(key, caption, draw, (8.0, 1.4 + 0.4 * len(found)))
 
 
 def _placed(pipelines: list[Pipeline]) -> list[tuple[Run, int, str]]:
@@ -149,8 +149,11 @@ def _legible(label: str) -> str:
     return f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with _ out of legends
 
 
-def _figure(key: str, caption: str, draw: Callable[[Any], None], inches: tuple[float, float]) -> str:
-    """A <figure> with its caption; a line that says so when there is nothing to plot. Keys tell ids of charts apart."""
+def figure(key: str, caption: str, draw: Callable[[Any], None], inches: tuple[float, float], unit: str = "step") -> str:
+    """A <figure> with its caption; a line that says so when there is nothing to plot. Keys tell ids of charts apart.
+
+    `draw` fills a matplotlib figure; `unit` of the x axis is for readers who do not see the curves.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -166,16 +169,16 @@ def _figure(key: str, caption: str, draw: Callable[[Any], None], inches: tuple[f
         columns = max(1, min(len(labelled), 110 // (widest + 6)))
         figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=columns)
         lines = [line for a in drawn for line in a.get_lines() if not str(line.get_label()).startswith("_")]
-        alt = " ".join([caption, *map(_spoken, lines)])
+        alt = " ".join([caption, *(_spoken(line, unit) for line in lines)])
         buffer = io.StringIO()
         nothing: dict[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return f"<figure>{_inline(buffer.getvalue(), key, alt)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _spoken(line: Any) -> str:
+def _spoken(line: Any, unit: str) -> str:
     x, y = line.get_xdata(), line.get_ydata()
-    ends = f"{y[0]:.3g} at step {x[0]:g}, {y[-1]:.3g} at step {x[-1]:g}"
+    ends = f"{y[0]:.3g} at {unit} {x[0]:g}, {y[-1]:.3g} at {unit} {x[-1]:g}"
     return f"{line.axes.get_ylabel()} of {line.get_label().strip()}: {ends}."
 
 

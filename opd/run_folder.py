@@ -68,7 +68,10 @@ def check(config: Config) -> str:
     if config.run.overwrite:
         return "new"
     if not stored.is_file():
-        foreign = [n for n in MADE if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
+        made = [
+            n for n in MADE if n != "launches.jsonl"
+        ]  # a launch that ended before its learner began leaves that one
+        foreign = [n for n in made if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
         if foreign:
             raise Taken(
                 f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run; "

@@ -276,6 +276,7 @@ class ServerTeacher(_Reader):
         super().__init__(config, family)
         rows = AutoConfig.from_pretrained(config.teacher.path).get_text_config().vocab_size
         self.bans = {str(i): BAN for i in family.banned_ids if i < rows}
+        self.usable = frozenset(range(family.vocab_size)) - frozenset(family.banned_ids)
         self.first = dist.get_rank() if dist.is_initialized() else 0  # not every rank begins with the same server
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
@@ -300,7 +301,8 @@ class ServerTeacher(_Reader):
         """With objective.top_k: ids [T, K], -1 where there is none, and log-probs [T, K].
 
         A server tells the log-probs of its own K best ids and of the token itself. Of the student's K best ids those
-        that are not among them are left to the bucket of all others, which keeps the divergence a lower bound.
+        that are not among them are left to the bucket of all others, which keeps the divergence a lower bound. Of the
+        teacher's those that the student may not use are left out: it could never follow there.
         """
         o = self.config.objective
         if o.top_of is None or o.top_k is None:
@@ -310,7 +312,7 @@ class ServerTeacher(_Reader):
         logp = np.zeros((len(entries), o.top_k), np.float32)
         for t, told in enumerate(entries):
             known = {int(i): e["logprob"] for i, e in told.items() if asked is not None or e["rank"] <= o.top_k}
-            wanted = known if asked is None else [i for i in asked[t].tolist() if i in known]
+            wanted = [i for i in (known if asked is None else asked[t].tolist()) if i in known and i in self.usable]
             for k, i in enumerate(wanted):
                 ids[t, k], logp[t, k] = i, known[i]
         return ids, logp

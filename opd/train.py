@@ -74,6 +74,7 @@ def loop(parts: Parts, start: int) -> None:
             push(parts, version=step + 1)
             clock.lap("sync")
         report_step(parts, step + 1, batch, stats, clock)
+        look(parts, step + 1)
         if (step + 1) % c.train.checkpoint_every == 0 or step + 1 == c.train.steps:
             status(parts, "checkpointing", step + 1)
             checkpoint.save(learner, c.run.dir, step + 1, parts.seconds, c.train.keep_checkpoints)
@@ -170,14 +171,24 @@ def _sample_line(parts: Parts, step: int, s: Sample) -> dict[str, Any]:
     }
 
 
-def evaluate(parts: Parts, stage: str, step: int) -> None:
-    """One line of eval.jsonl, when the recipe names held-out records."""
+def look(parts: Parts, step: int) -> None:
+    """An interim evaluation every eval.every steps; the last step has its own at the end of the run."""
+    c = parts.config
+    if c.eval.every and step % c.eval.every == 0 and not (c.eval.end and step == c.train.steps):
+        evaluate(parts, c.run.stage, step, interim=True)
+        if c.rollout.source != "student":
+            rest(parts)
+
+
+def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None:
+    """One line of eval.jsonl, when the recipe names held-out records; an interim one says that it is, and is cheap."""
     if parts.evaluator is None:
         return
     status(parts, "evaluating", step, stage)
     began = time.perf_counter()
-    push(parts, version=step)
-    result = parts.evaluator.run()
+    if not interim or parts.config.rollout.source != "student":  # there the step's own push has done it
+        push(parts, version=step)
+    result = parts.evaluator.interim() | {"interim": True} if interim else parts.evaluator.run()
     if parts.log is not None:
         zero = parts.learner.engine.zero_optimization_stage()
         about = {

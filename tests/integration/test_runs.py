@@ -165,6 +165,15 @@ def test_parameters_are_sharded(tmp_path: Path) -> None:
         assert r["tower_calls"] == 1  # four answers to one clip
 
 
+def test_the_gradient_that_zero_3_steps_with(tmp_path: Path) -> None:
+    """Two ranks, several micro-batches and chunks, gradient checkpointing; output layer apart and tied."""
+    for r in two_ranks("zero3_gradient_worker.py", tmp_path):
+        assert (r["apart"].pop("tied"), r["tied"].pop("tied")) == (False, True)
+        for case, (loss, expected, error, name, of_head, largest) in {**r["apart"], **r["tied"]}.items():
+            assert loss == pytest.approx(expected, rel=1e-5) and largest > 1e-3, case
+            assert error < 1e-4 and of_head < 5e-5, (case, name)
+
+
 def test_a_sharded_teacher_is_the_whole_one(tmp_path: Path) -> None:
     for r in two_ranks("zero3_teacher_worker.py", tmp_path):
         assert r["sharded"] == r["parameters"] > 0 and r["elements"] < 0.51 * r["all_elements"] + 1000

@@ -123,6 +123,7 @@ def test_overrides_may_follow_options(recipe: Path, capsys: pytest.CaptureFixtur
         (["rollout.source=dataset", "objective.name=kd"], []),
         (["rollout.source=dataset", "objective.name=kd", "eval.test=t.jsonl"], ["student"]),
         (["rollout.source=dataset", "objective.name=kd", "eval.test=t.jsonl", "eval.end=false"], []),
+        (["rollout.source=dataset", "objective.name=kd", "eval.test=t", "eval.end=false", "eval.every=5"], ["student"]),
         (
             ["rollout.source=teacher", "objective.name=kd", "eval.retention=t", "eval.end=false", "eval.start=b"],
             ["student"],

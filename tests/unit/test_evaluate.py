@@ -252,3 +252,30 @@ def test_a_teacher_equal_to_the_students_text_side_finds_nothing(
     for name in ("forgetting", "reverse_kl/text"):
         assert found[name]["mean"] == pytest.approx(0.0, abs=1e-6), name
     assert found["misalignment"]["mean"] > 0.01 and found["reverse_kl/speech"]["mean"] > 0.01
+
+
+def test_an_interim_evaluation_asks_no_teacher_and_few_records(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.eval.every, config.eval.every_limit = 5, 3
+    monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op: x)
+    found = _evaluator(config, None, family_of(STUDENT), 0, 1).interim()
+    assert set(found) == {*(f"{n}/{v}" for n in ("accuracy", "length") for v in VIEWS), "retention"}
+    # records 0, 1, 2: every other one is heard rightly; all are read rightly; answers of 3, 2 and 6 tokens
+    assert found["accuracy/speech"]["mean"] == pytest.approx(2 / 3) and found["accuracy/text"]["mean"] == 1.0
+    assert found["retention"]["mean"] == pytest.approx(2 / 3) and found["retention"]["n"] == 3
+    ids = [len(family_of(STUDENT).tokenizer(w, add_special_tokens=False).input_ids) + 1 for w in WORDS]
+    assert found["length/text"]["mean"] == pytest.approx(sum(ids) / 3)
+
+
+def test_a_whole_evaluation_notes_the_records_of_an_interim_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.eval.every, config.eval.every_limit = 5, 3
+    monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op: x)
+    monkeypatch.setattr(Evaluator, "_divergences", lambda self: {})
+    monkeypatch.setattr(Evaluator, "_reverse_kl", lambda self: {})
+    monkeypatch.setattr(Evaluator, "_teacher", lambda self: [1.0] * len(self.test))
+    evaluator = _evaluator(config, None, family_of(STUDENT), 0, 1)
+    whole, interim = evaluator.run(), evaluator.interim()
+    assert whole["first"] == interim and whole["accuracy/text"]["n"] == len(CLIPS)
+    config.eval.every = None
+    assert "first" not in evaluator.run()

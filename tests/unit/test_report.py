@@ -293,3 +293,12 @@ def test_long_curves_are_thinned(tmp_path: Path) -> None:
 def test_pages_are_the_same_every_time(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", [evaluation("base", 0), evaluation("xopd", 3)])
     assert written(run, out=tmp_path / "a") == written(run, out=tmp_path / "b")
+
+
+def test_evaluations_in_training_are_no_stages(tmp_path: Path) -> None:
+    lines = [evaluation("xopd", 1, 0.2, interim=True), evaluation("xopd", 2, 0.3, interim=True)]
+    run = make_run(tmp_path / "xopd", [evaluation("base", 0, 0.1), *lines, evaluation("xopd", 3, 0.4)])
+    report, _ = written(run, out=tmp_path)
+    assert [(s["name"], s["steps"]) for s in report["stages"]] == [("base", 0), ("xopd", 3)]
+    assert [e["step"] for e in read_run(run).interim] == [1, 2]
+    assert report["wall_s"] == 3 * 2.0 + 4 * 10.0  # their time counts

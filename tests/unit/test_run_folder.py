@@ -51,6 +51,12 @@ def test_another_configuration_is_refused_by_name_and_overwrite_starts_anew(tmp_
     assert checkpoints(tmp_path / "run") == [] and not (tmp_path / "run/metrics.jsonl").exists()
 
 
+def test_a_launch_that_ended_before_its_learner_began_is_no_other_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run_folder.add_launch(tmp_path / "run", time.time())
+    assert run_folder.check(config(tmp_path)) == "new"
+
+
 @pytest.mark.parametrize("override", ['rollout.urls=["http://127.0.0.1:1"]', "launch.processes=4", "metrics.sinks=[]"])
 def test_where_a_run_runs_may_change(tmp_path: Path, override: str) -> None:
     run_folder.prepare(config(tmp_path))

@@ -6,13 +6,15 @@ import base64
 import json
 import os
 import shlex
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from opd import layout, servers
-from opd.config import Config, load_config
+from opd.config import Config, UserError, load_config
 from opd.layout import Layout, Place
 from opd.placement import Placement
 
@@ -146,3 +148,27 @@ def test_learner_on_two_nodes_of_three(config: Config, launcher: str) -> None:
         (world,) = [a.partition("=")[2] for a in first.argv if a.startswith("--world_info=")]
         assert json.loads(base64.urlsafe_b64decode(world)) == {"node1": [2, 3], "node2": [0, 1]}
         assert "--node_rank=1 --master_addr=10.9.9.2 --master_port=2" in second.shell()
+
+
+FREE_PORT = layout.free_port
+
+
+def test_no_two_launchers_are_given_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "PORTS", range(19100, 19103))
+    with socket.socket() as busy:
+        busy.bind((HERE, 19101))
+        busy.listen()
+        ask = (
+            "from opd import layout; layout.PORTS = range(19100, 19103); print(layout.free_port(), flush=True); input()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdin is not None and other.stdout is not None
+            theirs = int(other.stdout.readline())
+            ours = FREE_PORT()
+            assert {ours, theirs} == {19100, 19102}
+            with pytest.raises(UserError, match="no free port on 127.0.0.1 from 19100 to 19102"):
+                FREE_PORT()
+            other.stdin.write("\n")
+        assert FREE_PORT() == theirs  # it is let go of with its process

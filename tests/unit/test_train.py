@@ -121,3 +121,30 @@ def test_the_line_of_a_step(tmp_path: Path) -> None:
     assert line["seconds"] == parts.seconds == pytest.approx(10.0 + line["time/step"])
     with pytest.raises(RuntimeError, match=r"step 6: mean .* is 0.600, more than rollout.max_mismatch=0.5"):
         train.report_step(parts, 6, batch, {"mismatch/logprob": 0.6}, clock)
+
+
+@pytest.mark.parametrize(
+    ("source", "end", "steps"),
+    [("student", True, [2, 4]), ("student", False, [2, 4, 6]), ("teacher", True, [2, 4])],
+)
+def test_evaluations_in_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, end: bool, steps: list[int]
+) -> None:
+    name = "xopd" if source == "student" else "kd"
+    given = [f"run.dir={tmp_path}/run", f"rollout.source={source}", f"objective.name={name}", "train.steps=6"]
+    config = load_config(RECIPE, [*given, "eval.every=2", f"eval.end={str(end).lower()}"])
+    pushed: list[int] = []
+    slept: list[Any] = []
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(train, "push", lambda parts, version: pushed.append(version))
+    monkeypatch.setattr(train, "rest", slept.append)
+    log = SimpleNamespace(evaluation=lines.append, status=lambda *_: None)
+    learner = SimpleNamespace(engine=SimpleNamespace(zero_optimization_stage=lambda: 3), world_size=1, world=1)
+    evaluator = SimpleNamespace(interim=lambda: {"retention": {"mean": 1.0, "stderr": 0.0, "n": 1}})
+    parts: Any = SimpleNamespace(config=config, log=log, learner=learner, evaluator=evaluator, seconds=7.0)
+    for step in range(1, 7):
+        train.look(parts, step)
+    assert [line["step"] for line in lines] == steps and all(line["interim"] for line in lines)
+    assert lines[0]["stage"] == config.run.stage and lines[0]["train_seconds"] == 7.0
+    # off-policy nothing else gives the servers the current weights, and they shall sleep again
+    assert pushed == ([] if source == "student" else steps) and len(slept) == len(pushed)

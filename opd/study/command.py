@@ -1,0 +1,60 @@
+"""The command `opd study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from opd.study.grid import Study
+from opd.study.results import write
+from opd.study.schedule import TO_RUN, Launcher, Subprocesses, run_all
+from opd.study.spec import Row
+
+
+def main(
+    path: Path,
+    only: list[str],
+    jobs: int | None,
+    dry_run: bool,
+    report_only: bool,
+    launcher: Launcher | None = None,
+) -> int:
+    """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
+
+    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`.
+    """
+    study = Study(path)
+    wanted = study.chosen_rows(only)
+    if dry_run:
+        show(study, wanted)
+        return 0
+    code = 0
+    if not report_only:
+        study.out.mkdir(parents=True, exist_ok=True)
+        failed, code = run_all(study, wanted, jobs or study.spec.jobs, launcher or Subprocesses(), _say)
+        if failed:
+            print(f"failed: {', '.join(run.name for run in failed)}", flush=True)
+            code = code or 1
+    for written in write(study):
+        print(f"wrote {written}", flush=True)
+    return code
+
+
+def show(study: Study, wanted: list[Row]) -> None:
+    """List what there is of every row, and what a study would run."""
+    counts = dict.fromkeys(("finished", *TO_RUN, "conflict"), 0)
+    for row in wanted:
+        named = study.named(row)
+        for run in named:
+            outcome = study.outcome(run)
+            counts[outcome.state] += 1
+            why = outcome.error if outcome.state in ("failed", "conflict") else study.problem(run)
+            waits = f": {why}" if why and outcome.state != "finished" else ""
+            print(f"{outcome.state:9} {run.name}{waits}")
+        if open_ := study.count(row) - len(named):
+            print(f"{'open':9} {row.id}: {open_} runs whose learning rate is not chosen yet")
+    total = sum(map(study.count, wanted))
+    print(f"{total} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

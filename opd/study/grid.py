@@ -1,0 +1,161 @@
+"""Which runs a study needs, as far as what is there tells: rates are chosen before reported runs have a name."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from opd.config import UserError
+from opd.study import runs
+from opd.study.runs import Outcome, Run
+from opd.study.select import Choice, choose, means
+from opd.study.spec import BASE, Row, StudySpec, read_study, rows
+
+
+class Study:
+    """The rows of a study file and what their run folders hold; what was read is remembered until `forget`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec: StudySpec = read_study(path)
+        self.out = Path(self.spec.out)
+        self.rows = {r.id: r for r in rows(self.spec, path)}
+        for row in self.rows.values():  # a mistake in a recipe shall come to light before the first run
+            rate = row.rates[0] if row.rates else None
+            start = runs.make(self.out, self.start(row), "report", 0, 1.0, {}, None) if row.start else None
+            for split in (self.spec.selection.set, self.spec.report.set):
+                runs.config_of(runs.make(self.out, row, "report", 0, rate, split, start))
+        self._outcomes: dict[Path, Outcome] = {}
+        self._choices: dict[str, Choice | None] = {}
+
+    # ---- what is there ----------------------------------------------------------------------------------------------
+
+    def outcome(self, run: Run) -> Outcome:
+        """What the run's folder holds, read once."""
+        if run.folder not in self._outcomes:
+            self._outcomes[run.folder] = runs.outcome(run)
+        return self._outcomes[run.folder]
+
+    def forget(self, run: Run) -> None:
+        """Read the run's folder anew the next time."""
+        self._outcomes.pop(run.folder, None)
+        self._choices.clear()
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def start(self, row: Row) -> Row:
+        """The row that a row goes on from."""
+        return self.rows[f"{row.world}/{row.start}"]
+
+    def base(self, row: Row) -> Row:
+        """The untrained student of a row's world."""
+        return self.rows[f"{row.world}/{BASE}"]
+
+    def chosen_rows(self, patterns: list[str]) -> list[Row]:
+        """Rows that match a WORLD/ROW pattern (all without one) and those that they need, in order.
+
+        Raises UserError for a pattern that matches none.
+        """
+        wanted: set[str] = set()
+        for pattern in patterns or ["*"]:
+            found = [r for r in self.rows.values() if fnmatch(r.id, pattern)]
+            if not found:
+                raise UserError(f"--only {pattern}: no such row; there are {', '.join(self.rows)}")
+            for row in found:
+                wanted.add(self.base(row).id)
+                while row.start:
+                    wanted.add(row.id)
+                    row = self.start(row)
+                wanted.add(row.id)
+        return [r for name, r in self.rows.items() if name in wanted]
+
+    def selects(self, row: Row) -> bool:
+        """Whether the row has runs on the validation split: to choose its own rate, or for those that go on from it."""
+        if row.name == BASE:
+            return any(self.selects(r) for r in self.rows.values() if r.world == row.world and r.name != BASE)
+        after = [r for r in self.rows.values() if (r.world, r.start) == (row.world, row.name)]
+        return len(row.rates) > 1 or any(self.selects(r) for r in after)
+
+    def count(self, row: Row) -> int:
+        """Runs of the row in all, also of those that have no name yet."""
+        select = len(self.spec.selection.seeds) * max(1, len(row.rates)) if self.selects(row) else 0
+        return select + len(self.spec.report.seeds)
+
+    # ---- runs -------------------------------------------------------------------------------------------------------
+
+    def select_run(self, row: Row, rate: float | None, seed: int) -> Run | None:
+        """A run on the validation split; None while the rate of the row that it starts from is open."""
+        start = None
+        if row.start:
+            before = self.start(row)
+            choice = self.choice(before)
+            start = self.select_run(before, choice.rate, seed) if choice else None
+            if start is None:
+                return None
+        return runs.make(self.out, row, "select", seed, rate, self.spec.selection.set, start)
+
+    def report_run(self, row: Row, seed: int) -> Run | None:
+        """A run on the test split at the chosen rate; None while that is open."""
+        split = self.spec.report.set
+        if row.name == BASE:
+            return runs.make(self.out, row, "report", seed, None, split, None)
+        choice, start = self.choice(row), None
+        if choice is None:
+            return None
+        if row.start:
+            start = self.report_run(self.start(row), seed)
+            if start is None:
+                return None
+        return runs.make(self.out, row, "report", seed, choice.rate, split, start)
+
+    def sweep(self, row: Row) -> dict[float | None, list[Run]]:
+        """The runs on the validation split that can be named, by rate; without any where the row needs none."""
+        if not self.selects(row):
+            return {}
+        tried: list[float | None] = list(row.rates) or [None]
+        found = {rate: [self.select_run(row, rate, s) for s in self.spec.selection.seeds] for rate in tried}
+        return {rate: [r for r in some if r is not None] for rate, some in found.items()}
+
+    def reported(self, row: Row) -> list[Run]:
+        """The runs on the test split, once they can be named."""
+        found = [self.report_run(row, seed) for seed in self.spec.report.seeds]
+        return [r for r in found if r is not None]
+
+    def named(self, row: Row) -> list[Run]:
+        """All runs of the row that can be named by now."""
+        return [*(r for some in self.sweep(row).values() for r in some), *self.reported(row)]
+
+    def choice(self, row: Row) -> Choice | None:
+        """The row's learning rate; None while runs of its sweep, or the untrained student's, are not done."""
+        if row.id not in self._choices:
+            self._choices[row.id] = self._choose(row)
+        return self._choices[row.id]
+
+    def _choose(self, row: Row) -> Choice | None:
+        if len(row.rates) == 1:
+            return Choice(row.rates[0])
+        spec = self.spec.selection
+        names = list(dict.fromkeys([spec.metric, *spec.guard]))
+        base = [self.outcome(r) for r in self.sweep(self.base(row))[None]]
+        if not all(o.finished for o in base):
+            return None
+        done, failed = {}, []
+        for rate, some in self.sweep(row).items():
+            assert rate is not None
+            outcomes = [self.outcome(r) for r in some]
+            if any(o.state in ("failed", "conflict") for o in outcomes):
+                failed.append(rate)
+            elif some and all(o.finished for o in outcomes):
+                done[rate] = means([o.evaluation for o in outcomes], names, f"row {row.id}, rate {rate:g}")
+            else:
+                return None
+        if not done:
+            return None
+        untrained = means([o.evaluation for o in base], names, f"row {self.base(row).id}")
+        return choose(spec, untrained, done, failed)
+
+    def problem(self, run: Run) -> str | None:
+        """Why the run cannot start now: what it starts from is not done. None when it can."""
+        if run.start is None or self.outcome(run.start).finished:
+            return None
+        return f"starts from {run.start.name}, which is {self.outcome(run.start).state}"

@@ -1,0 +1,125 @@
+"""The runs of a study: their commands, their folders, what they measured. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from opd import run_folder
+from opd.config import Config, UserError, checkpoints, load_config
+from opd.report import Run as Folder
+from opd.report import read_run
+from opd.study.spec import BASE, Row, as_arguments
+
+Phase = Literal["select", "report"]
+# conflict: the folder holds something else, which only the user may delete
+LATER = 1000  # between the seeds of a run's stages
+State = Literal["missing", "partial", "failed", "conflict", "finished"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One launch: a row at one learning rate and seed. `start` is the run whose student it goes on with."""
+
+    row: Row = field(compare=False)
+    phase: Phase
+    seed: int
+    rate: float | None  # none: the untrained student, which is measured and not trained
+    folder: Path
+    split: dict[str, Any] = field(compare=False)
+    start: Run | None = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        """Its folder below the study's."""
+        return "/".join([self.row.id, *self.folder.parts[-3 if self.rate is not None else -2 :]])
+
+    @property
+    def log(self) -> Path:
+        """Where the launcher's output goes, beside the folder."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def overrides(self) -> list[str]:
+        """Of the recipe, for the command line."""
+        own: dict[str, Any] = {"run.dir": str(self.folder), "train.keep_checkpoints": 1}
+        # a later stage goes on with other prompts: the same seed would begin with those of the stage before
+        own["run.seed"] = self.seed + LATER * (len(self.lineage) - 1)
+        if self.rate is None:  # a run has at least one step: nothing is measured after it
+            own |= {"run.stage": BASE, "train.steps": 1, "eval.start": BASE, "eval.end": False}
+        else:
+            own |= {"optim.lr": self.rate, "eval.start": None, "eval.end": True}
+        if self.start is not None:
+            own["student.path"] = str(self.start.folder)
+        return as_arguments({**self.row.overrides, **self.split, **own})
+
+    @property
+    def lineage(self) -> list[Run]:
+        """Itself and the runs before it, the first one first."""
+        return [*(self.start.lineage if self.start else []), self]
+
+
+@dataclass
+class Outcome:
+    """What there is of a run."""
+
+    state: State
+    error: str = ""
+    evaluation: dict[str, Any] = field(default_factory=dict)  # the final one; of the untrained student, its only one
+    interim: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    samples: int = 0  # responses learnt from
+    seconds: float = 0.0  # of training steps: no start, no evaluation
+    wall: float = 0.0  # of all launches
+
+    @property
+    def finished(self) -> bool:
+        """Whether its numbers may be used."""
+        return self.state == "finished"
+
+
+def make(out: Path, row: Row, phase: Phase, seed: int, rate: float | None, split: dict[str, Any], start: Run | None):
+    """The run of a row, in a folder that says which."""
+    parts = [row.world, row.name, phase, *([] if rate is None else [f"lr_{rate:g}"]), f"seed_{seed}"]
+    return Run(row, phase, seed, rate, out.joinpath(*parts), split, start)
+
+
+def config_of(run: Run) -> Config:
+    """The run's recipe with its overrides. Raises UserError that names the row."""
+    try:
+        return load_config(run.row.recipe, run.overrides)
+    except UserError as e:
+        raise UserError(f"row {run.row.id}: {e}") from e
+
+
+def outcome(run: Run) -> Outcome:
+    """What the run's folder holds. Raises UserError for a recipe that is wrong or a file that cannot be read."""
+    config = config_of(run)
+    try:
+        verdict = run_folder.check(config)
+    except run_folder.Taken as e:
+        return Outcome("conflict", str(e))
+    if verdict == "finished":
+        return _measured(run, config, read_run(run.folder))
+    if not (run.folder / "config.yaml").is_file():
+        return Outcome("missing")
+    there = read_run(run.folder)
+    if there.status.get("phase") == "failed":
+        return Outcome("failed", there.state)
+    return Outcome("partial" if checkpoints(run.folder) else "missing", there.state)
+
+
+def _measured(run: Run, config: Config, found: Folder) -> Outcome:
+    stage, step = (BASE, 0) if run.rate is None else (config.run.stage, config.train.steps)
+    final = next((e for e in found.evaluations if (e["stage"], e["step"]) == (stage, step)), None)
+    if final is None:
+        return Outcome(
+            "conflict", f"{run.folder}/eval.jsonl: expected an evaluation {stage} at step {step}, found none"
+        )
+    result = Outcome("finished", evaluation=final, interim=found.interim)
+    result.wall = sum(line["seconds"] for line in found.launches)
+    if run.rate is not None:
+        result.steps, result.seconds = found.done, found.steps[-1]["seconds"]
+        result.samples = sum(round(m["samples_per_s"] * m["time/step"]) for m in found.steps)
+    return result

@@ -1,0 +1,179 @@
+"""Runs what is missing of a study, several runs at a time, each by `opd launch` in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from opd.servers import Command
+from opd.study.grid import Study
+from opd.study.runs import Run
+from opd.study.spec import Row
+from opd.supervise import Signals
+from opd.supervisor import Process, stop_all
+
+POLL_S = 0.25
+TAIL = 4  # lines of a failed run's log that are shown
+TO_RUN = ("missing", "partial", "failed")
+
+
+class Started(Protocol):
+    """Seam: a launch under way."""
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, None while it runs."""
+        ...
+
+
+class Launcher(Protocol):
+    """Seam: starts runs and ends them."""
+
+    def start(self, run: Run) -> Started:
+        """Begin a launch."""
+        ...
+
+    def stop(self, started: list[Started]) -> None:
+        """End launches in an orderly way and wait for that."""
+        ...
+
+
+class Subprocesses:
+    """`opd launch` of this installation; every launch dies with this process, also after `kill -9`."""
+
+    def start(self, run: Run) -> Process:
+        """Begin a launch; its output is appended to the run's log."""
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        return Process(command(run), run.log)
+
+    def stop(self, started: list[Started]) -> None:
+        """Ask all to end and wait until nothing of them is left."""
+        stop_all([p for p in started if isinstance(p, Process)])
+
+
+def command(run: Run) -> Command:
+    """The launch of a run."""
+    argv = [sys.executable, "-m", "opd.cli", "launch", run.row.recipe, *run.overrides, "--plain"]
+    return Command(run.name, argv, {})
+
+
+def run_all(
+    study: Study, rows: list[Row], jobs: int, launcher: Launcher, say: Callable[[str], None]
+) -> tuple[list[Run], int]:
+    """Run what is missing, `jobs` at a time, in the order of the rows; a run that fails does not hold up the others.
+
+    Returns the runs that failed or hold something else, and 0, or 128 + the number of the signal that ended it.
+    """
+    board = Board(study, rows, jobs, say)
+    active: list[tuple[Run, Started]] = []
+    with Signals() as signals:
+        try:
+            while True:
+                for run, started in list(active):
+                    if started.code is not None:
+                        active.remove((run, started))
+                        board.ended(run, started.code)
+                while len(active) < jobs and not signals.received:
+                    following = board.next()
+                    if following is None:
+                        break
+                    active.append((following, launcher.start(following)))
+                    board.began(following)
+                if not active or signals.received:
+                    break
+                time.sleep(POLL_S)
+        finally:
+            launcher.stop([started for _, started in active])
+    if signals.received:
+        say(f"stopped by {signals.received.name}; the same command goes on from here")
+        return board.failed, 128 + signals.received
+    return board.failed, 0
+
+
+class Board:
+    """What is done, what runs, what failed, and how long the rest may take."""
+
+    def __init__(self, study: Study, rows: list[Row], jobs: int, say: Callable[[str], None]) -> None:
+        self.study, self.rows, self.jobs, self.say = study, rows, jobs, say
+        self.total = sum(map(study.count, rows))
+        self.taken: dict[Path, float] = {}  # runs of this session, and when they began
+        self.running: list[Run] = []
+        self.failed: list[Run] = []
+        self.took: list[float] = []
+        self._changed, self._queue = True, list[Run]()
+
+    def next(self) -> Run | None:
+        """The next run that can start; None when there is none now."""
+        if self._changed:
+            self._queue, self._changed = self._ready(), False
+        return self._queue.pop(0) if self._queue else None
+
+    def _ready(self) -> list[Run]:
+        found = []
+        for run in (r for row in self.rows for r in self.study.named(row)):
+            if run.folder in self.taken:
+                continue
+            outcome = self.study.outcome(run)
+            if outcome.state == "conflict":
+                self.taken[run.folder] = time.monotonic()
+                self.failed.append(run)
+                self.say(f"{run.name}: {outcome.error}")
+            elif outcome.state in TO_RUN and self.study.problem(run) is None:
+                found.append(run)
+        return found
+
+    def began(self, run: Run) -> None:
+        """A run was started."""
+        self.taken[run.folder] = time.monotonic()
+        self.running.append(run)
+        self.say(f"{self._progress()} started {run.name}")
+
+    def ended(self, run: Run, code: int) -> None:
+        """A run has ended; it counts as done when its folder says so."""
+        self.running.remove(run)
+        self.study.forget(run)
+        took = time.monotonic() - self.taken[run.folder]
+        outcome = self.study.outcome(run)
+        self._changed = True
+        if outcome.finished:
+            self.took.append(took)
+            self.say(f"{self._progress()} finished {run.name} in {minutes(took)}")
+            return
+        self.failed.append(run)
+        why = outcome.error or f"{outcome.state}, exit code {code}"
+        self.say(f"{self._progress()} FAILED {run.name} (exit code {code}): {why}; its log, {run.log}, ends:")
+        for line in tail(run.log):
+            self.say(f"    {line}")
+
+    @property
+    def done(self) -> int:
+        """Runs whose numbers can be used."""
+        named = (r for row in self.rows for r in self.study.named(row))
+        return sum(self.study.outcome(r).finished for r in named)
+
+    def _progress(self) -> str:
+        done = self.done
+        text = f"[{done}/{self.total} done, {len(self.running)} running"
+        if self.failed:
+            text += f", {len(self.failed)} failed"
+        if self.took:
+            left = max(0, self.total - done - len(self.failed)) * sum(self.took) / len(self.took) / self.jobs
+            text += f", about {minutes(left)} left"
+        return text + "]"
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    whole = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{whole} min" if whole < 90 else f"{whole // 60} h {whole % 60} min"
+
+
+def tail(log: Path) -> list[str]:
+    """The last lines of a log, empty ones left out."""
+    if not log.is_file():
+        return []
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-TAIL:]

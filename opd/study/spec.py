@@ -1,0 +1,181 @@
+"""A study's YAML: worlds, methods, learning rates, seeds; and the rows that it asks for. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+)
+
+from opd.config import Section, UserError, read_yaml, validated
+from opd.metrics import EVAL_METRICS
+
+BASE = "base"  # the row of the untrained student
+OWNED = ("run.dir", "run.seed", "run.overwrite", "optim.lr", "eval.start", "eval.end", "train.keep_checkpoints")
+
+
+def _keys(overrides: dict[str, Any]) -> dict[str, Any]:
+    for key in overrides:
+        if key in OWNED:
+            raise ValueError(f"{key} is the study's own to set; take it out")
+        if "." not in key:
+            raise ValueError(f"expected dotted keys of a recipe, such as train.steps, found {key}")
+    return overrides
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("expected each value once")
+    return values
+
+
+def _columns(names: list[str]) -> list[str]:
+    if unknown := [n for n in names if n not in EVAL_METRICS]:
+        raise ValueError(f"expected metrics of an evaluation ({', '.join(EVAL_METRICS)}), found {unknown[0]}")
+    return names
+
+
+Overrides = Annotated[dict[str, Any], AfterValidator(_keys)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's
+Seeds = Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_distinct)]
+Rates = Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class MethodSpec(Section):
+    """One stage of training. A pipeline of stages is a method that starts `from` another one's row."""
+
+    recipe: str
+    set: Overrides = Field({}, description="overrides of the recipe")
+    rates: Rates | None = Field(None, description="learning rates to choose from; none: the study's")
+    lambda_: dict[float, Overrides] | None = Field(
+        None, alias="lambda", description="values of objective.lambda, a row each; as a mapping with overrides for each"
+    )
+    from_: str | None = Field(None, alias="from", description="row whose chosen runs it starts from, seed by seed")
+
+    @field_validator("lambda_", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return {x: {} for x in _distinct(value)} if isinstance(value, list) else value
+
+
+class SplitSpec(Section):
+    """What one kind of run is measured on."""
+
+    seeds: Seeds
+    set: Overrides = Field({}, description="overrides that name the held-out records, such as eval.test")
+
+
+class SelectionSpec(SplitSpec):
+    """How a row's learning rate is chosen, on records and seeds that no reported run uses."""
+
+    metric: str = "accuracy/speech"
+    guard: dict[str, float] = Field(
+        {"accuracy/text": 0.02, "retention": 0.02},
+        description="metrics that may fall at most so far below the untrained student's (rise, where less is better)",
+    )
+
+
+class StudySpec(Section):
+    """A study. Every key is here; unknown ones are refused."""
+
+    out: str = Field(description="folder of all runs and of the tables")
+    common: Overrides = Field({}, description="overrides of every run")
+    worlds: dict[Name, Overrides] = Field(min_length=1)
+    selection: SelectionSpec
+    report: SplitSpec
+    rates: Rates
+    base: str = Field(description="recipe with which the untrained student is measured")
+    reference: str | None = Field(None, description="row that the others are compared with, beside base")
+    methods: dict[Name, MethodSpec] = Field(min_length=1)
+    jobs: PositiveInt = Field(1, description="runs at a time")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a world's table: a method at one λ. `overrides` are all but those of the split."""
+
+    world: str
+    name: str
+    recipe: str
+    overrides: dict[str, Any]
+    rates: tuple[float, ...] = ()  # none: the untrained student
+    start: str | None = None
+
+    @property
+    def id(self) -> str:
+        """WORLD/ROW, as --only takes it and as the folders are named."""
+        return f"{self.world}/{self.name}"
+
+
+def read_study(path: Path) -> StudySpec:
+    """Read and check a study's YAML. Raises UserError that names file and key."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such study file")
+    spec = validated(StudySpec, read_yaml(path), path)
+    for name in (spec.selection.metric, *spec.selection.guard):
+        if name not in EVAL_METRICS:
+            known = ", ".join(EVAL_METRICS)
+            raise UserError(f"{path}: selection: expected a metric of an evaluation ({known}), found {name}")
+    if shared := set(spec.selection.seeds) & set(spec.report.seeds):
+        raise UserError(f"{path}: selection.seeds: seed {min(shared)} is also one of report.seeds; choose another")
+    for name, method in spec.methods.items():
+        if name == BASE:
+            raise UserError(f"{path}: methods.{BASE}: that name is the untrained student's; choose another")
+        if bad := [x for x in method.lambda_ or {} if not 0 <= x <= 1]:
+            raise UserError(f"{path}: methods.{name}.lambda: expected values from 0 to 1, found {bad[0]:g}")
+    table = rows(spec, path)
+    if spec.reference is not None and spec.reference not in {r.name for r in table}:
+        raise UserError(f"{path}: reference: {_unknown(spec.reference, [r.name for r in table])}")
+    return spec
+
+
+def rows(spec: StudySpec, path: Path) -> list[Row]:
+    """All rows in the order of the file, world by world, the untrained student first.
+
+    Raises UserError when a method starts from a row that is not listed before it.
+    """
+    found: list[Row] = []
+    for world, of_world in spec.worlds.items():
+        names = {BASE}
+        found.append(Row(world, BASE, spec.base, {**spec.common, **of_world}))
+        for name, m in spec.methods.items():
+            start = None if m.from_ == BASE else m.from_
+            if start is not None and start not in names:
+                raise UserError(f"{path}: methods.{name}.from: {_unknown(start, sorted(names))}, listed before it")
+            rates = tuple(m.rates or spec.rates)
+            variants: list[tuple[float | None, Overrides]] = [*(m.lambda_ or {}).items()] or [(None, {})]
+            for value, own in variants:
+                of_row = name if value is None else f"{name}-lambda-{value:g}"
+                weight = {} if value is None else {"objective.lambda": value}
+                overrides = {**spec.common, **of_world, **m.set, **weight, **own}
+                if start is not None:
+                    overrides.pop("student.path", None)
+                found.append(Row(world, of_row, m.recipe, overrides, rates, start))
+                names.add(of_row)
+    return found
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    return f"expected one of the rows {', '.join(known)}, found {name}"
+
+
+def as_arguments(overrides: dict[str, Any]) -> list[str]:
+    """key=value for the command line, values as JSON, which YAML reads too."""
+    return [f"{k}={v if isinstance(v, str) and _plain(v) else json.dumps(v)}" for k, v in overrides.items()]
+
+
+def _plain(text: str) -> bool:
+    """Whether YAML reads the text as itself: letters first, nothing that means something to YAML."""
+    words = ("true", "false", "null", "yes", "no", "on", "off")
+    safe = all(c.isalnum() or c in "_-./" for c in text)
+    return safe and text[:1].isalpha() and text.lower() not in words

@@ -1,0 +1,127 @@
+"""The numbers of study.json and study.md, worked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from report_runs import Page
+from study_runs import KD, XOPD, FakeLauncher, leave, study_file
+
+from opd.study.command import main
+from opd.study.grid import Study
+from opd.study.results import markdown, summarise
+from opd.study.runs import Run
+from opd.study.stats import interval, paired, t_quantile
+
+
+@pytest.mark.parametrize(
+    ("df", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_t_quantiles_are_those_of_the_tables(df: int, quantile: float) -> None:
+    assert t_quantile(0.975, df) == pytest.approx(quantile, abs=5e-5)
+
+
+def test_interval_by_hand() -> None:
+    # mean 3, s² = (4 + 1 + 0 + 1 + 4) / 4 = 2.5
+    assert interval([1, 2, 3, 4, 5]) == {
+        "mean": 3,
+        "half": pytest.approx(2.7764 * math.sqrt(2.5 / 5), abs=1e-4),
+        "n": 5,
+    }
+    assert interval([2.0]) == {"mean": 2.0, "half": None, "n": 1}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = paired({0: 0.5, 1: 0.7, 2: 0.9}, {1: 0.6, 0: 0.4, 3: 9.0})
+    assert found is not None and found["mean"] == pytest.approx(0.1) and found["half"] == pytest.approx(0, abs=1e-12)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def numbers(run: Run) -> dict[str, float]:
+    speech = {"base": 0.40, "kd": 0.50, "both": 0.70}[run.row.name]
+    slope = {"base": 0.0, "kd": 0.02, "both": 0.04}[run.row.name]
+    return {"accuracy/speech": speech + slope * (run.seed % 100), "accuracy/text": 0.9, "retention": 1.0}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    methods = {"kd": {"recipe": KD}, "both": {"from": "kd", "recipe": XOPD, "set": {"train.steps": 2}}}
+    common = {"train.steps": 4, "eval.every": 2, "eval.test": "t.jsonl", "eval.retention": "r.jsonl"}
+    return study_file(tmp_path, methods=methods, common=common, report={"seeds": [0, 1, 2]})
+
+
+def test_the_table_by_hand(path: Path) -> None:
+    assert main(path, [], None, False, False, FakeLauncher(numbers)) == 0
+    content = json.loads((path.parent / "out/study.json").read_text())
+    (world,) = content["worlds"]
+    base, kd, both = world["rows"]
+    # seeds 0, 1, 2: 0.50, 0.52, 0.54: s = 0.02
+    speech = kd["metrics"]["accuracy/speech"]
+    assert speech["mean"] == pytest.approx(0.52) and speech["n"] == 3
+    assert speech["half"] == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-4)
+    assert speech["stderr_records"] == 0.01
+    # 0.2, 0.22, 0.24
+    against = both["differences"]["kd"]["accuracy/speech"]
+    assert against["mean"] == pytest.approx(0.22)
+    assert against["half"] == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-4)
+    assert kd["differences"]["base"]["accuracy/speech"]["mean"] == pytest.approx(0.12) and not base["differences"]
+    # 4 steps of 128 responses and 2 s; then 2 more
+    assert (kd["samples"], kd["seconds"]["mean"]) == (512, 8.0)
+    assert (both["samples"], both["seconds"]["mean"], base["samples"]) == (768, 12.0, 0)
+    table = (path.parent / "out/study.md").read_text().splitlines()
+    (line,) = [x for x in table if x.startswith("| kd | 0.0001 ")]
+    assert line.startswith("| kd | 0.0001 | 52.0 ± 5.0 | 90.0 ± 0.0 | 40.0 ± 0.0 |") and line.endswith(
+        "| 512 | 8 ± 0 |"
+    )
+    assert any(x.startswith("| both | +22.0 ± 5.0 | +0.0 ± 0.0 |") for x in table)
+    assert any("3 seeds are few" in x for x in table)
+    (page,) = [(path.parent / "out/study.html").read_text()]
+    assert page.count("<svg") == 3 and "both" in " ".join(Page(page).text)
+
+
+def test_samples_that_differ_from_most_are_marked(path: Path) -> None:
+    main(path, [], None, False, False, FakeLauncher(numbers))
+    methods = {n: {"recipe": KD, "set": {"train.steps": s}} for n, s in (("kd", 4), ("same", 4), ("more", 5))}
+    common = {"train.steps": 4, "eval.every": 2, "eval.test": "t.jsonl", "eval.retention": "r.jsonl"}
+    shutil.rmtree(path.parent / "out")
+    study_file(path.parent, methods=methods, common=common, report={"seeds": [0, 1, 2]})
+    launcher = FakeLauncher(lambda r: {"accuracy/speech": 0.5, "accuracy/text": 0.9, "retention": 1.0})
+    main(path, [], None, False, False, launcher)
+    table = (path.parent / "out/study.md").read_text()
+    assert "| more \\* |" in table and "| same |" in table
+    assert "\\* not matched: most rows learn from 512 samples" in table
+
+
+def test_the_curve_of_a_pipeline_goes_on_where_the_last_stage_ended(path: Path) -> None:
+    main(path, [], None, False, False, FakeLauncher(numbers))
+    rows = summarise(Study(path))["worlds"][0]["rows"]
+    points = [(p["step"], p["seconds"], round(p["accuracy/speech"], 9)) for p in rows[2]["curve"]]
+    # kd's own two, then those of the second stage; at their ends on the records of those between
+    assert points == [(2, 4.0, 0.3), (4, 8.0, 0.35), (5, 10.0, 0.3), (6, 12.0, 0.35)]
+
+
+def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
+    rows = summarise(Study(study_file(tmp_path)))["worlds"][0]["rows"]
+    assert rows[1]["state"] == "learning rate not chosen: 0 of 2 runs of its selection finished"
+    assert rows[2]["state"] == "waits for the learning rate of kd, which it starts from"
+
+
+def test_what_is_not_there_has_no_number(path: Path) -> None:
+    study = Study(path)
+    for seed in (0, 1, 2):
+        run = study.report_run(study.rows["well/kd"], seed)
+        assert run is not None
+        if seed < 2:
+            leave(run, numbers(run))
+    content = summarise(Study(path))
+    base, kd, _ = content["worlds"][0]["rows"]
+    assert kd["state"] == "2 of 3 seeds finished" and not kd["metrics"] and kd["samples"] is None
+    assert base["state"] == "0 of 3 seeds finished"
+    assert set(kd["by_seed"]) == {0, 1}
+    text = markdown(content)
+    assert "| kd (incomplete) | 0.0001 | – | – |" in text and "0.5" not in text.split("##", 1)[1].replace("0.0001", "")
+    assert {r["state"] for r in content["runs"]} == {"finished", "missing"}
