@@ -33,13 +33,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Learner:
     """Forward, backward and step of the student; knows nothing of servers, teachers or data."""
 
+    reference: StartingStudent | None = None  # with objective.reference
+
     def __init__(self, config: Config, family: Family, model_path: str) -> None:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
         self.config, self.family = config, family
         self.advantages: dict[int, list[float]] = {}  # by id() of the newest step's samples, for samples.jsonl
-        self.reference: StartingStudent | None = None  # with objective.reference
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
         settings = deepspeed_settings(config)

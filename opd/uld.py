@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,17 +80,16 @@ class OtherTeacher(LocalTeacher):
 
         From the first byte on that is no text, such as half a character at the length limit, nothing is aligned.
         """
-        from trl.experimental.utils import encode_with_byte_offsets, piece_byte_len
-
+        trl = _trl("utils")
         tokenizer, eos = self.family.tokenizer, self.family.eos_ids
         ended = rollout.token_ids[-1] in eos
         ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)
         text, *lost = _text(tokenizer, ids).split(REPLACED, 1)
         size = len(text.encode())
-        ends = np.cumsum([piece_byte_len(t) for t in tokenizer.convert_ids_to_tokens(ids)]).tolist()
+        ends = np.cumsum([trl.piece_byte_len(t) for t in tokenizer.convert_ids_to_tokens(ids)]).tolist()
         kept = sum(end <= size for end in ends)
         offsets = list(zip([0, *ends[: kept - 1]], ends[:kept], strict=True)) if kept else []
-        ((theirs, their_offsets),) = encode_with_byte_offsets(self.tokenizer.backend_tokenizer, [text])
+        ((theirs, their_offsets),) = trl.encode_with_byte_offsets(self.tokenizer.backend_tokenizer, [text])
         ids = ids[:kept]
         if ended and not lost:
             ids, theirs = [*ids, rollout.token_ids[-1]], [*theirs, self.eos_ids[0]]
@@ -116,29 +116,30 @@ def uld_loss(o: ObjectiveConfig, student: Any, teacher: Any, device: torch.devic
     Logits are read one place before their token ("bayesian"), where they predict it; TRL's default reads them at the
     token itself. Ends of turn are part of what is aligned.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the vLLM version, for servers that are not asked here
-        from trl.experimental.gold.gold_trainer import ULDLoss
     settings = {"crossentropy_weight": 0.0, "distillation_weight": 1.0, "token_merge_strategy": "bayesian"}
     settings |= {"student_temperature": 1.0, "teacher_temperature": 1.0, "use_hybrid_loss": o.hybrid}
     settings |= {"skip_student_eos": False, "skip_teacher_eos": False}
     named = {f"uld_{k}": v for k, v in settings.items()} | {"use_extended_uld": True, "beta": o.beta}
-    return ULDLoss(SimpleNamespace(**named), student, teacher, device)
+    return _trl("gold.gold_trainer").ULDLoss(SimpleNamespace(**named), student, teacher, device)
 
 
 def check_byte_level(family: Family, teacher: Any, path: str) -> None:
     """Refuse a pair of tokenizers that cannot be aligned by bytes."""
-    from trl.experimental.utils import is_byte_level_tokenizer
-
     for setting, tokenizer in ((f"student.path {family.path}", family.tokenizer), (f"teacher.path {path}", teacher)):
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or not is_byte_level_tokenizer(backend):
+        if backend is None or not _trl("utils").is_byte_level_tokenizer(backend):
             raise UserError(
                 f"{setting}: objective.name uld needs byte-level BPE tokenizers, found {type(tokenizer).__name__}; "
                 "choose another teacher, or one with the student's tokenizer for another objective"
             )
     if teacher.eos_token_id is None:
         raise UserError(f"teacher.path {path}: its tokenizer names no eos_token, which would end an answer")
+
+
+def _trl(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental, and of vLLM's version, which nothing here asks
+        return import_module(f"trl.experimental.{name}")
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

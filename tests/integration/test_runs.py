@@ -182,6 +182,15 @@ def test_a_sharded_teacher_is_the_whole_one(tmp_path: Path) -> None:
         for name in ("uneven", "none on 1", "none on 0", "zero3_offload", "zero2", "bfloat16"):
             scores, rows, other_responses = r[name]
             assert scores <= 1e-5 and rows <= 1e-4 and other_responses == 0, name
+        for name in ("adapters off", "copy"):
+            start = r[name]
+            assert start["sharded"] and start["shares"] == (name == "adapters off")
+            scores, rows, other_responses = start["differences"]
+            assert scores <= 1e-5 and rows <= 1e-4 and other_responses == 0, name
+            assert start["found"][0] == pytest.approx(0.0, abs=1e-6) and start["found"][2] > 1e-3
+            assert start["text_loss"][0] == pytest.approx(0.0, abs=1e-6) and start["text_loss"][2] > 1e-3
+            if start["expected"][0] is not None:  # rank 0
+                assert start["found"] == pytest.approx(start["expected"], rel=1e-3, abs=1e-6)
 
 
 def test_warm_start_with_a_sharded_teacher(data: Path, warm: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""One rank of two: a sharded teacher against a whole one, with unequal work, beside a student that is sharded too."""
+"""One rank of two: a sharded teacher against a whole one, with unequal work, beside a student that is sharded too; and
+the student at the start, which is the learner without its adapters, or a sharded copy."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -13,13 +15,15 @@ import torch.distributed as dist
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from opd import extensions
-from opd.batch import make_samples
+from opd.batch import collate, make_batch, make_samples
 from opd.config import Config, load_config
 from opd.learner import Learner
 from opd.models import family_of
-from opd.models.base import Family
+from opd.models.base import Family, SpeechLM
+from opd.starting import SelfTeacher, StartingStudent
 from opd.teacher import LocalTeacher
-from opd.types import Prompt, Rollout, Sample
+from opd.teachers import make_start
+from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 ALL = slice(None)
 TEXTS = [
@@ -55,6 +59,68 @@ def teacher(config: Config, family: Family, json_name: str) -> LocalTeacher:
     config = config.model_copy(deep=True)
     config.train.deepspeed, config.teacher.shard = f"deepspeed_configs/{json_name}.json", True
     return LocalTeacher(config, family, torch.device("cpu"))
+
+
+CLIP = {"a": np.random.default_rng(0).normal(0, 0.1, 20000).astype(np.float32)}
+
+
+def heard(rank: int) -> list[ScoredRollout]:
+    """What every rank answers: rank 0 a clip and a text, rank 1 texts alone."""
+    part = {"type": "audio", "path": "a", "transcript": TEXTS[0]}
+    spoken = Rollout(Prompt("s", ({"role": "user", "content": [part]},)), "speech", (310, 311, 2), None, 0, False)
+    chosen = [spoken, rollouts(2)[1]] if rank == 0 else rollouts(4)[2:]
+    return [ScoredRollout(replace(r, logprobs=np.full(len(r.token_ids), -1.0, np.float32)), None) for r in chosen]
+
+
+@torch.no_grad()
+def kl_now(learner: Learner, start: StartingStudent) -> float | None:
+    """On rank 0: mean KL(student || start) over the tokens of both ranks, of whole models and one answer at a time."""
+    weights = {n: w for n, w in learner.gathered(trainable_only=False) if w is not None}
+    if learner.rank > 0:
+        return None
+    family, kls = learner.family, []
+    now = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm"]).eval()
+    now.hf.load_state_dict(weights, strict=False)
+    for sample in make_samples(heard(0) + heard(1), CLIP, family):
+        mb = collate([sample])
+        audio = now.encode(family.features([CLIP[k] for k in sample.clips])) if sample.clips else None
+        inputs = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
+        p, q = (m(audio=audio, **inputs).log_softmax(-1) for m in (now, start))
+        kls.append((p.exp() * (p - q)).sum(-1)[0])
+    return float(torch.cat(kls).mean())
+
+
+def at_the_start(student: str, rank: int, *more: str) -> dict[str, object]:
+    """The student as its own teacher and as the reference, while it moves away."""
+    itself = ["teacher.kind=self", "teacher.path=", "teacher.batch_tokens=64", "objective.name=reverse_kl"]
+    moves = ["objective.reference=0.5", "optim.lr=1e-2", "optim.warmup_steps=0", "train.micro_batch_tokens=128"]
+    small = ["train.prompts_per_step=2", f"student.path={student}", "train.gradient_checkpointing=true"]
+    config = load_config("recipes/tiny/2_xopd.yaml", [*small, *itself, *moves, *more])
+    family, cpu = family_of(student), torch.device("cpu")
+    learner = Learner(config, family, student)
+    start = make_start(config, family, cpu, learner)
+    learner.reference = start
+    assert start is not None
+    teacher = SelfTeacher(config, family, start)
+    plain = load_config("recipes/tiny/2_xopd.yaml", [*small, *itself])
+    unsharded = StartingStudent(plain, family, cpu, None)
+    batch = make_batch(make_samples(heard(rank), CLIP, family), CLIP, config)
+    steps, expected = [], []
+    for step in range(3):
+        expected.append(kl_now(learner, unsharded))
+        steps.append(learner.step(batch, step, teacher))
+    mine = rollouts((3, 0)[rank])
+    samples = make_samples([ScoredRollout(r, None) for r in rollouts(2 + rank)], {}, family)
+    whole = SelfTeacher(plain, family, unsharded)
+    return {
+        "sharded": start.sharded,
+        "shares": start.model is learner.model,
+        "micro_batches": len(batch.micro_batches),
+        "found": [s["reference_kl"] for s in steps],
+        "expected": expected,
+        "text_loss": [s["reverse_kl/text"] for s in steps],
+        "differences": differences(teacher, whole, mine, samples),
+    }
 
 
 def main(student: str, out: str) -> None:
@@ -95,6 +161,8 @@ def main(student: str, out: str) -> None:
     result["student_buffers"] = len(buffers)
     same = [torch.equal(b, buffers[n]) and b.dtype == buffers[n].dtype for n, b in learner.model.hf.named_buffers()]
     result["same_buffers"] = sum(same)
+    result["adapters off"] = at_the_start(student, rank, "student.lora={r: 4}")
+    result["copy"] = at_the_start(student, rank, "teacher.shard=true")
     Path(out, f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

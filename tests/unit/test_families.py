@@ -16,12 +16,13 @@ from peft import PeftModel
 from opd.audio import BadAudio, whole_frames
 from opd.batch import collate
 from opd.clips import Room
-from opd.config import LoraConfig, UserError
+from opd.config import LoraConfig, UserError, load_config
 from opd.families import FAMILIES, family_entry
 from opd.models import family_of
 from opd.models.base import SpeechLM
 from opd.models.lora import adapted, adapters, pieces, save_adapter
 from opd.models.tiny import build
+from opd.starting import SelfTeacher, StartingStudent
 from opd.types import Message, Prompt, Rollout, Sample, ScoredRollout
 
 RNG = np.random.default_rng(0)
@@ -226,3 +227,23 @@ def test_a_family_may_be_named(made: Any) -> None:
     assert family_entry("nobody/knows", "voxtral").name == "voxtral"
     with pytest.raises(UserError, match="student.family whisper: not known; known: qwen2_audio, "):
         family_entry("nobody/knows", "whisper")
+
+
+@EIGHT
+def test_the_student_at_the_start_reads_and_writes_as_its_own_teacher(made, name: str) -> None:
+    """Its greedy answers, two at a time with padding between, are the argmax of its rows, which SpeechLM computes."""
+    family, hf = made(name)
+    student = f"student.path={Path(family.path)}"
+    config = load_config("recipes/tiny/2_xopd.yaml", [student, "student.family=", "teacher.kind=self", "teacher.path="])
+    teacher = SelfTeacher(config, family, StartingStudent(config, family, torch.device("cpu"), None))
+    asked = [Prompt(t, ({"role": "user", "content": t},)) for t in ("sort two", "what is one plus two plus three?")]
+    replies = [ids for ids, _ in teacher.respond(asked, 6)]
+    rollouts = [Rollout(p, "text", ids, None, -1, False) for p, ids in zip(asked, replies, strict=True)]
+    samples = [Sample(ScoredRollout(r, None), family.prompt_ids(list(r.prompt.messages), []), []) for r in rollouts]
+    rows = teacher.rows(samples)(slice(0, sum(map(len, replies))))
+    assert rows.argmax(-1).tolist() == [i for ids in replies for i in ids]
+    mb = collate(samples)
+    inputs = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
+    with torch.no_grad():
+        own = SpeechLM(hf, family, ["llm"]).eval()(**inputs)[mb.mask.bool()]
+    torch.testing.assert_close(rows, own, atol=2e-5, rtol=1e-5)
