@@ -91,7 +91,7 @@ def test_two_ranks_with_a_micro_batch_a_sample(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     family = family_of(STUDENT)
     reference = Reference(family)
-    rows = {key: row for key, row in zip(ANSWERS, reference.rows, strict=True)}
+    rows = dict(zip(ANSWERS, reference.rows, strict=True))
     learner = make_learner(family, config())
     cases = []
     for case in CASES:
