@@ -1,44 +1,15 @@
-"""Recipes: strict pydantic models, YAML files, dotted overrides. Imports no torch."""
+"""Recipes: every key that there is, files with dotted overrides, run folders as models. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend: printed as one line, exit code 2."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written as 1e-4, which YAML 1.1 takes for a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-class Section(BaseModel):
-    """A section of a recipe: unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+from opd.settings import Section, UserError, override, read_yaml, validated
 
 
 class RunConfig(Section):
@@ -345,34 +316,12 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
         )
     raw = read_yaml(path)
     for item in overrides:
-        _override(raw, item)
+        override(raw, item)
     config = validated(Config, raw, recipe)
     place(config)
     if not config.run.dir:
         config.run.dir = _run_dir(path, config)
     return config
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises UserError that names it."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
-    return raw
-
-
-S = TypeVar("S", bound=Section)
-
-
-def validated(section: type[S], raw: dict[str, Any], source: str | Path) -> S:
-    """`raw` as a `section`. Raises UserError that names the source and every key at fault."""
-    try:
-        return section.model_validate(raw)
-    except ValidationError as e:
-        raise UserError(f"{source}: " + "; ".join(_explain(err, section) for err in e.errors())) from e
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -414,45 +363,6 @@ def _run_dir(recipe: Path, config: Config) -> str:
     content = json.dumps(compared(dump_config(config)), sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return f"runs/{recipe.resolve().parent.name}-{recipe.stem}-{digest}"
-
-
-def _override(raw: dict[str, Any], item: str) -> None:
-    key, eq, value = item.partition("=")
-    if not eq or not all(key.split(".")):
-        raise UserError(f"override {item!r}: expected key.path=value, such as optim.lr=1e-4")
-    *parents, last = key.split(".")
-    node = raw
-    for name in parents:
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {item!r}: {name} is a value, not a section")
-    try:
-        node[last] = yaml.load(value, _Loader) if value else None
-    except yaml.YAMLError as e:
-        raise UserError(f"override {item!r}: the value is not valid YAML") from e
-
-
-def _explain(error: Any, section: type[Section]) -> str:
-    where = ".".join(str(p) for p in error["loc"]) or "recipe"
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {where}{_suggest(error['loc'], section)}"
-    if error["type"] == "missing":
-        return f"{where} is required"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["loc"]:
-        return f"{where}: {message}, found {json.dumps(error['input'], default=str)[:80]}"
-    return message
-
-
-def _suggest(loc: tuple[Any, ...], section: type[Section]) -> str:
-    import difflib
-
-    model: Any = section
-    for name in loc[:-1]:
-        model = model.model_fields[name].annotation if name in getattr(model, "model_fields", {}) else None
-    names = [f.alias or n for n, f in getattr(model, "model_fields", {}).items()]
-    close = difflib.get_close_matches(str(loc[-1]), names, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (known here: {', '.join(names)})"
 
 
 def resolve_model(path: str, key: str) -> str:

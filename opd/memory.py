@@ -17,7 +17,8 @@ from opd.placement import of_routes
 from opd.shapes import ModelShape, Weight, teacher_shape
 
 SIZES = {"float32": 4, "bfloat16": 2}
-TOWER_CLIPS = 8  # opd.learner.CLIPS_PER_CALL, which a test compares; that module needs torch
+TOWER_CLIPS = 8  # opd.learner.CLIPS_PER_CALL, which a test compares, as the next; those modules need torch
+CHUNK = 1 << 26  # opd.token_loss.ELEMENTS
 Bytes = dict[str, int]
 
 
@@ -244,30 +245,70 @@ def tower_bytes(shape: ModelShape, d: int, seconds: float, clips: int, kept: boo
     return positions * d * (9 * t.width + 2 * t.intermediate) * (t.layers if kept else 1)
 
 
-# Float32 tensors [B, T, V] alive at once, as a test counts them. xopd: logits over the temperature, and three gradients
-# on the way back. kd: the student's logits, their log-softmax at both temperatures, the teacher's rows, log-softmax and
-# softmax, two products.
-ROWS = {"xopd": 4, "kd": 8}
+def rows(config: Config) -> int:
+    """Tensors [n, V] of a chunk alive at once, of which one, the raw logits, in student.dtype, the others in float32.
+
+    Without the teacher's rows: raw logits, banned ids masked, log-softmax, and two gradients on the way back. A
+    divergence joins its two sides, exponentials and differences; a test counts them all.
+    """
+    o = config.objective
+    at_end = o.divergence_beta in (0.0, 1.0)  # where the JSD is one KL
+    with_rows = {"kd": 9, "entropy_aware": 10, "jsd": 8 if at_end else 12}.get(o.name, 8)
+    at_two = o.name == "xopd" and config.rollout.temperature != 1.0  # temperatures
+    return (with_rows if o.reads_rows else 5 + at_two) + (3 if o.reference > 0 else 0)
 
 
-def logits_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> int:
-    """Bytes of logits and loss: float32 rows, at response positions only (opd/models/base.py, response_logits)."""
-    return 4 * mb.positions * shape.decoder.vocab * ROWS[config.objective.name]
+def chunk_tokens(vocab: int, tokens: int) -> int:
+    """Response tokens whose logits exist at a time (opd.token_loss.chunks)."""
+    return min(tokens, max(1, CHUNK // vocab))
+
+
+def loss_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> Bytes:
+    """Bytes while the loss is computed, chunk by chunk (opd/token_loss.py).
+
+    `rows` tensors of a chunk's [n, V], or, of a trained output layer in bfloat16, what a chunk adds to its gradient,
+    Vhd, beside the chunk's own; that gradient, float32, 4Vh; hidden states [N, h] of the responses, and their gradient.
+    """
+    d, m = SIZES[config.student.dtype], shape.decoder
+    n = chunk_tokens(m.vocab, mb.positions)
+    out = {"logits and loss": n * m.vocab * (4 * (rows(config) - 1) + d)}
+    if "llm" in config.student.train and config.student.lora is None:
+        out["output layer's gradient"] = 4 * m.vocab * m.hidden
+        if d == 2:
+            out["logits and loss"] = max(out["logits and loss"], d * m.vocab * (m.hidden + n))
+    return out | {"hidden states of responses": 2 * d * mb.positions * m.hidden}
 
 
 def teacher_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Lengths, samples: int) -> Bytes:
-    """Bytes while a local teacher scores: one layer's activations, logits [B, T, V], and float32 rows of them.
+    """Bytes while a local teacher scores: one layer's activations, hidden states, two float32 rows of a chunk's tokens.
 
-    A chunk has at most teacher.batch_tokens padded tokens, each sample in a row of its own (opd/teacher.py).
+    A pass has at most teacher.batch_tokens padded tokens, each sample in a row of its own (opd/teacher.py). A sharded
+    teacher makes the logits of a whole pass at once, in its own dtype and in float32.
     """
     d = SIZES[config.teacher.dtype]
     length = lengths.text + lengths.response
-    chunk = max(1, min(samples, config.teacher.batch_tokens // length))
-    rows = (d + 4) * chunk * lengths.response * vocab
+    batch = max(1, min(samples, config.teacher.batch_tokens // length))
+    tokens = batch * lengths.response
+    part = chunk_tokens(vocab, tokens)
+    whole = max((d + 4) * tokens, 4 * (tokens + part)) * vocab
     return {
-        "teacher's activations": chunk * length * layer_bytes(teacher, d, length, "sdpa"),
-        "teacher's rows": rows,
+        "teacher's activations": batch * length * layer_bytes(teacher, d, length, "sdpa"),
+        "teacher's hidden states": d * tokens * teacher.decoder.hidden,
+        "teacher's rows": whole if config.teacher.shard else 8 * part * vocab,
     }
+
+
+def read_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Lengths, mb: MicroBatch) -> tuple[int, Bytes]:
+    """(bytes of what a micro-batch keeps of a local teacher, bytes while the teacher reads it) for its rows.
+
+    Hidden states, of which the loss makes the rows of a chunk; of a sharded teacher the logits, float32.
+    """
+    reads = teacher_bytes(teacher, vocab, config, lengths, mb.rows * mb.responses)
+    wide = 4 * vocab if config.teacher.shard else SIZES[config.teacher.dtype] * teacher.decoder.hidden
+    kept = mb.positions * wide
+    if not config.teacher.shard:
+        del reads["teacher's rows"]
+    return kept, reads | {"teacher's, of the micro-batch": kept}
 
 
 def teacher_kv_bytes(shape: ModelShape, config: Config) -> int:
@@ -318,7 +359,7 @@ def learner_memory(
     def passes(prompt: int, clips_per_row: int) -> dict[str, Bytes]:
         mb = micro_batch(prompt, lengths.response, n, config.train.micro_batch_tokens)
         kept, adds = activations(student, config, mb)
-        always = {"activations kept": kept, "largest gradient": max(with_gradient) * d}
+        always = {"activations kept": kept}
         if live:
             always["gathered parameters"] = live
         if zero.stage in (1, 2):
@@ -326,22 +367,27 @@ def learner_memory(
         if tower_trained and clips_per_row:
             clips = mb.rows * clips_per_row
             always["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
-        loss = {**always, "logits and loss": logits_bytes(student, config, mb)}
-        if local and config.objective.name == "kd":
-            reads = teacher_bytes(teacher, student.decoder.vocab, config, lengths, mb.rows * mb.responses)
-            loss["teacher's activations"] = reads["teacher's activations"]
-        return {"loss": loss, "backward": {**always, "a layer's backward": adds}}
+        loss, reads = always | loss_bytes(student, config, mb), Bytes()
+        if local and config.objective.reads_rows:
+            loss["teacher's, of the micro-batch"], reads = read_bytes(
+                teacher, student.decoder.vocab, config, lengths, mb
+            )
+        backward = {**always, "largest gradient": max(with_gradient) * d, "a layer's backward": adds}
+        return {"teacher reads": reads, "loss": loss, "backward": backward}
 
     views = [passes(lengths.speech, 1)] if hears else []
     views += [passes(lengths.text, 0)] if config.objective.lambda_ > 0 else []
     for phase in ("loss", "backward"):
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
+    reads = max((v["teacher reads"] for v in views), key=lambda b: sum(b.values()))
     shared = gathered(replace(zero, stage=3), [w.numel for w in teacher.weights], SIZES[config.teacher.dtype], ranks)
     gather = {"teacher's gathered parameters": shared} if local and shard else {}
-    if local and config.rollout.student_writes:
+    if reads:
+        out.phases["teacher reads"] = reads | gather
+    if local and config.objective.asks_teacher and not config.objective.reads_rows:
         samples = prompts * n * len(views)
         found = teacher_bytes(teacher, student.decoder.vocab, config, lengths, samples)
         out.phases["teacher scores"] = found | gather
-    elif local and config.rollout.teacher_writes and not asks_teacher_servers(config):
+    if local and config.rollout.teacher_writes and not asks_teacher_servers(config):
         out.phases["teacher responds"] = {"keys and values": teacher_kv_bytes(teacher, config)} | gather
     return out

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from opd.config import Config, Section, UserError, read_yaml, validated
+from opd.config import Config, UserError
+from opd.settings import Section, read_yaml, validated
 
 
 class Group(Section):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from opd.config import Config, UserError, load_config, read_yaml, resolve_model
+from opd.config import Config, UserError, load_config, resolve_model
 from opd.layout import starts_student, starts_teacher
 from opd.memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
 from opd.placement import Placement, Servers, placement_of
 from opd.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, alike, server_memory
+from opd.settings import read_yaml
 from opd.shapes import ModelShape, student_shape, teacher_shape
 from opd.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from opd.config import Config, UserError, read_yaml, resolve_model
+from opd.config import Config, UserError, resolve_model
 from opd.families import FAMILIES, Entry
 from opd.placement import of_routes
+from opd.settings import read_yaml
 
 SHIPPED = Path(__file__).with_name("shapes.yaml")
 RATE = 16000  # samples per second of every family

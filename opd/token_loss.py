@@ -159,6 +159,7 @@ class _SummedLoss(torch.autograd.Function):
                     of_weight += g.T @ h
             if of_bias is not None:
                 of_bias += g.sum(0)
+            del g  # before the next chunk's logits
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total

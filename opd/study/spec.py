@@ -17,8 +17,9 @@ from pydantic import (
     field_validator,
 )
 
-from opd.config import Section, UserError, read_yaml, validated
+from opd.config import UserError
 from opd.metrics import EVAL_METRICS
+from opd.settings import Section, read_yaml, validated
 
 BASE = "base"  # the row of the untrained student
 OWNED = ("run.dir", "run.seed", "run.overwrite", "optim.lr", "eval.start", "eval.end", "train.keep_checkpoints")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,12 @@ import pytest
 import torch
 from live_memory import LiveMemory
 
-from opd import learner, memory, server_memory, shapes, step_time
-from opd.batch import collate, split
-from opd.config import Config, UserError, load_config
+from opd import learner, memory, server_memory, shapes, step_time, token_loss
+from opd.batch import MicroBatch, collate, split
+from opd.config import SOURCES_OF, Config, UserError, load_config
 from opd.families import FAMILIES
 from opd.memory import Zero
-from opd.objectives import OBJECTIVES, Tokens
+from opd.token_loss import TokenLoss
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 RECIPE, STUDENT, TEACHER = "recipes/tiny/2_xopd.yaml", "recipes/tiny/student", "recipes/tiny/teacher"
@@ -139,7 +140,7 @@ def test_defaults_are_deepspeeds() -> None:
     assert ours.persistence == theirs.param_persistence_threshold and ours.bucket == theirs.reduce_bucket_size
     assert (ours.prefetch, ours.reuse) == (theirs.prefetch_bucket_size, theirs.max_reuse_distance)
     assert ours.sub_group == theirs.sub_group_size and theirs.contiguous_gradients
-    assert memory.TOWER_CLIPS == learner.CLIPS_PER_CALL
+    assert memory.TOWER_CLIPS == learner.CLIPS_PER_CALL and memory.CHUNK == token_loss.ELEMENTS
     with pytest.raises(UserError, match="offload to cpu or none, found nvme"):
         Zero.of({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
 
@@ -177,20 +178,38 @@ def test_micro_batch_is_what_batches_are_split_into(prompt: int, response: int, 
     assert mb.positions == real.targets.numel() == mb.rows * mb.responses * response
 
 
+OBJECTIVES = {
+    "xopd": ["rollout.temperature=0.7"],
+    "reverse_kl": [],
+    "jsd": [],
+    "kd": ["rollout.source=teacher"],
+    "entropy_aware": ["objective.reference=0.1"],
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("objective", "checkpointing", "vocab"),
-    [("xopd", True, 600), ("xopd", False, 600), ("xopd", True, 20000), ("kd", True, 20000)],
+    ("objective", "checkpointing", "vocab", "elements"),
+    [
+        ("xopd", True, 600, 1 << 26),
+        ("xopd", False, 600, 1 << 26),
+        *((name, True, 20000, 1 << 26) for name in ("kd", "entropy_aware")),
+        *((name, True, 20000, 1 << 20) for name in ("xopd", "jsd")),
+        ("reverse_kl", True, 20000, 1 << 15),  # a token a chunk: what is left is the gradients
+    ],
 )
-def test_peak_of_a_real_pass(dtype: str, objective: str, checkpointing: bool, vocab: int) -> None:
+def test_peak_of_a_real_pass(
+    dtype: str, objective: str, checkpointing: bool, vocab: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import Qwen2AudioForConditionalGeneration
 
-    from opd.models import family_of
+    from opd.models import base, family_of
     from opd.models.base import SpeechLM
 
-    recipe = {"xopd": RECIPE, "kd": "recipes/tiny/1_warmstart.yaml"}[objective]
-    settings = [f"student.dtype={dtype}", f"train.gradient_checkpointing={checkpointing}"]
-    c = load_config(recipe, [f"student.path={STUDENT}", *settings])
+    monkeypatch.setattr(base, "chunks", partial(token_loss.chunks, elements=elements))
+    monkeypatch.setattr(memory, "CHUNK", elements)
+    settings = [f"student.dtype={dtype}", f"train.gradient_checkpointing={checkpointing}", "teacher.kind=local"]
+    c = config(f"objective.name={objective}", *settings, *OBJECTIVES[objective])
     family = family_of(STUDENT)
     about, family.vocab_size = family.config, vocab
     about.text_config.update({"hidden_size": 256, "intermediate_size": 768, "vocab_size": vocab, "head_dim": 64})
@@ -203,28 +222,63 @@ def test_peak_of_a_real_pass(dtype: str, objective: str, checkpointing: bool, vo
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     rows, each, length, t = 2, 4, 60 + 4 * 50, 50
+    shape = shapes.ModelShape("", "", (), shapes._decoder(about.text_config))
     ids = torch.randint(5, 300, (rows, length))
     attends = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
     row = torch.arange(rows).repeat_interleave(each)
     targets = torch.randint(5, 300, (rows * each, t))
-    zeros = torch.zeros(rows * each, t)
-    live = LiveMemory()
+    zeros, ones = torch.zeros(rows * each, t), torch.ones(rows * each, t)
+    positions, sampled = torch.zeros_like(targets), torch.ones(rows * each).bool()
+    places = torch.arange(length).expand(rows, length).contiguous()
+    packed = MicroBatch([], ids, places, attends, row, positions, targets, ones, ones / 400, zeros, zeros, sampled)
+
+    def drawn(part: slice) -> torch.Tensor:
+        return torch.randn(part.stop - part.start, vocab)
 
     def loss() -> torch.Tensor:
-        places = torch.arange(length).expand(rows, length).contiguous()
-        logits = model(
-            ids=ids, position_ids=places, attends=attends.clone(), row=row, positions=torch.zeros_like(targets)
+        o = c.objective
+        made = TokenLoss(
+            packed, o, c.rollout.temperature, drawn if o.reads_rows else None, drawn if o.reference else None
         )
-        teacher = torch.randn(logits.shape) if objective == "kd" else None
-        terms = OBJECTIVES[objective](Tokens(logits, targets, teacher, zeros, zeros, 1.0), c.objective)
-        return terms.loss.mean()
+        inputs = {"ids": ids, "position_ids": places, "attends": attends.clone(), "row": row, "positions": positions}
+        return model(loss=made, mask=ones, **inputs)
 
-    with live:
+    with LiveMemory() as live:
         loss().backward()
-    shape = shapes.ModelShape("", "", (), shapes._decoder(about.text_config))
     mb = memory.MicroBatch(rows, length, each, targets.numel())
     kept, adds = memory.activations(shape, c, mb)
-    assert kept + max(adds, memory.logits_bytes(shape, c, mb)) == pytest.approx(live.peak, rel=0.15)
+    expected = kept + max(adds, sum(memory.loss_bytes(shape, c, mb).values()))
+    assert expected == pytest.approx(live.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("name", SOURCES_OF)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
+    """To the last one, of every objective, with and without what joins it."""
+    n, vocab, hidden = 64, 4000, 4
+    for more in ([], ["objective.top_k=4"], ["rollout.temperature=0.5"], ["objective.mu=0", "objective.alpha=0"]):
+        if "objective.top_k=4" in more and name not in ("reverse_kl", "forward_kl", "jsd"):
+            continue
+        c = config(f"objective.name={name}", f"rollout.source={SOURCES_OF[name][0]}", "teacher.kind=local", *more)
+        c.student.dtype = "float32" if dtype == torch.float32 else "bfloat16"
+        head = torch.nn.Linear(hidden, vocab, bias=False, dtype=dtype).requires_grad_(False)
+        states = torch.randn(n, hidden, dtype=dtype).requires_grad_()
+        one = torch.ones(1, n)
+        ids = torch.randint(0, vocab, (1, n, 4))
+        none = torch.zeros(0)
+        best = (ids, -torch.rand(1, n, 4) - 4) if c.objective.top_k else (None, None)
+        mb = MicroBatch([], none, none, none, none, none, ids[..., 0], one, one, -one, -one, one[:, 0].bool(), *best)
+        made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
+        made.teacher = made.teacher if c.objective.reads_rows else None
+        made.importance = torch.ones(n)
+        banned = torch.zeros(vocab).bool()
+        with LiveMemory() as live:
+            finish = partial(torch.masked_fill, mask=banned, value=-1e9)
+            token_loss.summed_loss(states, head, lambda x, p: made(finish(x.float()), p), [slice(0, n)])  # noqa: B023
+        shape = SimpleNamespace(decoder=SimpleNamespace(vocab=vocab, hidden=hidden))
+        c.student.train = ["adapter"]
+        whole: Any = memory.loss_bytes(shape, c, memory.MicroBatch(1, n, 1, n))  # type: ignore[arg-type]
+        assert live.peak == pytest.approx(whole["logits and loss"], rel=0.02), more
 
 
 # Servers

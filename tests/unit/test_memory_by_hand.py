@@ -75,16 +75,22 @@ def of_two_ranks(c: Config, zero: dict[str, Any]) -> LearnerMemory:
 # A row: 30 tokens heard and 3 responses of 20 are 90; two rows in 200 tokens: 180 tokens, 120 of them answered.
 PASS = {
     "activations kept": 57240,  # 180 x ((2 layers + 1) x 2*8 + 90 x (2 + 1) of bias and mask)
-    "largest gradient": 800,  # of the embedding
     "gathered parameters": 1360,  # 2 x (501 // 2 + 30 + 400), below all that are above 40: 927
 }
 XOPD_PHASES = {
     "tower": {"tower's activations": 30720},  # 8 clips x 40 positions x 2(9*4 + 2*6)
-    "loss": {**PASS, "logits and loss": 96000},  # 4 bytes x 120 x 50 x 4
-    "backward": {**PASS, "a layer's backward": 77760},  # 180 x (2(2*8 + 2*16) + 336)
+    "loss": {
+        **PASS,
+        "logits and loss": 108000,  # 120 x 50 x (4 of 4 bytes, one of 2)
+        "output layer's gradient": 1600,  # 4 x 50 x 8
+        "hidden states of responses": 3840,  # 2 x 2 x 120 x 8
+    },
+    # the largest gradient is the embedding's; 180 x (2(2*8 + 2*16) + 336)
+    "backward": {**PASS, "largest gradient": 800, "a layer's backward": 77760},
     "teacher scores": {
         "teacher's activations": 27360,  # 100 // 30 = 3 rows of 30 tokens, x 304
-        "teacher's rows": 18000,  # (2 + 4) x 3 x 20 x 50, the student's vocabulary
+        "teacher's hidden states": 960,  # 2 x 60 x 8
+        "teacher's rows": 24000,  # 60 x 50 of the student's vocabulary, twice 4 bytes
         "teacher's gathered parameters": 1200,  # 2 x (250 + 30 + 320), below 704
     },
 }
@@ -106,7 +112,7 @@ def test_zero_3_with_a_sharded_teacher() -> None:
     step = {"float32 gradients": 1200, "AdamW's square root": 1200}  # a sub-group of 300 of 452
     assert m.phases == {"optimizer step": step, **XOPD_PHASES}
     assert m.host == {}
-    assert (m.resident, m.worst, m.peak) == (9422, "loss", 9422 + 155400)
+    assert (m.resident, m.worst, m.peak) == (9422, "loss", 9422 + 172040)
 
 
 def test_zero_3_with_all_offloaded() -> None:
@@ -136,15 +142,25 @@ def test_zero_2_with_a_trained_tower_and_a_whole_teacher_that_writes() -> None:
     # four rows of 50 tokens, 80 of them answered
     every = {
         "activations kept": 164400,  # 200 x (2 layers x 336 + 50 x (2 + 1))
-        "largest gradient": 800,
         "gradient bucket": 400,  # two of 100
         "tower's activations": 46080,  # 4 clips x 40 positions x 96 x 3 layers
     }
     assert m.phases == {
         "optimizer step": {"float32 gradients": 1936, "AdamW's square root": 1936},
-        # 4 bytes x 80 x 50 x 8; the teacher reads three of the four samples at a time
-        "loss": {**every, "logits and loss": 128000, "teacher's activations": 27360},
-        "backward": {**every, "a layer's backward": 19200},  # 200 x 2(2*8 + 2*16)
+        # three of the four samples at a time
+        "teacher reads": {
+            "teacher's activations": 27360,
+            "teacher's hidden states": 960,
+            "teacher's, of the micro-batch": 1920,  # 2 x 120 x 8: six rows of the text view
+        },
+        "loss": {
+            **every,
+            "logits and loss": 136000,  # 80 x 50 x (8 of 4 bytes, one of 2)
+            "output layer's gradient": 1600,
+            "hidden states of responses": 2560,
+            "teacher's, of the micro-batch": 1280,
+        },
+        "backward": {**every, "largest gradient": 800, "a layer's backward": 19200},  # 200 x 2(2*8 + 2*16)
         "teacher responds": {"keys and values": 9600},  # 2 x 3 layers x 2 heads x 4 x 2 x 100 tokens
     }
     assert m.host == {}
@@ -158,7 +174,45 @@ def test_a_sharded_teacher_that_writes_is_gathered() -> None:
 
 def test_few_samples_are_a_small_chunk() -> None:
     found = memory.teacher_bytes(TEACHER, 50, config(), LENGTHS, 2)
-    assert found == {"teacher's activations": 2 * 30 * 304, "teacher's rows": 6 * 2 * 20 * 50}
+    kept = {"teacher's activations": 2 * 30 * 304, "teacher's hidden states": 2 * 40 * 8}
+    assert found == {**kept, "teacher's rows": 8 * 40 * 50}
+
+
+def test_rows_of_a_sharded_teacher_are_made_at_once() -> None:
+    mb = memory.MicroBatch(4, 50, 1, 80)
+    kept, reads = memory.read_bytes(TEACHER, 50, config("teacher.shard=true"), LENGTHS, mb)
+    assert kept == 4 * 80 * 50 and reads["teacher's rows"] == 8 * 60 * 50
+
+
+def test_a_chunk_and_what_is_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CHUNK", 620)  # 12 tokens of 50 logits
+    mb = memory.MicroBatch(4, 50, 1, 80)
+    of_both = {"output layer's gradient": 1600, "hidden states of responses": 2560}
+    assert memory.loss_bytes(STUDENT, config(), mb) == {"logits and loss": 12 * 50 * 18, **of_both}
+    monkeypatch.setattr(memory, "CHUNK", 1)
+    # a token's logits are less than what it adds to the output layer's gradient: 2 x 50 x (8 + 1)
+    assert memory.loss_bytes(STUDENT, config(), mb) == {"logits and loss": 900, **of_both}
+    lora = memory.loss_bytes(STUDENT, config("student.lora={}"), mb)
+    assert lora == {"logits and loss": 900, "hidden states of responses": 2560}
+    assert memory.teacher_bytes(TEACHER, 50, config(), LENGTHS, 2)["teacher's rows"] == 8 * 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        (["objective.name=xopd"], 5),
+        (["objective.name=xopd", "rollout.temperature=0.5"], 6),
+        (["objective.name=reverse_kl"], 8),
+        (["objective.name=reverse_kl", "objective.top_k=3"], 5),
+        (["objective.name=reverse_kl", "objective.reference=0.1"], 11),
+        (["objective.name=jsd"], 12),
+        (["objective.name=jsd", "objective.beta=1"], 8),
+        (["objective.name=kd", "rollout.source=teacher"], 9),
+        (["objective.name=kd", "rollout.source=teacher", "objective.mu=0"], 5),
+    ],
+)
+def test_tensors_of_a_chunk(settings: list[str], count: int) -> None:
+    assert memory.rows(config("teacher.kind=local", *settings)) == count
 
 
 def test_gathered_parameters() -> None:
