@@ -71,11 +71,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and order (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     if args.world != "hears_well" and not (args.out / "teacher/model.safetensors").is_file():
         parser.error(
             f"--world {args.world}: expected a teacher in {args.out / 'teacher'}; build hears_well there first"
         )
+    torch.set_num_threads(args.threads)
     report = build(args.out, args.world, args.seed)
     print(json.dumps(report["measured"], indent=2))
 

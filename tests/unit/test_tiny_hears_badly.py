@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -39,8 +38,10 @@ def test_what_was_measured_is_the_world_that_is_promised(split):
     assert well[rate]["value"] < 0.01
     assert 0.15 <= badly[rate]["value"] <= 0.25
     assert badly["student, man or woman"]["value"] >= 0.95
-    typed = [m["student, typed questions"]["all"]["value"] for m in (well, badly)]
-    assert abs(typed[0] - typed[1]) < 0.03
+    typed = [m["student, typed questions"] for m in (well, badly)]
+    for skill in ("arithmetic", "sort", "reverse"):  # the few held-out questions of `days` decide nothing
+        assert abs(typed[0][skill]["value"] - typed[1][skill]["value"]) < 0.01
+    assert typed[1]["all"]["value"] > 0.92
     assert badly["student, spoken questions"]["all"]["value"] < well["student, spoken questions"]["all"]["value"]
 
 
@@ -59,9 +60,10 @@ def test_the_shipped_students_differ_in_what_they_hear():
     assert 0.1 < rates["hears_badly"] < 0.3
 
 
-def test_a_world_without_its_teacher_is_refused(tmp_path):
-    command = [sys.executable, str(TINY / "build.py"), "--out", str(tmp_path), "--world", "hears_badly"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert f"expected a teacher in {tmp_path / 'teacher'}; build hears_well there first" in done.stderr
+def test_a_world_without_its_teacher_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build.py", "--out", str(tmp_path), "--world", "hears_badly"])
+    with pytest.raises(SystemExit) as refused:
+        build.main()
+    assert refused.value.code == 2
+    assert f"expected a teacher in {tmp_path / 'teacher'}; build hears_well there first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
