@@ -1,9 +1,11 @@
-"""Rebuild the tiny world's teacher and student from nothing but these scripts and fixed seeds.
+"""Rebuild the tiny worlds' teacher and students from nothing but these scripts and fixed seeds.
 
-    python recipes/tiny/build.py --out recipes/tiny
+    python recipes/tiny/build.py --out recipes/tiny                         # OUT/teacher, OUT/student, OUT/BUILD.json
+    python recipes/tiny/build.py --out recipes/tiny --world hears_badly     # reads OUT/teacher, writes
+                                                    # OUT/student_hears_badly and OUT/BUILD_hears_badly.json
 
-Writes OUT/teacher and OUT/student, ordinary Hugging Face checkpoints, and OUT/BUILD.json with what was measured on
-held-out questions. About ten minutes on two CPU cores.
+Teacher and students are ordinary Hugging Face checkpoints; the JSON files say what was measured on held-out questions.
+About ten minutes each on two CPU cores.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,57 +42,89 @@ from transformers import (
 )
 from world import SPLITS, Split, questions
 
-CLIPS = 6000  # spoken questions that tower and base student are trained on
+CLIPS = 6000  # spoken questions that a base student is trained on
 TYPED_CHECKED, SPOKEN_CHECKED = 2000, 1000  # questions per split that the report is measured on
+
+
+@dataclass(frozen=True)
+class World:
+    """One student of the teacher that all worlds share."""
+
+    student: str  # folder of the checkpoint
+    report: str  # file of what was measured
+    hearing_clips: int  # spoken questions that its tower is trained on
+
+
+WORLDS = {
+    "hears_well": World("student", "BUILD.json", CLIPS),
+    "hears_badly": World("student_hears_badly", "BUILD_hears_badly.json", 8),
+}
 
 
 def main() -> None:
     """Build tokenizer, teacher, tower and student in a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets teacher/, student/ and BUILD.json")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder that gets the checkpoints and what was measured"
+    )
+    parser.add_argument("--world", choices=WORLDS, default="hears_well", help="which student (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data, initialisation and order (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     args = parser.parse_args()
+    if args.world != "hears_well" and not (args.out / "teacher/model.safetensors").is_file():
+        parser.error(
+            f"--world {args.world}: expected a teacher in {args.out / 'teacher'}; build hears_well there first"
+        )
     torch.set_num_threads(args.threads)
-    report = build(args.out, args.seed)
+    report = build(args.out, args.world, args.seed)
     print(json.dumps(report["measured"], indent=2))
 
 
-def build(out: Path, seed: int) -> dict[str, Any]:
-    """Make teacher and student, save them under `out`, measure what was saved; returns what BUILD.json says."""
+def build(out: Path, name: str, seed: int) -> dict[str, Any]:
+    """Make the student of a world, save it under `out`, measure what was saved; returns what the report says.
+
+    `hears_well` makes the teacher too; the other worlds read the one that is in `out`.
+    """
     started = time.monotonic()
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
-    chat = Chat(build_tokenizer())
-    teacher = build_teacher(chat, seed, say)
-    save_teacher(teacher, chat, out / "teacher")
+    world, chat = WORLDS[name], Chat(build_tokenizer())
+    if name == "hears_well":
+        teacher = build_teacher(chat, seed, say)
+        save_teacher(teacher, chat, out / "teacher")
+    else:
+        teacher = Qwen2ForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32).eval()
     say(f"speaking {CLIPS} questions")
     data = synthesize("train", CLIPS, seed)
-    student = build_hearing(chat, teacher, data, seed, say)
+    student = build_hearing(chat, teacher, data.first(world.hearing_clips), seed, say)
     build_student(chat, student, data, hear(student, data), seed, say)
     set_window(student, SHIPPED_POSITIONS)
-    save_student(student, chat, out / "student")
+    save_student(student, chat, out / world.student)
     say("measuring")
-    measured = {split: measure(out, chat, split, seed) for split in SPLITS if split != "train"}
+    measured = {split: measure(out, world.student, chat, split, seed) for split in SPLITS if split != "train"}
+    option = "" if name == "hears_well" else f" --world {name}"
     report = {
-        "command": f"python recipes/tiny/build.py --out recipes/tiny --seed {seed}",
+        "command": f"python recipes/tiny/build.py --out recipes/tiny{option} --seed {seed}",
         "seconds": round(time.monotonic() - started),
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "espeakng-loader")},
         "parameters": {"teacher": teacher.num_parameters(), "student": student.num_parameters()},
         "measured": measured,
     }
-    (out / "BUILD.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out / world.report).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     say("done")
     return report
 
 
-def measure(out: Path, chat: Chat, split: Split, seed: int) -> dict[str, Any]:
-    """Measure the saved pair on fresh questions of a held-out split, none of which any part was trained on."""
+def measure(out: Path, name: str, chat: Chat, split: Split, seed: int) -> dict[str, Any]:
+    """Measure the saved teacher and the student saved as `name` on fresh questions of a held-out split.
+
+    None of these questions was any part trained on.
+    """
     teacher = Qwen2ForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32).eval()
-    student = Qwen2AudioForConditionalGeneration.from_pretrained(out / "student", dtype=torch.float32).eval()
+    student = Qwen2AudioForConditionalGeneration.from_pretrained(out / name, dtype=torch.float32).eval()
     set_window(student, POSITIONS)  # ten times faster than the shipped window, and the same to the clips in it
     torch.manual_seed(seed)
     typed = list(islice(questions(split, seed + 1), TYPED_CHECKED))

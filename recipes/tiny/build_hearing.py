@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import torch
@@ -53,6 +53,10 @@ class Spoken:
     def lengths(self) -> list[int]:
         """Audio embeddings of each clip."""
         return ((self.frames - 2) // 2 + 1).tolist()
+
+    def first(self, count: int) -> Spoken:
+        """The first `count` clips."""
+        return Spoken(*(getattr(self, field.name)[:count] for field in fields(self)))
 
 
 def synthesize(split: Split, count: int, seed: int) -> Spoken:

@@ -8,7 +8,7 @@ without the steps that lead to it), which is where the gap between its spoken an
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from build_hearing import Spoken
@@ -30,15 +30,21 @@ def build_student(
     heard: list[Tensor],
     seed: int,
     say: Callable[[str], None],
+    steps: int = STEPS,
+    jobs: Mapping[str, float] = JOBS,
+    terse_share: float = TERSE,
 ) -> None:
-    """Train adapter and language model in place; `heard` is what the tower makes of `data`."""
+    """Train adapter and language model in place; `heard` is what the tower makes of `data`.
+
+    `jobs` are the shares of the batch, `terse_share` the share of the spoken answers that leave out their steps.
+    """
     torch.manual_seed(seed)
     rng = random.Random(f"student/{seed}")
     trained = [p for n, p in student.named_parameters() if "audio_tower" not in n]
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    for step in range(STEPS):
-        jobs = rng.choices(list(JOBS), list(JOBS.values()), k=BATCH)
-        examples = [_example(chat, data, job, rng.randrange(len(heard)), rng) for job in jobs]
+    for step in range(steps):
+        drawn = rng.choices(list(jobs), list(jobs.values()), k=BATCH)
+        examples = [_example(chat, data, job, rng.randrange(len(heard)), rng, terse_share) for job in drawn]
         total = sum(len(response) for _, response, _ in examples)
         for group in ([e for e in examples if e[2] is None], [e for e in examples if e[2] is not None]):
             if not group:
@@ -52,15 +58,15 @@ def build_student(
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = LR * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / STEPS)
+            group["lr"] = LR * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == STEPS - 1:
+        if step % 50 == 0 or step == steps - 1:
             say(f"student: step {step}, loss {loss.item():.4f}")
 
 
 def _example(
-    chat: Chat, data: Spoken, job: str, row: int, rng: random.Random
+    chat: Chat, data: Spoken, job: str, row: int, rng: random.Random, terse_share: float
 ) -> tuple[list[int], list[int], int | None]:
     """Prompt ids, response ids and the clip that is heard, None for a typed question."""
     question = data.questions[row]
@@ -71,7 +77,7 @@ def _example(
     elif job == "speaker":
         task, said = SPEAKER_TASK, f"{data.speakers[row]}."
     else:
-        task, said = "", terse(question) if rng.random() < TERSE else question.response
+        task, said = "", terse(question) if rng.random() < terse_share else question.response
     return chat.spoken(data.lengths[row], task), chat.response(said), row
 
 
