@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import zlib
 from collections.abc import Callable
@@ -95,7 +96,8 @@ class MixSource:
         return sampled + [replace(r, stands_for=self.student.n) for r in written]
 
     def _is_students(self, step: int, position: int) -> bool:
-        drawn = zlib.crc32(f"{self.config.run.seed}/{step}/{position}/mix".encode()) / 2**32
+        # not a CRC: that is linear, another step would turn all draws over or none
+        drawn = random.Random(f"{self.config.run.seed}/{step}/{position}").random()
         return drawn < self.config.rollout.student_share
 
 
@@ -244,7 +246,10 @@ class VllmSampler:
 
 
 def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
-    """[T, K] ids of the sampler's best tokens, -1 where it told of fewer."""
+    """[T, K] ids of the sampler's best tokens, -1 where it told of fewer.
+
+    vLLM puts the sampled token first; where that is not among the K best it takes the last one's place.
+    """
     out = np.full((len(entries), k), -1, np.int64)
     for t, entry in enumerate(entries):
         ids = [int(e["token"].removeprefix("token_id:")) for e in entry["top_logprobs"]]
