@@ -249,10 +249,12 @@ def rows(config: Config) -> int:
     """Tensors [n, V] of a chunk alive at once, of which one, the raw logits, in student.dtype, the others in float32.
 
     Without the teacher's rows: raw logits, banned ids masked, log-softmax, and two gradients on the way back. A
-    divergence joins its two sides, exponentials and differences; a test counts them all.
+    divergence joins its two sides, exponentials and differences; a test counts them all. `uld` sorts both sides, too.
     """
     o = config.objective
     at_end = o.divergence_beta in (0.0, 1.0)  # where the JSD is one KL
+    if o.name == "uld":
+        return 14 + (3 if o.reference > 0 else 0)
     with_rows = {"kd": 9, "entropy_aware": 10, "jsd": 8 if at_end else 12}.get(o.name, 8)
     at_two = o.name == "xopd" and config.rollout.temperature != 1.0  # temperatures
     return (with_rows if o.reads_rows else 5 + at_two) + (3 if o.reference > 0 else 0)
@@ -270,7 +272,8 @@ def loss_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> Bytes:
     Vhd, beside the chunk's own; that gradient, float32, 4Vh; hidden states [N, h] of the responses, and their gradient.
     """
     d, m = SIZES[config.student.dtype], shape.decoder
-    n = chunk_tokens(m.vocab, mb.positions)
+    whole = config.objective.name == "uld"  # responses instead of chunks
+    n = mb.positions // mb.rows // mb.responses if whole else chunk_tokens(m.vocab, mb.positions)
     out = {"logits and loss": n * m.vocab * (4 * (rows(config) - 1) + d)}
     if "llm" in config.student.train and config.student.lora is None:
         out["output layer's gradient"] = 4 * m.vocab * m.hidden

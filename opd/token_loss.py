@@ -109,9 +109,9 @@ class TokenLoss:
         return {name: torch.cat(values) for name, values in self.metrics.items()}
 
 
-def chunks(count: int, vocab: int, elements: int = ELEMENTS) -> list[slice]:
-    """`count` tokens in parts whose logits have about `elements` elements."""
-    size = max(1, elements // vocab)
+def chunks(count: int, vocab: int, elements: int | None = None) -> list[slice]:
+    """`count` tokens in parts whose logits have about `elements` elements, ELEMENTS by default."""
+    size = max(1, (elements or ELEMENTS) // vocab)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 

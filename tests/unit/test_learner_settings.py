@@ -124,11 +124,11 @@ def test_the_optimizer_gets_the_recipes_numbers() -> None:
 
 def test_sums_meet_over_micro_batches_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [Sums(), Sums()]
-    ranks[0].add("x", torch.tensor([[1.0, 2.0], [4.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
-    ranks[0].add("x", torch.tensor([[5.0]]), torch.tensor([[1.0]]))
-    ranks[1].add("x", torch.tensor([[10.0, float(7)]]), torch.tensor([[1.0, 0.0]]))
+    ranks[0].add("x", torch.tensor([1.0, 2.0, 4.0, 9.0]), torch.tensor([True, True, True, False]))
+    ranks[0].add("x", torch.tensor([5.0]), torch.tensor([True]))
+    ranks[1].add("x", torch.tensor([10.0, float(7)]), torch.tensor([True, False]))
     for rank in ranks:
-        rank.add("nothing", torch.tensor([3.0]), torch.tensor([0.0]))
+        rank.add("nothing", torch.tensor([3.0]), torch.tensor([False]))
     ranks[0].total("loss", torch.tensor(0.25))
     ranks[0].total("loss", torch.tensor(0.5))
     ranks[1].total("loss", torch.tensor(-1.0))

@@ -253,10 +253,10 @@ def test_selection_needs_its_metrics(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [1e-4, True, None, "a/b.jsonl", "1e3", "true", "x: y", "", [1, 2], 0.5, 3])
 def test_overrides_arrive_as_they_were(tmp_path: Path, value: Any) -> None:
     (argument,) = as_arguments({"a.b": value})
-    from opd.config import _override
+    from opd.settings import override
 
     raw: dict[str, Any] = {}
-    _override(raw, argument)
+    override(raw, argument)
     assert raw == {"a": {"b": value}}
 
 
