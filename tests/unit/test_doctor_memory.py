@@ -60,14 +60,14 @@ def test_memory_is_held_against_the_gpus_that_are_here(monkeypatch: pytest.Monke
     line = memory_of(monkeypatch, AUDIO_LORA, [24.0], 64)
     assert line.outcome == "FAIL" and "1gpu_shared.yaml does not fit GPUs of 24.0 GiB, host of 64.0 GiB: " in line.found
     assert "student server on node 0 GPU 0: its share 8.4 GiB less weights 15.6 GiB" in line.found
-    assert "node 0 GPU 0: learner, teacher scores needs" in line.found and " of 24.0 GiB, " in line.found
+    assert "node 0 GPU 0: student server needs 40.0 GiB of 24.0 GiB, 16.0 GiB short" in line.found
     assert "; choose another placement, or lower data.max_audio_seconds" in line.found and "`opd plan`" in line.remedy
 
 
 def test_the_smallest_gpu_that_is_used_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_of(monkeypatch, VOXTRAL, [80.0] * 4, 64).outcome == "pass"
     line = memory_of(monkeypatch, VOXTRAL, [80.0, 80.0, 24.0, 80.0], 64)
-    assert line.outcome == "FAIL" and "node 0 GPU 2-3: learner, loss needs" in line.found
+    assert line.outcome == "FAIL" and "node 0 GPU 2-3: learner, optimizer step needs 56.9 GiB" in line.found
 
 
 def test_memory_of_the_host_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,9 +89,9 @@ def test_memory_that_is_not_known_here_is_only_a_warning(monkeypatch: pytest.Mon
     )
     line = memory_of(monkeypatch, OMNI, [80.0] * 8, 64, "launch.hosts=[a, b, c, d]", "launch.node=0")
     assert line.outcome == "pass"
-    line = memory_of(monkeypatch, OMNI, [48.0] * 8, 64, "launch.hosts=[a, b, c, d]", "launch.node=0")
+    line = memory_of(monkeypatch, OMNI, [40.0] * 8, 64, "launch.hosts=[a, b, c, d]", "launch.node=0")
     assert line.outcome == "warn" and "for nodes that are like this one: node 2 GPU 0-7; node 3 GPU 0-7" in line.found
-    line = memory_of(monkeypatch, OMNI, [48.0] * 8, 64, "launch.hosts=[a, b, c, d]", "launch.node=2")
+    line = memory_of(monkeypatch, OMNI, [40.0] * 8, 64, "launch.hosts=[a, b, c, d]", "launch.node=2")
     assert line.outcome == "FAIL" and "host of 64.0 GiB: node 2 GPU 0-7: learner, loss needs" in line.found
 
 
