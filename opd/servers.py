@@ -101,6 +101,8 @@ def _server(config: Config, place: Place, model: str, dtype: str, extra: list[st
             argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens"]
             argv.append(str(max(65536, s.max_model_len, s.max_num_seqs)))
         env |= {"VLLM_CPU_KVCACHE_SPACE": str(s.kv_cache_gib), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # one small function of the sampler would be compiled by g++ at start: slow, and fatal where memory is short
+        env["TORCHDYNAMO_DISABLE"] = "1"
         env |= _threads(s.threads or max(1, cores() // place.neighbours))
     return Command(place.name, [*argv, *extra, *s.args], env, place.url)
 
