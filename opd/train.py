@@ -176,7 +176,7 @@ def look(parts: Parts, step: int) -> None:
     c = parts.config
     if c.eval.every and step % c.eval.every == 0 and not (c.eval.end and step == c.train.steps):
         evaluate(parts, c.run.stage, step, interim=True)
-        if c.rollout.source != "student":
+        if not c.rollout.student_writes:
             rest(parts)
 
 
@@ -186,7 +186,7 @@ def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None
         return
     status(parts, "evaluating", step, stage)
     began = time.perf_counter()
-    if not interim or parts.config.rollout.source != "student":  # there the step's own push has done it
+    if not interim or not parts.config.rollout.student_writes:  # there the step's own push has done it
         push(parts, version=step)
     result = parts.evaluator.interim() | {"interim": True} if interim else parts.evaluator.run()
     if parts.log is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,34 +10,33 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_learner import CLIPS, STUDENT, WHOLE, XOPD, Reference, assert_same_gradient, gradient, make_learner, one_step
+from test_learner import (
+    CLIPS,
+    STUDENT,
+    WHOLE,
+    XOPD,
+    Reference,
+    _at_root,
+    assert_same_gradient,
+    family,
+    gradient,
+    make_learner,
+    one_step,
+    reference,
+)
 from test_learner import config as config_of
 from torch import Tensor
 
 from opd import checkpoint
 from opd.batch import make_batch
 from opd.config import Config, LoraConfig, UserError
-from opd.models import family_of
 from opd.models.base import Family, SpeechLM
 from opd.models.lora import ADAPTER, adaptable, adapted, adapters, pieces, targets
 
+__all__ = ["_at_root", "family", "reference"]  # fixtures
+
 ROOT = Path(__file__).parents[2]
 FIRST = "model.language_model.layers.0.self_attn"
-
-
-@pytest.fixture(autouse=True)
-def _at_root() -> None:
-    os.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
-def family() -> Family:
-    return family_of(STUDENT)
-
-
-@pytest.fixture(scope="module")
-def reference(family: Family) -> Reference:
-    return Reference(family)
 
 
 def config(*overrides: str) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,17 @@ from test_learner import (
     CLIPS,
     ONE,
     PROMPTS,
-    STUDENT,
     WHOLE,
     XOPD,
     Reference,
+    _at_root,
     _inputs,
     assert_same_gradient,
     config,
+    family,
     gradient,
     make_learner,
+    reference,
 )
 from test_lora import perturb
 from torch import Tensor, softmax
@@ -34,7 +35,6 @@ from opd.divergences import EXCLUDED
 from opd.layout import asks_teacher_servers, copies_start, needs_teacher, starts_teacher, teacher_servers, uses_start
 from opd.learner import Learner
 from opd.memory import frozen
-from opd.models import family_of
 from opd.models.base import Family
 from opd.models.lora import adapters
 from opd.placement import of_routes
@@ -47,26 +47,13 @@ from opd.teachers import make_start, make_teacher
 from opd.token_loss import Rows
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
+__all__ = ["_at_root", "family", "reference"]  # fixtures
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SELF = ["teacher.kind=self", "teacher.path="]
 LORA = "student.lora={r: 4, alpha: 12}"
 COUNT = sum(len(a) for _, _, a in ANSWERS)
-
-
-@pytest.fixture(autouse=True)
-def _at_root() -> None:
-    os.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
-def family() -> Family:
-    return family_of(STUDENT)
-
-
-@pytest.fixture(scope="module")
-def reference(family: Family) -> Reference:
-    return Reference(family)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_learner import ANSWERS, CLIPS, ONE, PROMPTS, STUDENT, WHOLE, config, gradient, make_learner
+from test_learner import ANSWERS, CLIPS, ONE, PROMPTS, STUDENT, WHOLE, _at_root, config, family, gradient, make_learner
 from torch import Tensor
 
 from opd.batch import make_batch, make_samples
 from opd.checks import Facts
 from opd.config import Config, UserError
-from opd.models import family_of
 from opd.models.base import Family
 from opd.preflight import tokenizers
 from opd.teachers import make_teacher
@@ -24,18 +22,10 @@ from opd.types import Prompt, Rollout, Sample, ScoredRollout
 from opd.uld import OtherTeacher, Retold, check_byte_level
 from opd.vocabulary import stop_ids, templates
 
+__all__ = ["_at_root", "family"]  # fixtures
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _at_root() -> None:
-    os.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
-def family() -> Family:
-    return family_of(STUDENT)
 
 
 @pytest.fixture(scope="module")
