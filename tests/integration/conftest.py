@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 
 from opd.config import Config, load_config
 from opd.layout import Place
-from opd.servers import student_server, teacher_server
+from opd.servers import Command, student_server, teacher_server
 from opd.supervisor import Process, stop_all
 
 ROOT = Path(__file__).parents[2]
@@ -71,25 +72,29 @@ def wait_healthy(process: Process) -> str:
     raise AssertionError(f"server not healthy: {process.last_error()}")
 
 
-@pytest.fixture(scope="session")
-def student_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A live server with the shipped student; it dies with the tests."""
-    folder = tmp_path_factory.mktemp("student")
-    config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
-    process = Process(student_server(config, Place.here("student")), folder / "server.log")
+@contextmanager
+def serving(command: Command, folder: Path) -> Iterator[str]:
+    """The URL of a live server, which dies with the tests."""
+    process = Process(command, folder / "server.log")
     try:
         yield wait_healthy(process)
     finally:
         stop_all([process])
+
+
+@pytest.fixture(scope="session")
+def student_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with the shipped student."""
+    folder = tmp_path_factory.mktemp("student")
+    config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
+    with serving(student_server(config, Place.here("student")), folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
 def teacher_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A live server with the shipped teacher."""
+    """A server with the shipped teacher."""
     folder = tmp_path_factory.mktemp("teacher")
     config = config_of("2_xopd", data, folder, f"student.path={STUDENT}", "teacher.kind=server")
-    process = Process(teacher_server(config, Place.here("teacher")), folder / "server.log")
-    try:
-        yield wait_healthy(process)
-    finally:
-        stop_all([process])
+    with serving(teacher_server(config, Place.here("teacher")), folder) as url:
+        yield url

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STUDENT, config_of, wait_healthy
+from conftest import STUDENT, config_of, serving
 from test_rollout_and_sync import sample, worst
 
 import opd.rollout
@@ -17,7 +17,6 @@ from opd.models import family_of
 from opd.probe import PlainStudent
 from opd.prompts import read_manifest
 from opd.servers import student_server
-from opd.supervisor import Process, stop_all
 from opd.weight_sync import WeightSync
 
 
@@ -25,11 +24,8 @@ from opd.weight_sync import WeightSync
 def second_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("second")
     config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
-    process = Process(student_server(config, Place.here("student")), folder / "server.log")
-    try:
-        yield wait_healthy(process)
-    finally:
-        stop_all([process])
+    with serving(student_server(config, Place.here("student")), folder) as url:
+        yield url
 
 
 def test_two_servers_follow_the_learner(
