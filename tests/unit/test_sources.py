@@ -258,6 +258,8 @@ def test_rows_need_a_local_teacher(settings: list[str], message: str) -> None:
             "rollout.student_share: .* less than 1",
         ),
         (["objective.name=grpo"], "objective.name: .*'sft', 'kd', 'xopd'"),
+        (["objective.reference=.inf"], "objective.reference: Input should be a finite number, found Infinity"),
+        (["objective.ratio_max=.inf"], "objective.ratio_max: Input should be a finite number, found Infinity"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: list[str], message: str) -> None:
