@@ -87,6 +87,15 @@ def test_collate_knows_whom_a_student_sampled() -> None:
     assert mb.sampled.tolist() == [False, True] and mb.sampler_logp.tolist() == [[0, 0], [-1, -2]]
 
 
+def test_collate_pads_the_best_ids_with_none() -> None:
+    few, many = sample("text", [1], [5]), sample("text", [2], [7, 8])
+    few.scored = replace(few.scored, top_ids=np.array([[3]]), top_logprobs=np.array([[-0.5]]))
+    many.scored = replace(many.scored, top_ids=np.array([[3, 4], [5, -1]]), top_logprobs=-np.ones((2, 2)))
+    mb = collate([few, many])
+    assert mb.top_ids is not None and mb.top_ids.tolist() == [[[3, -1], [-1, -1]], [[3, 4], [5, -1]]]
+    assert mb.top_logp is not None and mb.top_logp.tolist() == [[[-0.5, 0], [0, 0]], [[-1, -1], [-1, -1]]]
+
+
 def test_micro_batches_do_not_change_the_gradient() -> None:
     torch.manual_seed(0)
     table = torch.randn(12, 12, dtype=torch.float64, requires_grad=True)
