@@ -271,6 +271,14 @@ def test_each_record_has_its_teacher(family: Family) -> None:
     assert teacher.score([]) == [] and teacher.respond([], 8) == []
 
 
+def test_routes_give_rows_only_if_all_do(family: Family) -> None:
+    c = config(*ROUTED)
+    teacher, alone = routed(family, c)
+    assert teacher.gives_rows
+    alone["*"].gives_rows = False  # as of a server
+    assert not RoutedTeacher(c, alone).gives_rows
+
+
 def test_a_field_of_the_record_names_its_route(tmp_path: Path) -> None:
     c = config(*ROUTED, "teacher.field=skill")
     record = {"messages": [{"role": "user", "content": "hm"}], "skill": "sums", "group": "x", "level": 3}
