@@ -240,7 +240,9 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--objectives", nargs="*", default=[*OBJECTIVES, "reverse_kl,top_k"])
+    whole = [name for name in OBJECTIVES if name != "uld"]  # which is TRL's own, of whole responses
+    known = [*whole, *(f"{name},top_k" for name in BETAS)]
+    parser.add_argument("--objectives", nargs="+", default=[*whole, "reverse_kl,top_k"], choices=known, metavar="NAME")
     a = parser.parse_args()
     try:
         import liger_kernel

@@ -61,9 +61,10 @@ def jsd_on_teacher_top(student: Tensor, kept: Tensor, teacher: Tensor, beta: flo
     Args: student [N, K], log-probabilities of the kept ids under the student's full distribution; kept [N], the sum
     of their probabilities; teacher [N, K], log-probabilities as the teacher gave them; beta in [0, 1).
     Ids that are not kept have no teacher mass: there the mixture is (1 - beta) student, and their part of
-    KL(student || m) is -log(1 - beta) times their mass. beta = 1, the reverse KL, would be infinite.
+    KL(student || m) is -log(1 - beta) times their mass. beta = 1, the reverse KL, would be infinite. Where none is
+    kept, all ids at EXCLUDED, nothing is known of the teacher, and the gradient is 0; the loss too at beta = 0.
     """
-    teacher = torch.log_softmax(teacher, -1)
+    teacher = teacher - teacher.logsumexp(-1, keepdim=True).clamp(min=EXCLUDED / 2)
     if beta == 0.0:
         return divergence(teacher, student)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))

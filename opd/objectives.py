@@ -171,9 +171,11 @@ def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 
 def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
-    """Entropy-aware on-policy distillation (arXiv 2603.07079): reverse KL everywhere, and forward KL besides wherever
-    the teacher's entropy passes objective.entropy_threshold (nats), so that a student keeps what an unsure teacher
-    would also have said."""
+    """Entropy-aware on-policy distillation (arXiv 2603.07079): KL(student || teacher) + [H > h] KL(teacher || student).
+
+    H is the teacher's entropy at the token, h objective.entropy_threshold (nats): forward KL comes in where the
+    teacher is unsure, so that a student keeps what it would also have said.
+    """
     student, teacher = t.student(), t.rows()
     reverse, unsure = divergence(student, teacher), (entropy(teacher) > o.entropy_threshold).to(student.dtype)
     return Terms(reverse + unsure * divergence(teacher, student), {"entropy_aware/unsure": unsure}, reverse)

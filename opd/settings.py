@@ -25,9 +25,9 @@ _Loader.add_implicit_resolver(
 
 
 class Section(BaseModel):
-    """A section of a recipe: unknown keys and wrong types are refused."""
+    """A section of a recipe: unknown keys, wrong types and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

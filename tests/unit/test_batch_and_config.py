@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +44,15 @@ def test_weights_per_token() -> None:
     assert [s.weight for s in samples] == pytest.approx([0.5 / 3, 0.5 / 3, 0.5 / 4])
 
 
+@pytest.mark.parametrize(("average", "weights"), [("response", [1 / 4 / 2, 3 / 4 / 4]), ("token", [1 / 14, 3 / 14])])
+def test_a_response_that_stands_for_three_counts_three_times(average: str, weights: list[float]) -> None:
+    samples = [sample("text", [1], [5, 6]), sample("text", [2], [7, 8, 9, 2])]
+    samples[1].scored = replace(samples[1].scored, rollout=replace(samples[1].scored.rollout, stands_for=3))
+    batch = make_batch(samples, {}, config("objective.lambda=1", f"objective.average={average}"))
+    assert [s.weight for s in samples] == pytest.approx(weights)
+    assert (batch.tokens, batch.responses) == (6, 2)
+
+
 @pytest.mark.parametrize(("lam", "view"), [(0.0, "speech"), (1.0, "text")])
 def test_one_view_alone_takes_it_all(lam: float, view: View) -> None:
     samples = [sample(view, [1], [5, 6])]
@@ -67,6 +78,22 @@ def test_collate_packs_answers_behind_their_prompt() -> None:
     assert mb.positions.tolist() == [[2, 3], [0, 0], [2, 0]] and mb.mask.tolist() == [[1, 1], [1, 0], [1, 0]]
     sees = mb.attends[0, 0].int().tolist()
     assert sees[4] == [1, 1, 1, 1, 1, 0] and sees[5] == [1, 1, 1, 0, 0, 1]
+
+
+def test_collate_knows_whom_a_student_sampled() -> None:
+    own, written = sample("text", [1], [5, 6]), sample("text", [2], [7])
+    own.scored = replace(own.scored, rollout=replace(own.scored.rollout, logprobs=np.array([-1.0, -2.0], np.float32)))
+    mb = collate([written, own])
+    assert mb.sampled.tolist() == [False, True] and mb.sampler_logp.tolist() == [[0, 0], [-1, -2]]
+
+
+def test_collate_pads_the_best_ids_with_none() -> None:
+    few, many = sample("text", [1], [5]), sample("text", [2], [7, 8])
+    few.scored = replace(few.scored, top_ids=np.array([[3]]), top_logprobs=np.array([[-0.5]]))
+    many.scored = replace(many.scored, top_ids=np.array([[3, 4], [5, -1]]), top_logprobs=-np.ones((2, 2)))
+    mb = collate([few, many])
+    assert mb.top_ids is not None and mb.top_ids.tolist() == [[[3, -1], [-1, -1]], [[3, 4], [5, -1]]]
+    assert mb.top_logp is not None and mb.top_logp.tolist() == [[[-0.5, 0], [0, 0]], [[-1, -1], [-1, -1]]]
 
 
 def test_micro_batches_do_not_change_the_gradient() -> None:

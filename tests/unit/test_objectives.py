@@ -174,7 +174,10 @@ def test_value_and_gradient_whatever_the_chunks(case: dict[str, Any]) -> None:
         metrics = metrics or found
         for name, x in found.items():
             assert torch.allclose(x, metrics[name], atol=1e-12, equal_nan=True), name
-    assert metrics["mismatch/logprob"].isnan().tolist() == [False] * 3 + [True] + [False] * 4  # no student sampled it
+    own = torch.log_softmax(world.logits(slice(None)).detach() / temperature, -1)[range(N), world.targets]
+    off = (own - world.sampler_logp).abs()
+    off[3] = torch.nan  # no student sampled it
+    assert torch.allclose(metrics["mismatch/logprob"], off, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -271,6 +274,15 @@ def test_mass_outside_the_best_costs_the_student() -> None:
     away = torch.log(torch.tensor([[0.06, 0.03]]).double())
     assert float(reverse_kl_with_tail(near, teacher)) == pytest.approx(0.0, abs=1e-12)
     assert float(reverse_kl_with_tail(away, teacher)) > 1.0 > 0.0 > float(divergence(away, teacher))
+
+
+@pytest.mark.parametrize(("beta", "value"), [(0.0, 0.0), (0.4, -0.6 * np.log(0.6))])
+def test_a_teacher_of_which_nothing_is_kept_teaches_nothing(beta: float, value: float) -> None:
+    """Every id that a server told of may be one that the student must not use."""
+    student = torch.full((1, 2), EXCLUDED, requires_grad=True)
+    loss = jsd_on_teacher_top(student, student.exp().sum(-1), torch.full((1, 2), EXCLUDED), beta)
+    (g,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.tolist() == pytest.approx([value]) and float(g.abs().max()) == 0.0
 
 
 def test_cord_weights_by_hand() -> None:

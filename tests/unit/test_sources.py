@@ -14,7 +14,7 @@ from opd.config import SOURCES_OF, Config, UserError, load_config
 from opd.http import Answer
 from opd.models import family_of
 from opd.models.base import Family
-from opd.rollout import MixSource, StudentSource, TeacherSource, VllmSampler
+from opd.rollout import DatasetSource, MixSource, StudentSource, TeacherSource, VllmSampler, make_source
 from opd.teacher import LocalTeacher, ServerTeacher
 from opd.types import Prompt, Rollout
 
@@ -95,6 +95,27 @@ def test_ranks_together_draw_as_one(ranks: int) -> None:
         found |= students(source, PROMPTS[rank::ranks])
         assert len(writer.asked) == 1
     assert found == whole
+
+
+# The data set
+
+
+def test_gold_responses_end_their_turn(family: Family) -> None:
+    c = config("objective.name=salad", "rollout.source=dataset", "rollout.max_tokens=4")
+    gold = [
+        Prompt(str(i), ({"role": "user", "content": "hm"},), r) for i, r in enumerate(["one two", "one two one two"])
+    ]
+    source = make_source(c, ["speech", "text"], None, None, family)
+    assert isinstance(source, DatasetSource)
+    found = source.respond(list(enumerate(gold)), {}, 0)
+    assert [(r.prompt.id, r.view) for r in found] == [(i, v) for v in ("speech", "text") for i in "01"]
+    ids = tuple(family.tokenizer("one two", add_special_tokens=False).input_ids)
+    assert len(ids) in (2, 3)
+    assert {(r.token_ids, r.truncated) for r in found if r.prompt.id == "0"} == {((*ids, family.turn_end), False)}
+    cut = {(len(r.token_ids), r.token_ids[-1] == family.turn_end, r.truncated) for r in found if r.prompt.id == "1"}
+    assert cut == {(4, False, True)} and {(r.logprobs, r.version) for r in found} == {(None, -1)}
+    with pytest.raises(UserError, match="m.jsonl:7: rollout.source dataset needs a `response`, the record has none"):
+        source.respond([(0, Prompt("p", (), place="m.jsonl:7"))], {}, 0)
 
 
 # The best ids
@@ -258,6 +279,8 @@ def test_rows_need_a_local_teacher(settings: list[str], message: str) -> None:
             "rollout.student_share: .* less than 1",
         ),
         (["objective.name=grpo"], "objective.name: .*'sft', 'kd', 'xopd'"),
+        (["objective.reference=.inf"], "objective.reference: Input should be a finite number, found Infinity"),
+        (["objective.ratio_max=.inf"], "objective.ratio_max: Input should be a finite number, found Infinity"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: list[str], message: str) -> None:

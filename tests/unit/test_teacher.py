@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,26 @@ def test_greedy_responses_are_the_argmax(family: Family, config: Config) -> None
             context.append(token)
         assert not truncated and ids[-1] in family.eos_ids
     assert teacher.respond(prompts[:1], 2)[0][1]  # cut short: says so
+
+
+def test_what_a_local_teacher_may_not_write(family: Family, config: Config) -> None:
+    """Banned ids, however much it likes them."""
+    teacher = LocalTeacher(config, family, torch.device("cpu"))
+    ((plain, _),) = teacher.respond([spoken("a.wav")], 8)
+    teacher._knows(family.vocab_size, [*family.banned_ids, plain[0]], family.eos_ids, family.vocab_size)
+    ((other, _),) = teacher.respond([spoken("a.wav")], 8)
+    assert other and plain[0] not in other
+
+
+def test_greedy_is_not_bent_by_the_checkpoints_own_settings(family: Family, config: Config, tmp_path: Path) -> None:
+    prompts = [spoken("a.wav")]
+    want = LocalTeacher(config, family, torch.device("cpu")).respond(prompts, 8)
+    shutil.copytree("recipes/tiny/teacher", tmp_path / "teacher")
+    bent = {"repetition_penalty": 9.0, "min_new_tokens": 8, "eos_token_id": family.eos_ids}
+    (tmp_path / "teacher/generation_config.json").write_text(json.dumps(bent))
+    config = config.model_copy(deep=True)
+    config.teacher.path = str(tmp_path / "teacher")
+    assert LocalTeacher(config, family, torch.device("cpu")).respond(prompts, 8) == want
 
 
 def test_another_tokenizer_is_refused(family: Family) -> None:

@@ -141,6 +141,20 @@ def test_with_adapters_it_is_the_learner_without_them(family: Family) -> None:
     assert learner.model.training and all(a.weight.requires_grad for a in adapters(learner.model.hf))
 
 
+def test_with_adapters_it_reads_without_dropout(family: Family) -> None:
+    """The learner trains, its module is the teacher: what is dropped in training is not dropped here."""
+    c = config(*SELF, LORA)
+    learner = make_learner(family, c)
+    teacher = make_teacher(c, family, CPU, make_start(c, family, CPU, learner))
+    before = all_of(teacher.rows(answered(family)))
+    layers = [m for m in learner.model.hf.modules() if hasattr(m, "attention_dropout")]
+    for layer in layers:
+        layer.attention_dropout = 0.5
+    assert layers and learner.model.training
+    assert torch.equal(all_of(teacher.rows(answered(family))), before)
+    assert learner.model.training  # still
+
+
 def test_a_greedy_answer_is_not_bent_by_the_checkpoints_own_settings(family: Family) -> None:
     c = config(*SELF)
     start = StartingStudent(c, family, CPU, None)
@@ -255,6 +269,14 @@ def test_each_record_has_its_teacher(family: Family) -> None:
     n = sum(len(s.response_ids) for s in only)
     assert torch.equal(teacher.rows(only)(slice(0, n)), alone["sums"].rows(only)(slice(0, n)))
     assert teacher.score([]) == [] and teacher.respond([], 8) == []
+
+
+def test_routes_give_rows_only_if_all_do(family: Family) -> None:
+    c = config(*ROUTED)
+    teacher, alone = routed(family, c)
+    assert teacher.gives_rows
+    alone["*"].gives_rows = False  # as of a server
+    assert not RoutedTeacher(c, alone).gives_rows
 
 
 def test_a_field_of_the_record_names_its_route(tmp_path: Path) -> None:

@@ -184,6 +184,21 @@ def test_it_is_trls_own_on_trls_own_inputs(family: Family, other: str, hybrid: b
     assert float(got) == pytest.approx(float(want), rel=1e-5) and float(want) > 0
 
 
+def test_hybrid_and_its_beta_reach_the_loss(family: Family, other: str) -> None:
+    r = answer(family, "two and five")
+    logits = torch.randn(len(r.token_ids), family.vocab_size, generator=torch.Generator().manual_seed(0))
+
+    def loss(*settings: str) -> float:
+        sample = Sample(ScoredRollout(r, None), [1], [])
+        return float(teacher_of(family, uld(other, *settings)).aligned([sample])(logits, 0))
+
+    plain, forward, reverse = (
+        loss(*(f"objective.{s}" for s in settings))
+        for settings in (["beta=1.0"], ["hybrid=true", "beta=0.0"], ["hybrid=true", "beta=1.0"])
+    )
+    assert plain == loss() and len({plain, forward, reverse}) == 3 and min(plain, forward, reverse) > 0
+
+
 @pytest.mark.parametrize("budget", [WHOLE, ONE])
 @pytest.mark.parametrize("average", ["response", "token"])
 def test_a_step_weighs_responses_as_the_batch_does(family: Family, other: str, average: str, budget: int) -> None:
