@@ -181,23 +181,23 @@ class Evaluator:
         return out
 
     def _student(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Rows]:
-        mb, logits = self.learner.eval_logits(samples, clips)
-        at = mb.mask.nonzero()
-        return mb, lambda part: logits[at[part, 0], at[part, 1]]
+        mb, states = self.learner.eval_states(samples, clips)
+        return mb, lambda part: self.learner.model.project(states[part])
 
     def _kl(self, mb: MicroBatch, p: Rows, q: Rows | None) -> torch.Tensor:
         """KL(p || q) summed over the tokens of each response, [B]; without q the targets' estimate of it against the
         teacher's log-probs."""
         real = mb.mask.bool()
-        out = torch.zeros_like(mb.mask)
-        found = []
-        for part in chunks(int(real.sum()), self.family.vocab_size):
+
+        def of(part: slice) -> torch.Tensor:
             rows = torch.log_softmax(p(part), -1)
             if q is not None:
-                found.append(divergence(rows, torch.log_softmax(q(part), -1)))
-            else:
-                found.append(rows.gather(-1, mb.targets[real][part, None])[:, 0] - mb.teacher_logp[real][part])
-        out[real] = torch.cat(found).to(out.dtype)
+                return divergence(rows, torch.log_softmax(q(part), -1))
+            return rows.gather(-1, mb.targets[real][part, None])[:, 0] - mb.teacher_logp[real][part]
+
+        out = torch.zeros_like(mb.mask)
+        parts = chunks(int(real.sum()), self.family.vocab_size)
+        out[real] = self.learner.at_output_layer(lambda: torch.cat([of(p) for p in parts])).to(out.dtype)
         return out.sum(-1)
 
     def _scored(self, rollouts: list[Rollout]) -> list[ScoredRollout]:

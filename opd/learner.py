@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd.batch import MicroBatch, all_reduce, collate
 from opd.config import Config, UserError
-from opd.models.base import Family, SpeechLM
+from opd.models.base import Family, SpeechLM, places
 from opd.models.lora import Piece, adapters, pieces
 from opd.sharding import load_sharded
 from opd.token_loss import TokenLoss
@@ -162,6 +162,23 @@ class Learner:
         logits = self.logits(mb, self.encode(clips, samples), clips)
         self.model.train()
         return mb, logits
+
+    @torch.no_grad()
+    def eval_states(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
+        """As `eval_logits`, the hidden states [N, H] of the response tokens alone, one response after another."""
+        self.model.eval()
+        mb = collate(samples).to(self.device)
+        inputs = self.inputs(mb, self.encode(clips, samples), clips)
+        row, positions = inputs.pop("row"), inputs.pop("positions")
+        states = self.call(**inputs, at=places(row, positions, mb.mask))
+        self.model.train()
+        return mb, states
+
+    @torch.no_grad()
+    def at_output_layer(self, run: Callable[[], Tensor]) -> Tensor:
+        """`run()`, in which `model.project` makes logits of states; every rank calls it as often as every other."""
+        found: Tensor = self.call(run=run)
+        return found
 
     def call(self, **inputs: Any) -> Any:
         """`SpeechLM.forward` through DeepSpeed's engine."""

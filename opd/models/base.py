@@ -6,7 +6,7 @@ Shape legend in opd/types.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -255,14 +255,18 @@ class SpeechLM(nn.Module):
         mask: Any = None,
         at: Tensor | None = None,
         generate: dict[str, Any] | None = None,
+        run: Callable[[], Any] | None = None,
         **text: Any,
     ) -> Any:
         """`encode` without text; else `response_logits`, with `at` `states`, with `loss` and `mask` `response_loss`.
 
-        `generate`: arguments of transformers' `generate`, whose tokens are given back.
+        `generate`: arguments of transformers' `generate`, whose tokens are given back. `run`: what it returns, called
+        where the output layer is whole and `project` may be used.
         """
         if generate is not None:
             return self._generate(generate)
+        if run is not None:
+            return inside(self.hf.lm_head, run)
         if not text:
             return self.encode(features)
         if at is not None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import opd.evaluate
+import opd.token_loss
 from opd.batch import collate
 from opd.config import Config, load_config
 from opd.divergences import EXCLUDED
 from opd.evaluate import PAIRS, Evaluator, correct, decode, drop
 from opd.models import family_of
-from opd.models.base import SpeechLM
+from opd.models.base import SpeechLM, places
 from opd.teacher import LocalTeacher
 from opd.types import VIEWS, Prompt, Rollout, Sample, View
 
@@ -100,12 +101,16 @@ class Student:
         self.model = SpeechLM(family.load(torch.float32, "sdpa").eval(), family, ["llm"])
 
     @torch.no_grad()
-    def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> Any:
+    def eval_states(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> Any:
         mb = collate(samples)
         heard = {k: self.model(features=self.model.family.features([clips[k]]))[0] for k in mb.clips}
-        names = ("ids", "position_ids", "attends", "row", "positions")
+        given = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends")}
         audio = [heard[k] for k in mb.clips] if mb.clips else None
-        return mb, self.model(**{n: getattr(mb, n) for n in names}, audio=audio)
+        return mb, self.model(**given, audio=audio, at=places(mb.row, mb.positions, mb.mask))
+
+    @torch.no_grad()
+    def at_output_layer(self, run: Any) -> torch.Tensor:
+        return self.model(run=run)
 
 
 class Sampler:
@@ -198,11 +203,16 @@ def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: p
     monkeypatch.setattr(teacher, "respond", respond)
     monkeypatch.setattr(opd.evaluate, "PAIRS", 4)  # rank 0 of 2 then has a chunk of one more than rank 1
     (alone,) = evaluate(config, teacher, 1, monkeypatch)
+    monkeypatch.setattr(opd.token_loss, "ELEMENTS", 3 * family.vocab_size)
+    made: list[int] = []
+    project = SpeechLM.project
+    monkeypatch.setattr(SpeechLM, "project", lambda self, states: made.append(len(states)) or project(self, states))
     for shared in evaluate(config, teacher, 2, monkeypatch):
         assert shared.keys() == alone.keys()
         for name in set(alone) - {"groups"}:
             assert shared[name] == pytest.approx(alone[name], abs=1e-6), name
         assert shared["groups"] == alone["groups"]
+    assert max(made) == 3  # logits are made in chunks here too
 
     # 11 records, 6 of them even; record 4 is cut off, the teacher misses record 1
     assert alone["accuracy/speech"]["mean"] == pytest.approx(5 / 11) and alone["accuracy/speech"]["n"] == 11
