@@ -265,3 +265,16 @@ def test_the_tiny_study_is_sound() -> None:
 
     spec = read_study(ROOT / "recipes/tiny/study.yaml")
     assert len(spec.report.seeds) >= 5 and set(spec.worlds) == {"hears_well", "hears_badly"}
+
+
+def test_the_figures_of_the_readme_are_those_of_the_recipes_as_they_are() -> None:
+    from opd.config import load_config
+    from opd.study.spec import read_study, rows
+
+    path = ROOT / "recipes/tiny/figures.yaml"
+    found = {r.name: r for r in rows(read_study(path), path)}
+    for name in ("warmstart", "then-xopd"):
+        row = found[name]
+        assert row.rates == (load_config(ROOT / row.recipe).optim.lr,), name
+        changed = {k for k in row.overrides if not k.startswith("launch.")}
+        assert changed <= {"student.path", "rollout.server.threads", "train.samples_per_step"}, name
