@@ -54,7 +54,7 @@ def test_rates_are_chosen_on_one_split_and_reported_on_the_other(tmp_path: Path)
     )
     by_name = {r.name: r for r in launcher.started}
     select = load_config(KD, by_name["well/kd/select/lr_0.0001/seed_100"].overrides)
-    assert (select.eval.test, select.optim.lr, select.run.seed) == ("validation.jsonl", 1e-4, 100)
+    assert (select.eval.test, select.optim.lr, select.run.seed) == ("v.jsonl", 1e-4, 100)
     assert (select.eval.start, select.eval.end, select.train.steps) == (None, True, 4)
     second = load_config(XOPD, by_name["well/both-lambda-0/report/lr_0.0001/seed_1"].overrides)
     assert second.student.path == str(tmp_path / "out/well/kd/report/lr_0.0004/seed_1")
@@ -114,8 +114,64 @@ def test_a_folder_of_another_configuration_is_left_alone(tmp_path: Path, capsys:
     study_file(tmp_path, common={"train.steps": 5, "eval.test": "t.jsonl", "eval.retention": "r.jsonl"})
     launcher = FakeLauncher(measure)
     assert run(path, launcher, "well/kd") == 1
-    assert "train.steps (4 -> 5)" in capsys.readouterr().out and not launcher.names
+    out = capsys.readouterr().out
+    assert "train.steps (4 -> 5); move that folder away" in out and "run.overwrite" not in out and not launcher.names
     assert load_config(KD, ["run.dir=x"]) and (tmp_path / "out/well/kd/select/lr_0.0001/seed_100/eval.jsonl").is_file()
+
+
+def test_a_folder_that_cannot_be_used_chooses_no_rate(tmp_path: Path) -> None:
+    path = study_file(tmp_path)
+    run(path, FakeLauncher(measure), "well/kd")
+    shutil.rmtree(tmp_path / "out/well/kd/report")
+    (tmp_path / f"out/well/kd/select/lr_{KD_BEST}/seed_100/eval.jsonl").write_text("")
+    launcher = FakeLauncher(measure)
+    assert run(path, launcher, "well/kd") == 1 and not launcher.names
+    kd = json.loads((tmp_path / "out/study.json").read_text())["worlds"][0]["rows"][1]
+    assert kd["rate"] is None
+    assert kd["state"].startswith("learning rate not chosen: 1 of 2 runs of its selection finished, 1 cannot be used (")
+    assert kd["state"].endswith(
+        "expected an evaluation warmstart at step 4, found none; move that folder away, it will be run again)"
+    )
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_a_finished_run_whose_steps_are_not_all_there_is_not_counted(tmp_path: Path, left: int) -> None:
+    path = study_file(tmp_path)
+    run(path, FakeLauncher(measure))
+    metrics = tmp_path / f"out/well/kd/report/lr_{KD_BEST}/seed_1/metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:left]))
+    assert run(path, FakeLauncher(measure), report_only=True) == 0
+    kd, both = json.loads((tmp_path / "out/study.json").read_text())["worlds"][0]["rows"][1:3]
+    expected = (
+        f"1 of 2 seeds finished, 1 cannot be used ({metrics}: expected samples and seconds of 4 steps, found {left}"
+    )
+    assert kd["state"].startswith(expected) and not kd["complete"] and set(kd["by_seed"]) == {"0"}
+    assert both["state"].startswith(expected)  # no more can what starts from it
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
+    path, second = study_file(tmp_path), FakeLauncher(measure)
+
+    class Meanwhile(FakeLauncher):
+        def start(self, run_: Run) -> Any:
+            with pytest.raises(UserError, match=r"out .*/out: another `opd study` is at work there"):
+                run(path, second)
+            return super().start(run_)
+
+    assert run(path, Meanwhile(measure), "well/kd") == 0 and not second.names
+    assert run(path, second, "well/kd") == 0
+
+
+def test_an_out_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match=r"out .*/out: expected a folder that can be written"):
+        run(study_file(tmp_path), FakeLauncher(measure))
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"out: nothing to report yet"):
+        run(study_file(tmp_path), FakeLauncher(measure), report_only=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_lists_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +282,36 @@ def test_less_of_a_divergence_is_better() -> None:
         ({"methods": {"base": {"recipe": KD}}}, r"methods.base: that name is the untrained student's"),
         ({"methods": {"a b": {"recipe": KD}}}, r"methods.a b"),
         ({"methods": {"x": {"recipe": XOPD, "lambda": [2.0]}}}, r"methods.x.lambda: expected values from 0 to 1"),
+        (
+            {"methods": {"x-lambda-0": {"recipe": XOPD}, "x": {"recipe": XOPD, "lambda": [0]}}},
+            r"methods.x: .*x-lambda-0 twice",
+        ),
+        ({"methods": {"x": {"recipe": XOPD, "lambda": [0, 0.0]}}}, r"methods.x.lambda: expected each value once"),
+        ({"methods": {"x": {"recipe": XOPD, "lambda": [[0]]}}}, r"methods.x.lambda: .*dictionary"),
+        ({"methods": {"x": {"recipe": XOPD, "lambda": []}}}, r"methods.x.lambda: .*at least 1"),
+        (
+            {"methods": {"x": {"recipe": XOPD, "lambda": {0.5: {"objective.lambda": 0.3}}}}},
+            r"methods.x: objective.lambda is what its lambda sets",
+        ),
+        (
+            {"methods": {"x": {"recipe": XOPD, "lambda": [0.5], "set": {"objective.lambda": 0.3}}}},
+            r"methods.x: objective.lambda is what its lambda sets",
+        ),
+        (
+            {"methods": {"a": {"recipe": KD}, "b": {"recipe": KD, "from": "a", "set": {"student.path": "x"}}}},
+            r"methods.b.set: student.path is that of a's runs",
+        ),
+        ({"rates": [1e-4, 1.0000001e-4]}, r"rates: expected each value once, in six digits"),
+        ({"report": {"seeds": [0, 1000]}}, r"report.seeds.1: Input should be less than 1000"),
+        ({"worlds": {"well": {}}}, r"worlds.well: expected a student.path for all rows, found runs/.* in that of kd"),
+        (
+            {"selection": {"seeds": [100], "set": {"eval.retention": "rv.jsonl"}}},
+            r"selection.set: .*expected an eval.test that is not the reported runs', found t.jsonl",
+        ),
+        (
+            {"selection": {"seeds": [100], "set": {"eval.test": "v.jsonl", "eval.retention": None}}},
+            r"expected an eval.retention that is not the reported runs', found None",
+        ),
         ({"reference": "both"}, r"reference: expected one of the rows .*both-lambda-0, .*found both"),
         ({"report": {"seeds": [0, 100]}}, r"selection.seeds: seed 100 is also one of report.seeds"),
         ({"report": {"seeds": [0, 0]}}, r"report.seeds: expected each value once"),
@@ -239,6 +325,16 @@ def test_a_mistake_in_the_file_is_named(
         Study(study_file(tmp_path, **changes))
     assert opd(["study", str(study_file(tmp_path, **changes)), "--dry-run"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_key_twice_is_refused(tmp_path: Path) -> None:
+    path = study_file(tmp_path)
+    path.write_text(path.read_text() + "  kd: {recipe: other.yaml}\n")  # after the last method
+    with pytest.raises(UserError, match=r"study.yaml: not valid YAML: the key kd twice in .* line \d+"):
+        Study(path)
+    path.write_text("out: &a {x.y: 1}\nrates: {<<: *a, x.y: 2}\n")  # what is merged in may be overridden
+    with pytest.raises(UserError, match="report is required"):
+        Study(path)
 
 
 def test_selection_needs_its_metrics(tmp_path: Path) -> None:

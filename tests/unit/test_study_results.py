@@ -80,6 +80,11 @@ def test_the_table_by_hand(path: Path) -> None:
     assert any(x.startswith("| both | +22.0 ± 5.0 | +0.0 ± 0.0 |") for x in table)
     assert any("3 seeds are few" in x for x in table)
     (page,) = [(path.parent / "out/study.html").read_text()]
+    for other in ("base", "kd"):
+        assert f"Differences to {other}, paired by seed" in page
+    for label in ("accuracy, speech", "accuracy, text", "step", "seconds of training", "forgetting F, nats per token"):
+        assert f">{label}</text>" in page
+    assert "+22.0 ± 5.0" in page and "http" not in page and "<script" not in page
     assert page.count("<svg") == 3 and "both" in " ".join(Page(page).text)
 
 
@@ -102,6 +107,28 @@ def test_the_curve_of_a_pipeline_goes_on_where_the_last_stage_ended(path: Path) 
     points = [(p["step"], p["seconds"], round(p["accuracy/speech"], 9)) for p in rows[2]["curve"]]
     # kd's own two, then those of the second stage; at their ends on the records of those between
     assert points == [(2, 4.0, 0.3), (4, 8.0, 0.35), (5, 10.0, 0.3), (6, 12.0, 0.35)]
+
+
+def test_a_row_with_another_teacher_is_held_against_the_teacher_of_the_others(tmp_path: Path) -> None:
+    own = {"teacher.kind": "self", "teacher.path": None}
+    path = study_file(tmp_path, methods={"kd": {"recipe": KD}, "own": {"recipe": XOPD, "set": own}})
+
+    def measure(run: Run) -> dict[str, float]:
+        teacher = 0.9 if run.row.name == "own" else 0.95
+        found = {"accuracy/speech": 0.6 + 0.1 * (run.seed % 100), "accuracy/text": 0.9, "retention": 1.0}
+        return found | {"accuracy/teacher": teacher, "drop/speech": 12.0, "drop/text": 0.0, "forgetting": 0.01}
+
+    main(path, [], None, False, False, FakeLauncher(measure))
+    content = summarise(Study(path))
+    _, kd, row = content["worlds"][0]["rows"]
+    # 100 * (1 - 0.6 / 0.95) and 100 * (1 - 0.7 / 0.95), not the 12 of its own evaluation
+    assert row["metrics"]["drop/speech"]["mean"] == pytest.approx((36.842105 + 26.315789) / 2, abs=1e-6)
+    assert row["metrics"]["drop/text"]["mean"] == pytest.approx(5.263158, abs=1e-6)
+    assert not {"forgetting", "reverse_kl/speech"} & (row["metrics"].keys() | row["differences"]["kd"].keys())
+    assert kd["metrics"]["drop/speech"]["mean"] == 12.0 and kd["metrics"]["forgetting"]["mean"] == 0.01
+    assert not kd["notes"] and "its teacher is not base's" in row["notes"][-1]
+    (line,) = [x for x in markdown(content).splitlines() if x.startswith("| own | 0.0001 | 65.0")]
+    assert line.split(" | ")[4:8] == ["31.6 ± 66.9", "5.3 ± 0.0", "0.75 ± 0.00", "–"]
 
 
 def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
