@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from study_runs import KD, XOPD, FakeLauncher, leave, study_file
 
 from opd.cli import main as opd
 from opd.config import UserError, load_config
+from opd.servers import Command
+from opd.study import schedule
 from opd.study.command import main
 from opd.study.grid import Study
 from opd.study.runs import Run
@@ -21,6 +25,11 @@ from opd.study.spec import SelectionSpec, as_arguments
 
 ROOT = Path(__file__).parents[2]
 KD_BEST = 4e-4
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -225,6 +234,26 @@ def test_a_signal_ends_the_runs_and_is_told(tmp_path: Path, monkeypatch: pytest.
     launcher = Endless(measure)
     assert run(study_file(tmp_path), launcher) == 130
     assert len(launcher.started) == len(launcher.stopped) == 2
+
+
+def test_a_run_is_an_ordinary_launch_with_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(study_file(tmp_path))
+    of_kd = study.select_run(study.rows["well/kd"], 1e-4, 100)
+    assert of_kd is not None
+    argv = schedule.command(of_kd).argv
+    assert argv == [sys.executable, "-m", "opd.cli", "launch", KD, *of_kd.overrides, "--plain"]
+    told = Command("told", [sys.executable, "-c", "print('told'); raise SystemExit(3)"], {})
+    monkeypatch.setattr(schedule, "command", lambda _: told)
+    launcher = schedule.Subprocesses()
+    started = launcher.start(of_kd)
+    while started.code is None:
+        time.sleep(0.02)
+    launcher.stop([started])
+    assert started.code == 3 and schedule.tail(of_kd.log) == ["told"]
+    of_kd.log.unlink()
+    of_kd.log.mkdir()
+    with pytest.raises(UserError, match=r"seed_100.log: expected a log that can be written"):
+        launcher.start(of_kd)
 
 
 # ---- choosing -----------------------------------------------------------------------------------------------------

@@ -6,13 +6,16 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from report_runs import Page
 from study_runs import KD, XOPD, FakeLauncher, leave, study_file
 
 from opd.study.command import main
 from opd.study.grid import Study
+from opd.study.page import charts
 from opd.study.results import markdown, summarise
 from opd.study.runs import Run
 from opd.study.stats import interval, paired, t_quantile
@@ -45,6 +48,11 @@ def numbers(run: Run) -> dict[str, float]:
     speech = {"base": 0.40, "kd": 0.50, "both": 0.70}[run.row.name]
     slope = {"base": 0.0, "kd": 0.02, "both": 0.04}[run.row.name]
     return {"accuracy/speech": speech + slope * (run.seed % 100), "accuracy/text": 0.9, "retention": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
 
 
 @pytest.fixture
@@ -85,7 +93,26 @@ def test_the_table_by_hand(path: Path) -> None:
     for label in ("accuracy, speech", "accuracy, text", "step", "seconds of training", "forgetting F, nats per token"):
         assert f">{label}</text>" in page
     assert "+22.0 ± 5.0" in page and "http" not in page and "<script" not in page
+    for words in ("0.4 at step 0, 0.35 at step 6.", "0.4 at second 0, 0.35 at second 12."):  # from base's
+        assert f"accuracy, speech of both: {words}" in page
     assert page.count("<svg") == 3 and "both" in " ".join(Page(page).text)
+
+
+def test_the_plot_of_costs_by_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(path, [], None, False, False, FakeLauncher(lambda r: numbers(r) | {"forgetting": 0.1}))
+    drawn: list[Any] = []
+    monkeypatch.setattr("opd.study.page.figure", lambda key, caption, draw, *_: drawn.append(draw) or "")
+    charts(summarise(Study(path))["worlds"][0], "w")
+    figure = Figure()
+    drawn[-1](figure)
+    labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes]
+    forgetting = "forgetting F, nats per token"
+    speech, text = "accuracy, speech", "accuracy, text"
+    assert labels == [(forgetting, speech), (forgetting, text), ("retention", speech)]
+    found = [[c[0].get_xydata().tolist() for c in ax.containers] for ax in figure.axes]
+    cost = pytest.approx(0.1)
+    assert found[0] == [[[cost, pytest.approx(y)]] for y in (0.4, 0.52, 0.74)]
+    assert found[1] == [[[cost, pytest.approx(0.9)]]] * 3 and found[2][0] == [[1.0, pytest.approx(0.4)]]
 
 
 def test_samples_that_differ_from_most_are_marked(path: Path) -> None:
