@@ -223,6 +223,33 @@ def test_a_row_with_one_rate_has_selection_runs_where_another_row_selects_from_i
     assert start is not None and start.name == "well/kd/select/lr_0.0001/seed_100" and start in launcher.started
 
 
+def test_as_many_runs_at_a_time_as_jobs(tmp_path: Path) -> None:
+    class Slow(FakeLauncher):
+        under_way = most = 0
+
+        def start(self, run: Run) -> Any:
+            super().start(run)
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            return Going(self)
+
+    class Going:
+        asked = 0
+
+        def __init__(self, launcher: Slow) -> None:
+            self.launcher = launcher
+
+        @property
+        def code(self) -> int | None:
+            self.asked += 1
+            self.launcher.under_way -= self.asked == 2
+            return 0 if self.asked >= 2 else None
+
+    launcher = Slow(measure)
+    assert run(study_file(tmp_path), launcher, jobs=3) == 0
+    assert launcher.most == 3 and launcher.under_way == 0 and len(launcher.names) == 11
+
+
 def test_a_signal_ends_the_runs_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Endless(FakeLauncher):
         def start(self, run: Run) -> Any:
