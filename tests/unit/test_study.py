@@ -117,6 +117,14 @@ def test_a_rate_that_fails_is_out_of_the_choice(tmp_path: Path) -> None:
     assert kd["notes"][-1] == "chosen without 0.0004, where a run failed"
 
 
+def test_no_rate_is_chosen_without_the_untrained_student(tmp_path: Path) -> None:
+    launcher = FakeLauncher(lambda r: None if (r.phase, r.row.name) == ("select", "base") else measure(r))
+    assert run(study_file(tmp_path), launcher, "well/kd") == 1
+    assert not [n for n in launcher.names if n.startswith("well/kd/report")]
+    kd = json.loads((tmp_path / "out/study.json").read_text())["worlds"][0]["rows"][1]
+    assert kd["rate"] is None and kd["state"] == "learning rate not chosen: 2 of 2 runs of its selection finished"
+
+
 def test_a_folder_of_another_configuration_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = study_file(tmp_path)
     run(path, FakeLauncher(measure))
