@@ -153,6 +153,7 @@ class _Evaluation(Line):
     learner: dict[str, Any]
     rollout: dict[str, Any]
     groups: dict[str, dict[str, _Estimate]] | None = None
+    first: dict[str, _Estimate] | None = None
     interim: bool = False
 
 

@@ -96,21 +96,21 @@ def check(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, node: int = 0) -> Iterator[None]:
+def lock(folder: Path, node: int = 0, of: str = "run.dir", by: str = "opd launch") -> Iterator[None]:
     """Make the run folder and hold it for one launcher of each node; the system lets go of it however that ends.
 
-    Raises UserError when another launcher holds it or it cannot be written.
+    Raises UserError when another launcher holds it or it cannot be written: `of` is the setting, `by` the launcher.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         f = open(folder / (f".lock-{node}" if node else ".lock"), "w")  # noqa: SIM115 - closed below
     except OSError as e:
-        raise UserError(f"run.dir {folder}: expected a folder that can be written ({e.strerror})") from e
+        raise UserError(f"{of} {folder}: expected a folder that can be written ({e.strerror})") from e
     with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise UserError(f"run.dir {folder}: another `opd launch` is at work there; choose another run.dir") from e
+            raise UserError(f"{of} {folder}: another `{by}` is at work there; choose another {of}") from e
         yield
 
 
@@ -137,6 +137,7 @@ def prepare(config: Config) -> None:
 
 def _status(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "status.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        found = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

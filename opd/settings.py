@@ -16,7 +16,19 @@ class UserError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written as 1e-4, which YAML 1.1 takes for a string."""
+    """YAML whose numbers may be written as 1e-4, which YAML 1.1 takes for a string; no key twice in a mapping."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Refuses what PyYAML passes over: of a key that is there twice, it takes the last."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                value = self.construct_object(key)
+                if value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} twice", key.start_mark)
+                seen.add(value)
+        return node
 
 
 _Loader.add_implicit_resolver(

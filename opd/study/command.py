@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from opd import run_folder
+from opd.config import UserError
 from opd.study.grid import Study
 from opd.study.results import write
 from opd.study.schedule import TO_RUN, Launcher, Subprocesses, run_all
@@ -20,7 +22,8 @@ def main(
 ) -> int:
     """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
 
-    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`.
+    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, where another study is at work,
+    and for a report of nothing.
     """
     study = Study(path)
     wanted = study.chosen_rows(only)
@@ -28,9 +31,12 @@ def main(
         show(study, wanted)
         return 0
     code = 0
-    if not report_only:
-        study.out.mkdir(parents=True, exist_ok=True)
-        failed, code = run_all(study, wanted, jobs or study.spec.jobs, launcher or Subprocesses(), _say)
+    if report_only:
+        if not any(study.outcome(run).finished for row in study.rows.values() for run in study.named(row)):
+            raise UserError(f"{study.out}: nothing to report yet, no finished run of {path} in there")
+    else:
+        with run_folder.lock(study.out, of="out", by="opd study"):
+            failed, code = run_all(study, wanted, jobs or study.spec.jobs, launcher or Subprocesses(), _say)
         if failed:
             print(f"failed: {', '.join(run.name for run in failed)}", flush=True)
             code = code or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-from opd.config import UserError
+from opd.config import EvalConfig, UserError
 from opd.study import runs
 from opd.study.runs import Outcome, Run
 from opd.study.select import Choice, choose, means
@@ -20,13 +20,31 @@ class Study:
         self.spec: StudySpec = read_study(path)
         self.out = Path(self.spec.out)
         self.rows = {r.id: r for r in rows(self.spec, path)}
+        self.teachers: dict[str, list[str]] = {}  # by row
+        self.students: dict[str, str] = {}  # the untrained one of each world
         for row in self.rows.values():  # a mistake in a recipe shall come to light before the first run
             rate = row.rates[0] if row.rates else None
             start = runs.make(self.out, self.start(row), "report", 0, 1.0, {}, None) if row.start else None
-            for split in (self.spec.selection.set, self.spec.report.set):
-                runs.config_of(runs.make(self.out, row, "report", 0, rate, split, start))
+            splits = (self.spec.selection.set, self.spec.report.set)
+            select, report = (runs.config_of(runs.make(self.out, row, "report", 0, rate, s, start)) for s in splits)
+            self._check_splits(row, select.eval, report.eval)
+            self.teachers[row.id] = runs.graded_by(report)
+            if not start and (found := report.student.path) != (expected := self.students.setdefault(row.world, found)):
+                raise UserError(f"{path}: worlds.{row.world}: expected a student.path for all rows, found {expected} "
+                                f"in that of base and {found} in that of {row.name}")  # fmt: skip
         self._outcomes: dict[Path, Outcome] = {}
         self._choices: dict[str, Choice | None] = {}
+
+    def _check_splits(self, row: Row, select: EvalConfig, report: EvalConfig) -> None:
+        """Raises UserError when the rates of a row would be chosen on reported records, or on none."""
+        names = {self.spec.selection.metric, *self.spec.selection.guard}
+        for key, needed in (("retention", "retention" in names), ("test", bool(names - {"retention"}))):
+            chosen_on, told = getattr(select, key), getattr(report, key)
+            if self.selects(row) and needed and (chosen_on is None or chosen_on == told):
+                raise UserError(
+                    f"{self.path}: selection.set: row {row.id} expected an eval.{key} that is not the reported runs', "
+                    f"found {chosen_on}"
+                )
 
     # ---- what is there ----------------------------------------------------------------------------------------------
 
@@ -143,7 +161,7 @@ class Study:
         for rate, some in self.sweep(row).items():
             assert rate is not None
             outcomes = [self.outcome(r) for r in some]
-            if any(o.state in ("failed", "conflict") for o in outcomes):
+            if any(o.state == "failed" for o in outcomes):
                 failed.append(rate)
             elif some and all(o.finished for o in outcomes):
                 done[rate] = means([o.evaluation for o in outcomes], names, f"row {row.id}, rate {rate:g}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from opd.report_page import STYLE, table, table_row
 from opd.report_plots import COLOURS, GREY, figure
+from opd.study.results import COLUMNS, cells, compared_with, differences, notes
 from opd.study.spec import BASE
 
 STROKES, MARKERS = ("-", "--", ":"), ("o", "s", "^")  # a row beyond the colours has one of them again, drawn otherwise
@@ -17,7 +18,8 @@ def page(content: dict[str, Any]) -> str:
     """One HTML document from the content of study.json."""
     body = [f"<h1>opd study</h1><p>{escape(content['study'])}, seeds {', '.join(map(str, content['seeds']))}</p>"]
     for k, world in enumerate(content["worlds"]):
-        body += [f"<h2>{escape(world['name'])}</h2>", results(world), *charts(world, f"w{k}")]
+        body += [f"<h2>{escape(world['name'])}</h2>", results(world)]
+        body += [*against(world, compared_with(content)), *charts(world, f"w{k}")]
         body += ["<h3>Choice of the learning rate</h3>", sweeps(world)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>opd study</title>'
     head += f"<style>{STYLE} body {{ max-width: 80rem; }}</style>"
@@ -26,12 +28,21 @@ def page(content: dict[str, Any]) -> str:
 
 def results(world: World) -> str:
     """The table of a world, what is wrong with it below."""
-    from opd.study.results import COLUMNS, cells, notes
-
     lines = [table_row(name, shown) for name, *shown in cells(world, "*")]
     heads = ["row", "rate", *(c[0] for c in COLUMNS), "samples", "seconds"]
     about = "Mean over seeds ± half of its 95 % confidence interval. " + " ".join(notes(world, "*"))
     return table(heads, lines, about)
+
+
+def against(world: World, others: list[str]) -> list[str]:
+    """A table of differences to each of some rows, where there are any."""
+    found = []
+    for other in others:
+        heads, lines = differences(world, other)
+        if lines:
+            about = f"Differences to {other}, paired by seed, ± half of their 95 % confidence intervals."
+            found.append(table(heads, [table_row(name, shown) for name, *shown in lines], about))
+    return found
 
 
 def sweeps(world: World) -> str:
@@ -55,13 +66,19 @@ def sweeps(world: World) -> str:
 
 
 def charts(world: World, key: str) -> list[str]:
-    """Accuracy by view against steps and seconds; spoken accuracy against what it cost."""
-    against = (("forgetting", "forgetting F, nats per token"), ("retention", "retention"))
+    """Accuracy by view against steps, seconds and forgetting; spoken accuracy against retention."""
+    forgetting = "forgetting F, nats per token"
+    costs = (
+        ("speech", "forgetting", forgetting),
+        ("text", "forgetting", forgetting),
+        ("speech", "retention", "retention"),
+    )
+    about = "Accuracy by view against forgetting, spoken accuracy against retention, 95 % intervals."
     curves = "Accuracy by view against {}, means over seeds, on the first eval.every_limit records of the split."
     return [
         lines(world, f"{key}-steps", curves.format("steps, all stages counted"), "step", "step"),
         lines(world, f"{key}-seconds", curves.format("seconds of training"), "seconds", "seconds of training"),
-        scatter(world, f"{key}-cost", "Spoken accuracy against forgetting and retention, 95 % intervals.", against),
+        scatter(world, f"{key}-cost", about, costs),
     ]
 
 
@@ -93,19 +110,19 @@ def lines(world: World, key: str, caption: str, x: str, label: str) -> str:
     return figure(key, caption, draw, (8.0, 3.4), "second" if x == "seconds" else "step")
 
 
-def scatter(world: World, key: str, caption: str, against: tuple[tuple[str, str], ...]) -> str:
-    """A point with its intervals for each complete row."""
+def scatter(world: World, key: str, caption: str, panels: tuple[tuple[str, str, str], ...]) -> str:
+    """A point with its intervals for each complete row; of a panel: view, metric and label of its x axis."""
     rows, order = [r for r in world["rows"] if r["complete"]], [r["name"] for r in trained(world)]
 
     def draw(fig: Any) -> None:
-        for ax, (metric, label) in zip(fig.subplots(1, len(against)), against, strict=True):
+        for ax, (view, metric, label) in zip(fig.subplots(1, len(panels)), panels, strict=True):
             ax.grid(True)
-            ax.set(xlabel=label, ylabel="accuracy, speech")
+            ax.set(xlabel=label, ylabel=f"accuracy, {view}")
             for r in rows:
                 colour, again = (GREY, 0) if r["name"] == BASE else look(order.index(r["name"]))
-                found, speech = r["metrics"].get(metric), r["metrics"].get("accuracy/speech")
-                if found and speech:
-                    at = {"x": found["mean"], "xerr": found["half"], "y": speech["mean"], "yerr": speech["half"]}
+                found, right = r["metrics"].get(metric), r["metrics"].get(f"accuracy/{view}")
+                if found and right:
+                    at = {"x": found["mean"], "xerr": found["half"], "y": right["mean"], "yerr": right["half"]}
                     ax.errorbar(**at, fmt=MARKERS[again], color=colour, elinewidth=0.8, label=r["name"])
 
-    return figure(key, caption, draw, (8.0, 3.4))
+    return figure(key, caption, draw, (10.0, 3.4))

@@ -11,7 +11,7 @@ from typing import Any
 from opd.config import UserError
 from opd.metrics import EVAL_METRICS, write_atomic
 from opd.study.grid import Study
-from opd.study.runs import Run
+from opd.study.runs import Outcome, Run
 from opd.study.spec import BASE, Row
 from opd.study.stats import LEVEL, interval, paired
 
@@ -29,12 +29,13 @@ COLUMNS = (
 )
 COMPARED = ("accuracy/speech", "accuracy/text", "retention", "forgetting")  # of the tables of differences
 STAR = "\\*"  # in Markdown
+OF_TEACHER = ("accuracy/teacher", "drop/", "forgetting", "reverse_kl/")  # measured against the row's own teacher
 FEW = 5  # seeds below which a table warns of itself
 
 
 def write(study: Study) -> list[Path]:
     """Write study.json, study.md and study.html; returns their paths. Raises UserError where that is not possible."""
-    from opd.study.page import page
+    from opd.study.page import page  # it reads this module, and draws
 
     content = summarise(study)
     texts = {"study.json": json.dumps(content, indent=2), "study.md": markdown(content), "study.html": page(content)}
@@ -59,6 +60,9 @@ def summarise(study: Study) -> dict[str, Any]:
         usual = _usual([r["samples"] for r in rows if r["samples"]])
         by_name = {r["name"]: r for r in rows}
         for r in rows:
+            if study.teachers[f"{world}/{r['name']}"] != study.teachers[f"{world}/{BASE}"]:
+                _regrade(r, by_name[BASE])
+        for r in rows:
             r["matched"] = r["samples"] == usual if r["samples"] else None
             for other in (BASE, spec.reference) if r["name"] != BASE else ():
                 if other and other != r["name"] and r["complete"] and by_name[other]["complete"]:
@@ -77,7 +81,7 @@ def summarise(study: Study) -> dict[str, Any]:
 
 def _row(study: Study, row: Row) -> dict[str, Any]:
     reported = study.reported(row)
-    done = [r for r in reported if study.outcome(r).finished]
+    done = [r for r in reported if _outcome(study, r).finished]
     choice = study.choice(row) if row.rates else None
     complete = len(done) == len(study.spec.report.seeds)
     totals = [_totals(study, r) for r in done]
@@ -98,6 +102,24 @@ def _row(study: Study, row: Row) -> dict[str, Any]:
     }
 
 
+def _regrade(row: dict[str, Any], base: dict[str, Any]) -> None:
+    """A row with another teacher than base's: its drops are below base's, what else needs a teacher is left out."""
+    for seed, own in row["by_seed"].items():
+        row["by_seed"][seed] = own = {k: v for k, v in own.items() if not k.startswith(OF_TEACHER)}
+        teacher = base["by_seed"].get(seed, {}).get("accuracy/teacher")
+        for view in ("speech", "text"):
+            if teacher and f"accuracy/{view}" in own:
+                own[f"drop/{view}"] = 100 * (1 - own[f"accuracy/{view}"] / teacher)
+    if row["complete"]:
+        row["metrics"] = {k: v for k, v in row["metrics"].items() if not k.startswith(OF_TEACHER)}
+        for name in ("drop/speech", "drop/text"):
+            values = [own[name] for own in row["by_seed"].values() if name in own]
+            if len(values) == len(row["by_seed"]):
+                row["metrics"][name] = interval(values) | {"stderr_records": None}
+    note = "its teacher is not base's: drops are below base's teacher, F and reverse KL are left out"
+    row["notes"] = [*row["notes"], note]
+
+
 def _missing(study: Study, row: Row, reported: list[Run], done: list[Run]) -> str:
     seeds = len(study.spec.report.seeds)
     if not reported and row.start and study.choice(study.start(row)) is None:
@@ -105,11 +127,23 @@ def _missing(study: Study, row: Row, reported: list[Run], done: list[Run]) -> st
     if not reported:
         swept = [r for some in study.sweep(row).values() for r in some]
         finished = sum(study.outcome(r).finished for r in swept)
-        return f"learning rate not chosen: {finished} of {study.count(row) - seeds} runs of its selection finished"
-    states: Counter[str] = Counter(study.outcome(r).state for r in reported)
-    bad = {"failed": "failed", "conflict": "hold a run of another configuration"}
-    found = [f"{states[s]} {words}" for s, words in bad.items() if states[s]]
-    return ", ".join([f"{len(done)} of {seeds} seeds finished", *found])
+        all_ = study.count(row) - seeds
+        return f"learning rate not chosen: {finished} of {all_} runs of its selection finished" + _bad(study, swept)
+    return f"{len(done)} of {seeds} seeds finished" + _bad(study, reported)
+
+
+def _outcome(study: Study, run: Run) -> Outcome:
+    """That of the first of a run and those before it which is not finished; its own where all are."""
+    return next((o for o in map(study.outcome, run.lineage) if not o.finished), study.outcome(run))
+
+
+def _bad(study: Study, some: list[Run]) -> str:
+    """How many failed or cannot be used, and why the first of those cannot."""
+    outcomes = [_outcome(study, r) for r in some]
+    failed = sum(o.state == "failed" for o in outcomes)
+    unusable = [o.error for o in outcomes if o.state == "conflict"]
+    found = [f", {failed} failed"] if failed else []
+    return "".join([*found, *([f", {len(unusable)} cannot be used ({unusable[0]})"] if unusable else [])])
 
 
 def _totals(study: Study, run: Run) -> dict[str, float]:
@@ -156,7 +190,7 @@ def _curve(study: Study, row: Row, done: list[Run]) -> list[dict[str, Any]]:
             outcome = study.outcome(part)
             for e in [*outcome.interim, outcome.evaluation]:
                 at = {"seconds": seconds + e["train_seconds"]}
-                points.setdefault(steps + e["step"], []).append(at | _means(e.get("first", e)))
+                points.setdefault(steps + e["step"], []).append(at | _means(e.get("first") or e))
             steps, seconds = steps + outcome.steps, seconds + outcome.seconds
     found = []
     for step, of_point in sorted(points.items()):
@@ -209,15 +243,23 @@ def markdown(content: dict[str, Any]) -> str:
         lines += ["", f"**{len(seeds)} seeds are few: the intervals are wide, and rely on a normal distribution.**"]
     for world in content["worlds"]:
         lines += ["", f"## {world['name']}", "", *_table(world), "", *(f"- {n}" for n in notes(world, STAR, "**"))]
-        for other in filter(None, (BASE, content["reference"])):
+        for other in compared_with(content):
             lines += _against(world, other)
     return "\n".join(lines) + "\n"
 
 
 def _table(world: dict[str, Any]) -> list[str]:
     heads = ["row", "rate", *(c[0] for c in COLUMNS), "samples", "seconds"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return lines + ["| " + " | ".join(line) + " |" for line in cells(world, STAR)]
+    return _markdown(heads, cells(world, STAR))
+
+
+def _markdown(heads: list[str], lines: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *("| " + " | ".join(x) + " |" for x in lines)]
+
+
+def compared_with(content: dict[str, Any]) -> list[str]:
+    """The rows that the others are compared with."""
+    return list(dict.fromkeys(filter(None, (BASE, content["reference"]))))
 
 
 def cells(world: dict[str, Any], star: str) -> list[list[str]]:
@@ -258,15 +300,18 @@ def notes(world: dict[str, Any], star: str, strong: str = "") -> list[str]:
     return found
 
 
-def _against(world: dict[str, Any], other: str) -> list[str]:
-    rows = [r for r in world["rows"] if other in r["differences"]]
-    if not rows:
-        return []
+def differences(world: dict[str, Any], other: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a world's table of differences to another row; no rows where none is complete."""
     columns = [c for c in COLUMNS if c[1] in COMPARED]
-    heads = [f"row - {other}", *(c[0] for c in columns)]
-    lines = ["", f"Differences to {other}, paired by seed:", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for r in rows:
-        cells = [_cell(r["differences"][other].get(m), s, d, "+") for _, m, s, d in columns]
-        lines.append("| " + " | ".join([r["name"], *cells]) + " |")
-    return lines
+    lines = []
+    for r in world["rows"]:
+        if (found := r["differences"].get(other)) is not None:
+            lines.append([r["name"], *(_cell(found.get(m), s, d, "+") for _, m, s, d in columns)])
+    return [f"row - {other}", *(c[0] for c in columns)], lines
+
+
+def _against(world: dict[str, Any], other: str) -> list[str]:
+    heads, lines = differences(world, other)
+    if not lines:
+        return []
+    return ["", f"Differences to {other}, paired by seed:", "", *_markdown(heads, lines)]

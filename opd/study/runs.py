@@ -10,11 +10,10 @@ from opd import run_folder
 from opd.config import Config, UserError, checkpoints, load_config
 from opd.report import Run as Folder
 from opd.report import read_run
-from opd.study.spec import BASE, Row, as_arguments
+from opd.study.spec import BASE, LATER, Row, as_arguments
 
 Phase = Literal["select", "report"]
-# conflict: the folder holds something else, which only the user may delete
-LATER = 1000  # between the seeds of a run's stages
+# conflict: the folder holds something else, or a damaged run: only the user may delete it
 State = Literal["missing", "partial", "failed", "conflict", "finished"]
 
 
@@ -93,13 +92,21 @@ def config_of(run: Run) -> Config:
         raise UserError(f"row {run.row.id}: {e}") from e
 
 
+def graded_by(config: Config) -> list[str]:
+    """What tells a run's teacher from that of another: kind and path, of each of several."""
+    each = config.teacher.each.items()
+    return sorted(f"{route} {'self' if t.kind == 'self' else t.path}".strip() for route, t in each)
+
+
 def outcome(run: Run) -> Outcome:
     """What the run's folder holds. Raises UserError for a recipe that is wrong or a file that cannot be read."""
     config = config_of(run)
     try:
         verdict = run_folder.check(config)
     except run_folder.Taken as e:
-        return Outcome("conflict", str(e))
+        # a study owns run.dir and run.overwrite: another way out than for a single run
+        reason, other, _ = str(e).partition("; choose another run.dir")
+        return Outcome("conflict", f"{reason}; move that folder away" if other else reason)
     if verdict == "finished":
         return _measured(run, config, read_run(run.folder))
     if not (run.folder / "config.yaml").is_file():
@@ -114,12 +121,17 @@ def _measured(run: Run, config: Config, found: Folder) -> Outcome:
     stage, step = (BASE, 0) if run.rate is None else (config.run.stage, config.train.steps)
     final = next((e for e in found.evaluations if (e["stage"], e["step"]) == (stage, step)), None)
     if final is None:
-        return Outcome(
-            "conflict", f"{run.folder}/eval.jsonl: expected an evaluation {stage} at step {step}, found none"
-        )
+        return _damaged(run, f"eval.jsonl: expected an evaluation {stage} at step {step}, found none")
     result = Outcome("finished", evaluation=final, interim=found.interim)
     result.wall = sum(line["seconds"] for line in found.launches)
     if run.rate is not None:
+        whole = [m["step"] for m in found.steps if None not in (m.get("samples_per_s"), m.get("time/step"))]
+        if whole != list(range(1, step + 1)):
+            return _damaged(run, f"metrics.jsonl: expected samples and seconds of {step} steps, found {len(whole)}")
         result.steps, result.seconds = found.done, found.steps[-1]["seconds"]
         result.samples = sum(round(m["samples_per_s"] * m["time/step"]) for m in found.steps)
     return result
+
+
+def _damaged(run: Run, what: str) -> Outcome:
+    return Outcome("conflict", f"{run.folder}/{what}; move that folder away, it will be run again")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from opd.config import UserError
 from opd.servers import Command
 from opd.study.grid import Study
 from opd.study.runs import Run
@@ -45,9 +46,12 @@ class Subprocesses:
     """`opd launch` of this installation; every launch dies with this process, also after `kill -9`."""
 
     def start(self, run: Run) -> Process:
-        """Begin a launch; its output is appended to the run's log."""
-        run.log.parent.mkdir(parents=True, exist_ok=True)
-        return Process(command(run), run.log)
+        """Begin a launch; its output is appended to the run's log. Raises UserError where that cannot be."""
+        try:
+            run.log.parent.mkdir(parents=True, exist_ok=True)
+            return Process(command(run), run.log)
+        except OSError as e:
+            raise UserError(f"{run.log}: expected a log that can be written ({e.strerror})") from e
 
     def stop(self, started: list[Started]) -> None:
         """Ask all to end and wait until nothing of them is left."""

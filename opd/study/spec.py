@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
@@ -22,6 +21,7 @@ from opd.metrics import EVAL_METRICS
 from opd.settings import Section, read_yaml, validated
 
 BASE = "base"  # the row of the untrained student
+LATER = 1000  # between the seeds of a pipeline's stages
 OWNED = ("run.dir", "run.seed", "run.overwrite", "optim.lr", "eval.start", "eval.end", "train.keep_checkpoints")
 
 
@@ -35,8 +35,8 @@ def _keys(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distinct(values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
-        raise ValueError("expected each value once")
+    if len({f"{v:g}" if isinstance(v, float) else str(v) for v in values}) < len(values):
+        raise ValueError("expected each value once" + ", in six digits" * any(isinstance(v, float) for v in values))
     return values
 
 
@@ -48,7 +48,8 @@ def _columns(names: list[str]) -> list[str]:
 
 Overrides = Annotated[dict[str, Any], AfterValidator(_keys)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's
-Seeds = Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_distinct)]
+Seed = Annotated[int, Field(ge=0, lt=LATER)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Rates = Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_distinct)]
 
 
@@ -58,7 +59,7 @@ class MethodSpec(Section):
     recipe: str
     set: Overrides = Field({}, description="overrides of the recipe")
     rates: Rates | None = Field(None, description="learning rates to choose from; none: the study's")
-    lambda_: dict[float, Overrides] | None = Field(
+    lambda_: Annotated[dict[float, Overrides], Field(min_length=1)] | None = Field(
         None, alias="lambda", description="values of objective.lambda, a row each; as a mapping with overrides for each"
     )
     from_: str | None = Field(None, alias="from", description="row whose chosen runs it starts from, seed by seed")
@@ -66,7 +67,9 @@ class MethodSpec(Section):
     @field_validator("lambda_", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return {x: {} for x in _distinct(value)} if isinstance(value, list) else value
+        if not isinstance(value, list) or not all(isinstance(x, float | int) for x in value):
+            return value
+        return {x: {} for x in _distinct([float(x) for x in value])}
 
 
 class SplitSpec(Section):
@@ -89,7 +92,7 @@ class SelectionSpec(SplitSpec):
 class StudySpec(Section):
     """A study. Every key is here; unknown ones are refused."""
 
-    out: str = Field(description="folder of all runs and of the tables")
+    out: str = Field(min_length=1, description="folder of all runs and of the tables")
     common: Overrides = Field({}, description="overrides of every run")
     worlds: dict[Name, Overrides] = Field(min_length=1)
     selection: SelectionSpec
@@ -134,6 +137,10 @@ def read_study(path: Path) -> StudySpec:
             raise UserError(f"{path}: methods.{BASE}: that name is the untrained student's; choose another")
         if bad := [x for x in method.lambda_ or {} if not 0 <= x <= 1]:
             raise UserError(f"{path}: methods.{name}.lambda: expected values from 0 to 1, found {bad[0]:g}")
+        if method.lambda_ and any("objective.lambda" in own for own in (method.set, *method.lambda_.values())):
+            raise UserError(f"{path}: methods.{name}: objective.lambda is what its lambda sets; take one of them out")
+        if method.from_ not in (None, BASE) and "student.path" in method.set:
+            raise UserError(f"{path}: methods.{name}.set: student.path is that of {method.from_}'s runs; take it out")
     table = rows(spec, path)
     if spec.reference is not None and spec.reference not in {r.name for r in table}:
         raise UserError(f"{path}: reference: {_unknown(spec.reference, [r.name for r in table])}")
@@ -143,7 +150,7 @@ def read_study(path: Path) -> StudySpec:
 def rows(spec: StudySpec, path: Path) -> list[Row]:
     """All rows in the order of the file, world by world, the untrained student first.
 
-    Raises UserError when a method starts from a row that is not listed before it.
+    Raises UserError when a method starts from a row that is not listed before it, or two rows have one name.
     """
     found: list[Row] = []
     for world, of_world in spec.worlds.items():
@@ -157,6 +164,8 @@ def rows(spec: StudySpec, path: Path) -> list[Row]:
             variants: list[tuple[float | None, Overrides]] = [*(m.lambda_ or {}).items()] or [(None, {})]
             for value, own in variants:
                 of_row = name if value is None else f"{name}-lambda-{value:g}"
+                if of_row in names:
+                    raise UserError(f"{path}: methods.{name}: expected rows of different names, found {of_row} twice")
                 weight = {} if value is None else {"objective.lambda": value}
                 overrides = {**spec.common, **of_world, **m.set, **weight, **own}
                 if start is not None:

@@ -25,7 +25,7 @@ def study_file(tmp_path: Path, **changes: Any) -> Path:
         "jobs": 2,
         "common": {"train.steps": 4, "eval.test": "t.jsonl", "eval.retention": "r.jsonl"},
         "worlds": {"well": {"student.path": str(ROOT / "recipes/tiny/student")}},
-        "selection": {"seeds": [100], "set": {"eval.test": "validation.jsonl"}},
+        "selection": {"seeds": [100], "set": {"eval.test": "v.jsonl", "eval.retention": "rv.jsonl"}},
         "report": {"seeds": [0, 1]},
         "rates": [1e-4],
         "base": XOPD,

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from study_runs import KD, XOPD, FakeLauncher, leave, study_file
 
-from opd.cli import main as opd
 from opd.config import UserError, load_config
+from opd.servers import Command
+from opd.study import schedule
 from opd.study.command import main
 from opd.study.grid import Study
 from opd.study.runs import Run
 from opd.study.select import choose
-from opd.study.spec import SelectionSpec, as_arguments
+from opd.study.spec import SelectionSpec
 
-ROOT = Path(__file__).parents[2]
 KD_BEST = 4e-4
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -54,7 +61,7 @@ def test_rates_are_chosen_on_one_split_and_reported_on_the_other(tmp_path: Path)
     )
     by_name = {r.name: r for r in launcher.started}
     select = load_config(KD, by_name["well/kd/select/lr_0.0001/seed_100"].overrides)
-    assert (select.eval.test, select.optim.lr, select.run.seed) == ("validation.jsonl", 1e-4, 100)
+    assert (select.eval.test, select.optim.lr, select.run.seed) == ("v.jsonl", 1e-4, 100)
     assert (select.eval.start, select.eval.end, select.train.steps) == (None, True, 4)
     second = load_config(XOPD, by_name["well/both-lambda-0/report/lr_0.0001/seed_1"].overrides)
     assert second.student.path == str(tmp_path / "out/well/kd/report/lr_0.0004/seed_1")
@@ -108,14 +115,78 @@ def test_a_rate_that_fails_is_out_of_the_choice(tmp_path: Path) -> None:
     assert kd["notes"][-1] == "chosen without 0.0004, where a run failed"
 
 
+def test_no_rate_is_chosen_without_the_untrained_student(tmp_path: Path) -> None:
+    launcher = FakeLauncher(lambda r: None if (r.phase, r.row.name) == ("select", "base") else measure(r))
+    assert run(study_file(tmp_path), launcher, "well/kd") == 1
+    assert not [n for n in launcher.names if n.startswith("well/kd/report")]
+    kd = json.loads((tmp_path / "out/study.json").read_text())["worlds"][0]["rows"][1]
+    assert kd["rate"] is None and kd["state"] == "learning rate not chosen: 2 of 2 runs of its selection finished"
+
+
 def test_a_folder_of_another_configuration_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = study_file(tmp_path)
     run(path, FakeLauncher(measure))
     study_file(tmp_path, common={"train.steps": 5, "eval.test": "t.jsonl", "eval.retention": "r.jsonl"})
     launcher = FakeLauncher(measure)
     assert run(path, launcher, "well/kd") == 1
-    assert "train.steps (4 -> 5)" in capsys.readouterr().out and not launcher.names
+    out = capsys.readouterr().out
+    assert "train.steps (4 -> 5); move that folder away" in out and "run.overwrite" not in out and not launcher.names
     assert load_config(KD, ["run.dir=x"]) and (tmp_path / "out/well/kd/select/lr_0.0001/seed_100/eval.jsonl").is_file()
+
+
+def test_a_folder_that_cannot_be_used_chooses_no_rate(tmp_path: Path) -> None:
+    path = study_file(tmp_path)
+    run(path, FakeLauncher(measure), "well/kd")
+    shutil.rmtree(tmp_path / "out/well/kd/report")
+    (tmp_path / f"out/well/kd/select/lr_{KD_BEST}/seed_100/eval.jsonl").write_text("")
+    launcher = FakeLauncher(measure)
+    assert run(path, launcher, "well/kd") == 1 and not launcher.names
+    kd = json.loads((tmp_path / "out/study.json").read_text())["worlds"][0]["rows"][1]
+    assert kd["rate"] is None
+    assert kd["state"].startswith("learning rate not chosen: 1 of 2 runs of its selection finished, 1 cannot be used (")
+    assert kd["state"].endswith(
+        "expected an evaluation warmstart at step 4, found none; move that folder away, it will be run again)"
+    )
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_a_finished_run_whose_steps_are_not_all_there_is_not_counted(tmp_path: Path, left: int) -> None:
+    path = study_file(tmp_path)
+    run(path, FakeLauncher(measure))
+    metrics = tmp_path / f"out/well/kd/report/lr_{KD_BEST}/seed_1/metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:left]))
+    assert run(path, FakeLauncher(measure), report_only=True) == 0
+    kd, both = json.loads((tmp_path / "out/study.json").read_text())["worlds"][0]["rows"][1:3]
+    expected = (
+        f"1 of 2 seeds finished, 1 cannot be used ({metrics}: expected samples and seconds of 4 steps, found {left}"
+    )
+    assert kd["state"].startswith(expected) and not kd["complete"] and set(kd["by_seed"]) == {"0"}
+    assert both["state"].startswith(expected)  # no more can what starts from it
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
+    path, second = study_file(tmp_path), FakeLauncher(measure)
+
+    class Meanwhile(FakeLauncher):
+        def start(self, run_: Run) -> Any:
+            with pytest.raises(UserError, match=r"out .*/out: another `opd study` is at work there"):
+                run(path, second)
+            return super().start(run_)
+
+    assert run(path, Meanwhile(measure), "well/kd") == 0 and not second.names
+    assert run(path, second, "well/kd") == 0
+
+
+def test_an_out_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match=r"out .*/out: expected a folder that can be written"):
+        run(study_file(tmp_path), FakeLauncher(measure))
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"out: nothing to report yet"):
+        run(study_file(tmp_path), FakeLauncher(measure), report_only=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_lists_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +229,33 @@ def test_a_row_with_one_rate_has_selection_runs_where_another_row_selects_from_i
     assert start is not None and start.name == "well/kd/select/lr_0.0001/seed_100" and start in launcher.started
 
 
+def test_as_many_runs_at_a_time_as_jobs(tmp_path: Path) -> None:
+    class Slow(FakeLauncher):
+        under_way = most = 0
+
+        def start(self, run: Run) -> Any:
+            super().start(run)
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            return Going(self)
+
+    class Going:
+        asked = 0
+
+        def __init__(self, launcher: Slow) -> None:
+            self.launcher = launcher
+
+        @property
+        def code(self) -> int | None:
+            self.asked += 1
+            self.launcher.under_way -= self.asked == 2
+            return 0 if self.asked >= 2 else None
+
+    launcher = Slow(measure)
+    assert run(study_file(tmp_path), launcher, jobs=3) == 0
+    assert launcher.most == 3 and launcher.under_way == 0 and len(launcher.names) == 11
+
+
 def test_a_signal_ends_the_runs_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Endless(FakeLauncher):
         def start(self, run: Run) -> Any:
@@ -169,6 +267,35 @@ def test_a_signal_ends_the_runs_and_is_told(tmp_path: Path, monkeypatch: pytest.
     launcher = Endless(measure)
     assert run(study_file(tmp_path), launcher) == 130
     assert len(launcher.started) == len(launcher.stopped) == 2
+
+
+def test_a_run_is_an_ordinary_launch_with_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(study_file(tmp_path))
+    of_kd = study.select_run(study.rows["well/kd"], 1e-4, 100)
+    assert of_kd is not None
+    argv = schedule.command(of_kd).argv
+    assert argv == [sys.executable, "-m", "opd.cli", "launch", KD, *of_kd.overrides, "--plain"]
+    told = Command("told", [sys.executable, "-c", "print('told'); raise SystemExit(3)"], {})
+    monkeypatch.setattr(schedule, "command", lambda _: told)
+    launcher = schedule.Subprocesses()
+    started = launcher.start(of_kd)
+    while started.code is None:
+        time.sleep(0.02)
+    launcher.stop([started])
+    assert started.code == 3 and schedule.tail(of_kd.log) == ["told"]
+    of_kd.log.unlink()
+    of_kd.log.mkdir()
+    with pytest.raises(UserError, match=r"seed_100.log: expected a log that can be written"):
+        launcher.start(of_kd)
+
+
+def test_selection_needs_its_metrics(tmp_path: Path) -> None:
+    path = study_file(tmp_path)
+    study = Study(path)
+    for r in [x for row in study.rows.values() for x in study.named(row)]:
+        leave(r, measure(r) | {"retention": None} if r.phase == "select" else measure(r))  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"row well/kd, rate 0.0001: selection needs retention"):
+        Study(path).choice(study.rows["well/kd"])
 
 
 # ---- choosing -----------------------------------------------------------------------------------------------------
@@ -208,73 +335,3 @@ def test_less_of_a_divergence_is_better() -> None:
     values = {1e-4: {"misalignment": 0.4, "forgetting": 0.05}, 2e-4: {"misalignment": 0.2, "forgetting": 0.15}}
     values[4e-4] = {"misalignment": 0.1, "forgetting": 0.5}
     assert choose(spec, {"misalignment": 0.5, "forgetting": 0.05}, values, []).rate == 2e-4
-
-
-# ---- the file -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sed": 1}, r"study.yaml: unknown key sed"),
-        ({"methods": {"kd": {"recipe": KD, "rate": [1e-4]}}}, r"unknown key methods.kd.rate"),
-        ({"methods": {"kd": {"recipe": KD, "set": {"optim.lr": 1.0}}}}, r"methods.kd.set: optim.lr is the study's own"),
-        ({"methods": {"kd": {"recipe": KD, "set": {"steps": 1}}}}, r"expected dotted keys of a recipe.*found steps"),
-        ({"methods": {"kd": {"recipe": KD, "set": {"train.step": 1}}}}, r"row well/kd: .*unknown key train.step"),
-        ({"methods": {"kd": {"recipe": "none.yaml"}}}, r"row well/kd: none.yaml: no such recipe file"),
-        ({"methods": {"x": {"recipe": KD, "from": "kd"}}}, r"methods.x.from: expected one of the rows base.*found kd"),
-        ({"methods": {"base": {"recipe": KD}}}, r"methods.base: that name is the untrained student's"),
-        ({"methods": {"a b": {"recipe": KD}}}, r"methods.a b"),
-        ({"methods": {"x": {"recipe": XOPD, "lambda": [2.0]}}}, r"methods.x.lambda: expected values from 0 to 1"),
-        ({"reference": "both"}, r"reference: expected one of the rows .*both-lambda-0, .*found both"),
-        ({"report": {"seeds": [0, 100]}}, r"selection.seeds: seed 100 is also one of report.seeds"),
-        ({"report": {"seeds": [0, 0]}}, r"report.seeds: expected each value once"),
-        ({"selection": {"seeds": [100], "metric": "accuracy"}}, r"expected a metric of an evaluation .*found accuracy"),
-    ],
-)
-def test_a_mistake_in_the_file_is_named(
-    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(UserError, match=message):
-        Study(study_file(tmp_path, **changes))
-    assert opd(["study", str(study_file(tmp_path, **changes)), "--dry-run"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_selection_needs_its_metrics(tmp_path: Path) -> None:
-    path = study_file(tmp_path)
-    study = Study(path)
-    for r in [x for row in study.rows.values() for x in study.named(row)]:
-        leave(r, measure(r) | {"retention": None} if r.phase == "select" else measure(r))  # type: ignore[dict-item]
-    with pytest.raises(UserError, match=r"row well/kd, rate 0.0001: selection needs retention"):
-        Study(path).choice(study.rows["well/kd"])
-
-
-@pytest.mark.parametrize("value", [1e-4, True, None, "a/b.jsonl", "1e3", "true", "x: y", "", [1, 2], 0.5, 3])
-def test_overrides_arrive_as_they_were(tmp_path: Path, value: Any) -> None:
-    (argument,) = as_arguments({"a.b": value})
-    from opd.settings import override
-
-    raw: dict[str, Any] = {}
-    override(raw, argument)
-    assert raw == {"a": {"b": value}}
-
-
-def test_the_tiny_study_is_sound() -> None:
-    from opd.study.spec import read_study
-
-    spec = read_study(ROOT / "recipes/tiny/study.yaml")
-    assert len(spec.report.seeds) >= 5 and set(spec.worlds) == {"hears_well", "hears_badly"}
-
-
-def test_the_figures_of_the_readme_are_those_of_the_recipes_as_they_are() -> None:
-    from opd.config import load_config
-    from opd.study.spec import read_study, rows
-
-    path = ROOT / "recipes/tiny/figures.yaml"
-    found = {r.name: r for r in rows(read_study(path), path)}
-    for name in ("warmstart", "then-xopd"):
-        row = found[name]
-        assert row.rates == (load_config(ROOT / row.recipe).optim.lr,), name
-        changed = {k for k in row.overrides if not k.startswith("launch.")}
-        assert changed <= {"student.path", "rollout.server.threads", "train.samples_per_step"}, name

@@ -6,13 +6,16 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from report_runs import Page
 from study_runs import KD, XOPD, FakeLauncher, leave, study_file
 
 from opd.study.command import main
 from opd.study.grid import Study
+from opd.study.page import charts
 from opd.study.results import markdown, summarise
 from opd.study.runs import Run
 from opd.study.stats import interval, paired, t_quantile
@@ -45,6 +48,11 @@ def numbers(run: Run) -> dict[str, float]:
     speech = {"base": 0.40, "kd": 0.50, "both": 0.70}[run.row.name]
     slope = {"base": 0.0, "kd": 0.02, "both": 0.04}[run.row.name]
     return {"accuracy/speech": speech + slope * (run.seed % 100), "accuracy/text": 0.9, "retention": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
 
 
 @pytest.fixture
@@ -80,7 +88,31 @@ def test_the_table_by_hand(path: Path) -> None:
     assert any(x.startswith("| both | +22.0 ± 5.0 | +0.0 ± 0.0 |") for x in table)
     assert any("3 seeds are few" in x for x in table)
     (page,) = [(path.parent / "out/study.html").read_text()]
+    for other in ("base", "kd"):
+        assert f"Differences to {other}, paired by seed" in page
+    for label in ("accuracy, speech", "accuracy, text", "step", "seconds of training", "forgetting F, nats per token"):
+        assert f">{label}</text>" in page
+    assert "+22.0 ± 5.0" in page and "http" not in page and "<script" not in page
+    for words in ("0.4 at step 0, 0.35 at step 6.", "0.4 at second 0, 0.35 at second 12."):  # from base's
+        assert f"accuracy, speech of both: {words}" in page
     assert page.count("<svg") == 3 and "both" in " ".join(Page(page).text)
+
+
+def test_the_plot_of_costs_by_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(path, [], None, False, False, FakeLauncher(lambda r: numbers(r) | {"forgetting": 0.1}))
+    drawn: list[Any] = []
+    monkeypatch.setattr("opd.study.page.figure", lambda key, caption, draw, *_: drawn.append(draw) or "")
+    charts(summarise(Study(path))["worlds"][0], "w")
+    figure = Figure()
+    drawn[-1](figure)
+    labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes]
+    forgetting = "forgetting F, nats per token"
+    speech, text = "accuracy, speech", "accuracy, text"
+    assert labels == [(forgetting, speech), (forgetting, text), ("retention", speech)]
+    found = [[c[0].get_xydata().tolist() for c in ax.containers] for ax in figure.axes]
+    cost = pytest.approx(0.1)
+    assert found[0] == [[[cost, pytest.approx(y)]] for y in (0.4, 0.52, 0.74)]
+    assert found[1] == [[[cost, pytest.approx(0.9)]]] * 3 and found[2][0] == [[1.0, pytest.approx(0.4)]]
 
 
 def test_samples_that_differ_from_most_are_marked(path: Path) -> None:
@@ -102,6 +134,28 @@ def test_the_curve_of_a_pipeline_goes_on_where_the_last_stage_ended(path: Path) 
     points = [(p["step"], p["seconds"], round(p["accuracy/speech"], 9)) for p in rows[2]["curve"]]
     # kd's own two, then those of the second stage; at their ends on the records of those between
     assert points == [(2, 4.0, 0.3), (4, 8.0, 0.35), (5, 10.0, 0.3), (6, 12.0, 0.35)]
+
+
+def test_a_row_with_another_teacher_is_held_against_the_teacher_of_the_others(tmp_path: Path) -> None:
+    own = {"teacher.kind": "self", "teacher.path": None}
+    path = study_file(tmp_path, methods={"kd": {"recipe": KD}, "own": {"recipe": XOPD, "set": own}})
+
+    def measure(run: Run) -> dict[str, float]:
+        teacher = 0.9 if run.row.name == "own" else 0.95
+        found = {"accuracy/speech": 0.6 + 0.1 * (run.seed % 100), "accuracy/text": 0.9, "retention": 1.0}
+        return found | {"accuracy/teacher": teacher, "drop/speech": 12.0, "drop/text": 0.0, "forgetting": 0.01}
+
+    main(path, [], None, False, False, FakeLauncher(measure))
+    content = summarise(Study(path))
+    _, kd, row = content["worlds"][0]["rows"]
+    # 100 * (1 - 0.6 / 0.95) and 100 * (1 - 0.7 / 0.95), not the 12 of its own evaluation
+    assert row["metrics"]["drop/speech"]["mean"] == pytest.approx((36.842105 + 26.315789) / 2, abs=1e-6)
+    assert row["metrics"]["drop/text"]["mean"] == pytest.approx(5.263158, abs=1e-6)
+    assert not {"forgetting", "reverse_kl/speech"} & (row["metrics"].keys() | row["differences"]["kd"].keys())
+    assert kd["metrics"]["drop/speech"]["mean"] == 12.0 and kd["metrics"]["forgetting"]["mean"] == 0.01
+    assert not kd["notes"] and "its teacher is not base's" in row["notes"][-1]
+    (line,) = [x for x in markdown(content).splitlines() if x.startswith("| own | 0.0001 | 65.0")]
+    assert line.split(" | ")[4:8] == ["31.6 ± 66.9", "5.3 ± 0.0", "0.75 ± 0.00", "–"]
 
 
 def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
