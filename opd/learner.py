@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd.batch import MicroBatch, all_reduce, collate
 from opd.config import Config, UserError
-from opd.models.base import Family, SpeechLM, places
+from opd.models.base import Family, SpeechLM, at_responses
 from opd.models.lora import Piece, adapters, pieces
 from opd.sharding import load_sharded
 from opd.token_loss import TokenLoss
@@ -168,9 +168,7 @@ class Learner:
         """As `eval_logits`, the hidden states [N, H] of the response tokens alone, one response after another."""
         self.model.eval()
         mb = collate(samples).to(self.device)
-        inputs = self.inputs(mb, self.encode(clips, samples), clips)
-        row, positions = inputs.pop("row"), inputs.pop("positions")
-        states = self.call(**inputs, at=places(row, positions, mb.mask))
+        states = self.call(**at_responses(self.inputs(mb, self.encode(clips, samples), clips), mb.mask))
         self.model.train()
         return mb, states
 

@@ -15,7 +15,7 @@ from opd.batch import MicroBatch
 from opd.config import Config
 from opd.layout import copies_start, shards_start
 from opd.learner import DTYPES, Learner
-from opd.models.base import Family, SpeechLM, places
+from opd.models.base import Family, SpeechLM, at_responses
 from opd.models.lora import switched_off
 from opd.sharding import load_sharded
 from opd.teacher import LocalTeacher, inference_settings
@@ -62,8 +62,7 @@ class StartingStudent:
 
         inputs: `Learner.inputs` of it. What of the audio path is trained it hears with its own.
         """
-        given = {k: v for k, v in inputs.items() if k not in ("row", "positions")}
-        states = self(at=places(mb.row, mb.positions, mb.mask), whole=self.sharded, **given)
+        states = self(whole=self.sharded, **at_responses(inputs, mb.mask))
         return lambda part: self.project(states[part])
 
 

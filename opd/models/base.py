@@ -365,6 +365,12 @@ class SpeechLM(nn.Module):
         return self.family.run_llm(self.hf, embeds, position_ids, bias)
 
 
+def at_responses(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+    """What `SpeechLM.states` takes, of what `response_logits` does: `at` for row [B] and positions [B, T]."""
+    given = dict(inputs)
+    return given | {"at": places(given.pop("row"), given.pop("positions"), mask)}
+
+
 def places(row: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Where the logits of a micro-batch's response tokens are read, one response after another: [N, 2].
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -82,12 +82,15 @@ def serving(command: Command, folder: Path) -> Iterator[str]:
         stop_all([process])
 
 
+def serving_student(data: Path, folder: Path) -> AbstractContextManager[str]:
+    """A server with the shipped student."""
+    config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
+    return serving(student_server(config, Place.here("student")), folder)
+
+
 @pytest.fixture(scope="session")
 def student_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with the shipped student."""
-    folder = tmp_path_factory.mktemp("student")
-    config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
-    with serving(student_server(config, Place.here("student")), folder) as url:
+    with serving_student(data, tmp_path_factory.mktemp("student")) as url:
         yield url
 
 

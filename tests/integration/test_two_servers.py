@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STUDENT, config_of, serving
+from conftest import STUDENT, config_of, serving_student
 from test_rollout_and_sync import sample, worst
 
 import opd.rollout
 from opd.clips import ClipLoader
-from opd.layout import Place
 from opd.models import family_of
 from opd.probe import PlainStudent
 from opd.prompts import read_manifest
-from opd.servers import student_server
 from opd.weight_sync import WeightSync
 
 
 @pytest.fixture(scope="module")
 def second_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("second")
-    config = config_of("2_xopd", data, folder, f"student.path={STUDENT}")
-    with serving(student_server(config, Place.here("student")), folder) as url:
+    with serving_student(data, tmp_path_factory.mktemp("second")) as url:
         yield url
 
 

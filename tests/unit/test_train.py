@@ -125,12 +125,12 @@ def test_the_line_of_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "end", "steps"),
-    [("student", True, [2, 4]), ("student", False, [2, 4, 6]), ("teacher", True, [2, 4])],
+    [("student", True, [2, 4]), ("student", False, [2, 4, 6]), ("mix", True, [2, 4]), ("teacher", True, [2, 4])],
 )
 def test_evaluations_in_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, end: bool, steps: list[int]
 ) -> None:
-    name = "xopd" if source == "student" else "kd"
+    name = {"student": "xopd", "mix": "forward_kl", "teacher": "kd"}[source]
     given = [f"run.dir={tmp_path}/run", f"rollout.source={source}", f"objective.name={name}", "train.steps=6"]
     config = load_config(RECIPE, [*given, "eval.every=2", f"eval.end={str(end).lower()}"])
     pushed: list[int] = []
@@ -147,25 +147,4 @@ def test_evaluations_in_training(
     assert [line["step"] for line in lines] == steps and all(line["interim"] for line in lines)
     assert lines[0]["stage"] == config.run.stage and lines[0]["train_seconds"] == 7.0
     # off-policy nothing else gives the servers the current weights, and they shall sleep again
-    assert pushed == ([] if source == "student" else steps) and len(slept) == len(pushed)
-
-
-@pytest.mark.parametrize(
-    ("source", "calls"),
-    [("student", ["evaluated"]), ("mix", ["evaluated"]), ("teacher", ["pushed", "evaluated", "slept"])],
-)
-def test_an_interim_look_pushes_and_sleeps_where_no_step_does(tmp_path: Path, source: str, calls: list[str]) -> None:
-    """Where the student writes, the step's own push has woken the servers and the next responses need them awake."""
-    settings = [f"run.dir={tmp_path}/run", f"rollout.source={source}", "objective.name=forward_kl", "eval.every=2"]
-    done: list[str] = []
-    parts = SimpleNamespace(
-        config=load_config(RECIPE, [*settings, "objective.advantage_clip=null"]),
-        evaluator=SimpleNamespace(interim=lambda: done.append("evaluated") or {}),
-        sync=SimpleNamespace(push=lambda learner, version: done.append("pushed"), sleep=lambda: done.append("slept")),
-        sampler=SimpleNamespace(version=0),
-        learner=None,
-        log=None,
-    )
-    for step in (1, 2):
-        train.look(parts, step)
-    assert done == calls
+    assert pushed == (steps if source == "teacher" else []) and len(slept) == len(pushed)
