@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
@@ -32,7 +32,13 @@ EVAL_METRICS = (
 PHASES = ("starting", "loading", "evaluating", "training", "checkpointing", "finished", "failed", "interrupted")
 
 Estimate = dict[str, float | int | None]
-Sink = Callable[[dict[str, float], int], None]
+
+
+class Sink(NamedTuple):
+    """A tracker: what takes a step's numbers, and what ends it."""
+
+    write: Callable[[dict[str, float], int], None]
+    close: Callable[[], None]
 
 
 class Line(BaseModel):
@@ -171,6 +177,11 @@ class MetricsLog:
                 kept = "".join(_json(line) for line in read_lines(path) if line["step"] <= step)
                 write_atomic(path, kept)
 
+    def close(self) -> None:
+        """End the sinks; the run folder's files are whole after every call."""
+        for sink in self._sinks:
+            sink.close()
+
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with open(self.run_dir / name, "a", encoding="utf-8") as f:
             f.write(_json(line))
@@ -178,7 +189,7 @@ class MetricsLog:
     def _copy(self, values: dict[str, Any], step: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         for sink in self._sinks:
-            sink(numbers, step)
+            sink.write(numbers, step)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -214,12 +225,12 @@ def _make_sink(name: str, run_dir: Path, project: str, run_name: str) -> Sink:
         raise UserError(f"metrics.sinks: {name} is not installed; `pip install {name}`, or take it out") from e
     if name != "tensorboard":
         package.init(project=project, name=run_name)
-        return lambda values, step: package.log(values, step=step)
+        return Sink(lambda values, step: package.log(values, step=step), package.finish)
     writer = package.SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(values: dict[str, float], step: int) -> None:
         for key, value in values.items():
             writer.add_scalar(key, value, step)
-        writer.flush()  # nobody closes the writer: a failed run ends in os._exit
+        writer.flush()
 
-    return write
+    return Sink(write, writer.close)

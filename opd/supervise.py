@@ -197,16 +197,28 @@ ECHO = re.compile("ChildFailedError|EngineDeadError|Engine core initialization f
 # Of torch's elastic agent, and of DeepSpeed's launcher.
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*: (\d+).*?Signal \d+ \((\w+)\)", re.DOTALL)
 RETURN_CODE = re.compile(r"exits with return code = -(\d+)")
+# What C++, glibc, OpenMP and Python's runtime say before they abort a process.
+LAST_WORDS = re.compile(
+    r"^.*(?:terminate called|what\(\): |Fatal Python error|OMP: Error|Assertion .* failed|double free|free\(\): |"
+    r"malloc\(\): |corrupted ).*$",
+    re.MULTILINE,
+)
 
 
 def killed(log: Path) -> str | None:
-    """Which learner rank was killed by which signal, from the launcher's log since its last start; None if none was."""
+    """Which learner rank was killed by which signal, from the launcher's log since its last start; None if none was.
+
+    With what the aborted process said last, in 300 characters at most.
+    """
     text = log.read_text(errors="replace").rpartition(STARTED)[2]
     if found := ROOT_CAUSE.search(text):
-        return f"rank {found[1]} was killed by {found[2]}"
-    if found := RETURN_CODE.search(text):
-        return f"a rank was killed by {signal.Signals(int(found[1])).name}"
-    return None
+        who, by = f"rank {found[1]}", found[2]
+    elif found := RETURN_CODE.search(text):
+        who, by = "a rank", signal.Signals(int(found[1])).name
+    else:
+        return None
+    said = "; ".join(line.strip() for line in LAST_WORDS.findall(text)[-2:])
+    return f"{who} was killed by {by}{': ' if said else ''}{said}"[:300]
 
 
 def cause(log: Path, code: int) -> str:

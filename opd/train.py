@@ -10,7 +10,7 @@ import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -311,10 +311,15 @@ def run(config: Config) -> None:
     finally:
         if parts.sync is not None:
             parts.sync.close()
+    if log is not None:
+        log.close()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m opd.train RECIPE [key=value ...]`: exit code 0 done, 2 a user's mistake, 1 anything else."""
+def main(argv: list[str] | None = None) -> NoReturn:
+    """`python -m opd.train RECIPE [key=value ...]`: exit code 0 done, 2 a user's mistake, 1 anything else.
+
+    Ends the process.
+    """
     parser = argparse.ArgumentParser(prog="opd train", description="One learner process; start it with accelerate.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -335,10 +340,14 @@ def main(argv: list[str] | None = None) -> int:
         if config is not None and ours and Path(config.run.dir).is_dir():
             log = MetricsLog(Path(config.run.dir), [], "", "")
             log.failed(rank, config.train.steps, message, user_error=code == 2)
-        print(f"opd: error: {message}", file=sys.stderr, flush=True)
-        os._exit(code)  # other ranks may wait in a collective: no orderly shutdown is possible
-    dist.destroy_process_group()
-    return 0
+        print(f"opd: error: {message}", file=sys.stderr)
+    else:
+        dist.destroy_process_group()  # after a failure other ranks may wait in a collective: no orderly end is possible
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. An interpreter that unloads torch, OpenMP and the rest beside their threads is aborted now and
+    # then, and a finished run would count as failed.
+    os._exit(code)
 
 
 def _init_distributed(config: Config) -> None:
@@ -356,4 +365,4 @@ def _init_distributed(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

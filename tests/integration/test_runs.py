@@ -28,7 +28,11 @@ def lines(run: Path, name: str = "metrics") -> list[dict]:
 
 def launch(name: str, data: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
     path, overrides = recipe(name, data, run, *more)
-    return opd("launch", path, *overrides, "--plain")
+    done = opd("launch", path, *overrides, "--plain")
+    log = run / "logs/learner.log"
+    if done.returncode and log.is_file():  # the folder goes with the machine; this is shown with the failure
+        done.stderr += "".join(log.read_text(errors="replace").splitlines(keepends=True)[-60:])
+    return done
 
 
 def error_line(capsys) -> str:

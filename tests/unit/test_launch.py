@@ -125,6 +125,18 @@ VLLM = "(EngineCore pid=7) ERROR 11-21 03:52:41 [core.py:54] "
             1,
             "rank 1 was killed",
         ),
+        (
+            [
+                "terminate called after throwing an instance of 'gloo::IoException'",
+                "  what():  Connection closed by peer",
+                "Root Cause (first):",
+                " rank : 0 (local)",
+                "traceback : Signal 6 (SIGABRT) received",
+            ],
+            1,
+            "rank 0 was killed by SIGABRT: terminate called after throwing an instance of 'gloo::IoException'; "
+            "what():  Connection closed by peer",
+        ),
         ([], 1, "its log is empty"),
     ],
 )

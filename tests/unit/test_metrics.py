@@ -185,13 +185,16 @@ def test_trackers_get_finite_numbers_at_their_step(
     fake = ModuleType(package)
     fake.init = lambda **settings: calls.append(settings)  # type: ignore[attr-defined]
     fake.log = lambda values, step: calls.append((values, step))  # type: ignore[attr-defined]
+    fake.finish = lambda: calls.append("finish")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, package, fake)
     log = log_in(tmp_path, [package])
     log.step({"step": 1, "steps": 2, "loss": 0.5, "grad_norm": float("nan")})
     none = {"mean": None, "stderr": None, "n": 0}
     log.evaluation({"stage": "xopd", "step": 1, "retention": {"mean": 0.75, "stderr": 0.1, "n": 4}, "forgetting": none})
+    log.close()
     # no key "step" among the values: trackio keeps that name for itself
-    assert calls == [{"project": "project", "name": "name"}, ({"loss": 0.5}, 1), ({"eval/retention": 0.75}, 1)]
+    numbers = [({"loss": 0.5}, 1), ({"eval/retention": 0.75}, 1)]
+    assert calls == [{"project": "project", "name": "name"}, *numbers, "finish"]
 
 
 def test_tensorboard_gets_the_numbers_and_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,13 +202,16 @@ def test_tensorboard_gets_the_numbers_and_is_flushed(tmp_path: Path, monkeypatch
 
     def writer(folder: str) -> SimpleNamespace:
         calls.append(folder)
-        return SimpleNamespace(add_scalar=lambda *a: calls.append(a), flush=lambda: calls.append("flush"))
+        noted = {name: lambda name=name: calls.append(name) for name in ("flush", "close")}
+        return SimpleNamespace(add_scalar=lambda *a: calls.append(a), **noted)
 
     fake = ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    log_in(tmp_path, ["tensorboard"]).step({"step": 3, "loss": 0.5})
-    assert calls == [str(tmp_path / "tensorboard"), ("loss", 0.5, 3), "flush"]
+    log = log_in(tmp_path, ["tensorboard"])
+    log.step({"step": 3, "loss": 0.5})
+    log.close()
+    assert calls == [str(tmp_path / "tensorboard"), ("loss", 0.5, 3), "flush", "close"]
 
 
 def test_metrics_import_no_torch() -> None:
