@@ -15,7 +15,7 @@ KNOWN = ("messages", "audio", "transcript", "id", "response", "answer", "match",
 
 
 def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], list[dict[str, str]]]:
-    """Read a manifest: JSONL here, Parquet, JSON, CSV or a hub id (`hub:owner/name[:split]`) through `datasets`.
+    """Read a manifest: JSONL here; Parquet, JSON, CSV or `hub:owner/name[/config][:split]` through `datasets`.
 
     A record is `{"messages": [...]}` whose audio parts carry `path` and `transcript`, or the short form
     `{"audio": path, "transcript": str}`; optional: id, response, answer, match, group, and strings by other names, for
@@ -27,7 +27,7 @@ def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], li
     bad: list[dict[str, str]] = []
     seen: dict[str, str] = {}
     root = Path(path).resolve().parent
-    for place, record in _records(path):
+    for place, record in records(path):
         try:
             prompt = parse_record(record, root, place)
             if prompt.id in seen:
@@ -152,9 +152,13 @@ def _part(part: Any, where: str, root: Path) -> dict[str, Any]:
     return {"type": "audio", "path": str(path), "transcript": text}
 
 
-def _records(path: str) -> Iterator[tuple[str, Any]]:
+def records(path: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row of a manifest; a ValueError in the place of a row that cannot be read.
+
+    `streaming`: do not load a hub's data set or a Parquet file whole. Raises UserError for an unreadable manifest.
+    """
     if path.startswith("hub:") or Path(path).suffix in (".parquet", ".json", ".csv"):
-        yield from _datasets_records(path)
+        yield from _datasets_records(path, streaming)
         return
     if not Path(path).is_file():
         raise UserError(f"{path}: no such manifest; a JSONL file is expected")
@@ -170,23 +174,26 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
 
 
-def _datasets_records(path: str) -> Iterator[tuple[str, Any]]:
+def _datasets_records(path: str, streaming: bool) -> Iterator[tuple[str, Any]]:
     import datasets
 
     name, _, split = path.removeprefix("hub:").partition(":")
+    owner, _, rest = name.partition("/")
+    title, _, part = rest.partition("/")
     hub = path.startswith("hub:")
     if not hub and not Path(path).is_file():
         raise UserError(f"{path}: no such manifest")
     try:
         if hub:
-            data = datasets.load_dataset(name, split=split or "train")
+            of = f"{owner}/{title}" if title else owner
+            data = datasets.load_dataset(of, part or None, split=split or "train", streaming=streaming)
         else:
-            data = datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train")
+            data = datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train", streaming=streaming)
+        for i, row in enumerate(data):
+            yield f"{path}:{i + 1}", _drop_none(row)
     except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
         reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
         raise UserError(f"{path}: `datasets` cannot read it: {reason[0][:300]}") from e
-    for i, row in enumerate(data):
-        yield f"{path}:{i + 1}", _drop_none(row)
 
 
 def _drop_none(node: Any) -> Any:

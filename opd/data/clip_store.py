@@ -1,0 +1,69 @@
+"""Clips beside manifests, named by what made them: none is made twice, none is ever half written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = "audio"
+
+
+class ClipStore:
+    """The folder `audio` beside a manifest; paths in manifests are relative to `root`, the manifest's own folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def make(self, key: str, wave: Callable[[], tuple[np.ndarray, int]]) -> Path:
+        """The clip of this key; unless it is there, what `wave` gives ([samples] in [-1, 1], Hz) as 16-bit FLAC."""
+        import soundfile
+
+        path = self._path(key, ".flac")
+        if not path.is_file():
+            samples, rate = wave()
+            with self._aside(path) as aside:
+                soundfile.write(aside, samples, rate, format="FLAC", subtype="PCM_16")
+        return path
+
+    def adopt(self, path: Path) -> Path:
+        """A clip that lies elsewhere, linked or copied into the store; one below `root` is taken as it is."""
+        path = path.resolve()
+        if path.is_relative_to(self.root):
+            return path
+        with open(path, "rb") as f:
+            key = hashlib.file_digest(f, "sha256").hexdigest()[:32]
+        inside = self._path(key, path.suffix)
+        if not inside.is_file():
+            with self._aside(inside) as aside:
+                try:
+                    os.link(path, aside)
+                except OSError:  # another file system, or one without links
+                    shutil.copyfile(path, aside)
+        return inside
+
+    def relative(self, path: Path) -> str:
+        """How a manifest names a clip of the store."""
+        return path.resolve().relative_to(self.root).as_posix()
+
+    def _path(self, key: str, suffix: str) -> Path:
+        return self.root / FOLDER / key[:2] / f"{key}{suffix}"
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _aside(path: Path) -> Iterator[Path]:
+        """A file to write that takes its name once it is whole, on the disk too."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        try:
+            yield aside
+            with open(aside, "rb") as f:
+                os.fsync(f.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""What a stage is: settings, the key under which its work is kept, and one function from record to record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from opd.data.clip_store import ClipStore
+from opd.settings import Section, UserError
+
+Record = dict[str, Any]
+Work = Callable[[Record], Record]
+
+
+class Drop(Exception):
+    """This record is left out for good. The message: a reason to count, such as `too long`, a colon, details."""
+
+
+class Failed(Exception):
+    """This record could not be made this time, as when an endpoint answers nonsense: the next run tries it again."""
+
+
+class Unavailable(UserError):
+    """Nothing more can be made for now, as when an endpoint is down: what is done is kept, the next run goes on."""
+
+
+class Stage(Section):
+    """One step of making data. Fields are its settings, and a record is made again when one of them changes.
+
+    A subclass says how many records are worked on at once, and by what: `process` for work of this machine's cores,
+    `thread` for what waits for an endpoint.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # higher when the same settings give something else than before
+    workers: ClassVar[Literal["process", "thread"]] = "process"
+    raw: ClassVar[bool] = False  # reads rows of any shape, not records of a manifest
+    elsewhere: ClassVar[tuple[str, ...]] = ()  # settings that say where work is done, not what comes out
+
+    def check(self) -> None:
+        """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
+
+    def begin(self, store: ClipStore) -> Work:
+        """The function that makes a record; called once in each process. New clips go to the store.
+
+        It takes a record whose clips have absolute paths, and may change it. It raises Drop, Failed or Unavailable.
+        """
+        raise NotImplementedError
+
+    def chosen(self) -> Callable[[Record], str | None]:
+        """What sees the finished records in their order and gives a reason to leave one out; none: it stays."""
+        return lambda record: None
+
+    def key(self, record: Record) -> str:
+        """Digest of all that a record's result depends on: stage, settings, the record, the bytes of its clips."""
+        settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in self.elsewhere}
+        clips = [digest(part["path"]) for part in audio_parts(record)]
+        content = [self.name, self.version, settings, _without_paths(record), clips]
+        return hashlib.sha256(canonical(content)).hexdigest()[:32]
+
+
+def canonical(value: Any) -> bytes:
+    """One spelling of a JSON value."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+
+
+def content_id(record: Record) -> str:
+    """An id for a record that brings none: of what is in it."""
+    return hashlib.sha256(canonical(_without_paths(record))).hexdigest()[:16]
+
+
+def audio_parts(record: Record) -> Iterator[dict[str, Any]]:
+    """The audio parts of a record's messages, in order."""
+    messages = record.get("messages")
+    for message in messages if isinstance(messages, list | tuple) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") == "audio":
+                yield part
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file; its path where there is none, which whoever decodes it will say."""
+    file = Path(path)
+    try:
+        stat = file.stat()
+    except OSError:
+        return path
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _without_paths(record: Record) -> Record:
+    """A clip is known by its bytes: where it lies does not matter."""
+    if next(audio_parts(record), None) is None:
+        return record
+    copy = json.loads(canonical(record))
+    for part in audio_parts(copy):
+        part.pop("path", None)
+    return copy
