@@ -136,12 +136,25 @@ def _data_command(commands) -> None:
         stage.add_argument("--limit", type=int, metavar="N", help="read no more records")
         stage.add_argument("-h", "--help", action=_StageHelp)
         stage.set_defaults(run=_data, stage=name)
+    listen = _recipe_command(stages, "listen", "a page with players: clips as a recipe's training hears them", _listen)
+    listen.add_argument("--out", type=Path, required=True, metavar="FILE", help="HTML file to write")
+    listen.add_argument("--records", type=int, default=12, metavar="N", help="default: 12")
+    listen.add_argument("--epochs", type=int, default=3, metavar="N", help="of each record (default: 3)")
 
 
 def _data(args: argparse.Namespace) -> int:
     from opd.data import command
 
     return command.main(args)
+
+
+def _listen(args: argparse.Namespace) -> int:
+    from opd.data import listen
+
+    for name in ("records", "epochs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
+    return listen.main(args.recipe, args.overrides, args.out, args.records, args.epochs)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from opd import audio
+from opd.augment import Augmenter
 from opd.config import Config, UserError
 from opd.metrics import read_lines
 from opd.types import VIEWS, Prompt
@@ -61,9 +63,13 @@ class ClipLoader:
         self.bad: dict[str, str] = {}  # place -> reason
         self.bad_before = bad_before
         self._listed = listed(config)
+        augment = config.data.augment
+        self._augmenter = Augmenter(augment, config.run.seed, rate) if augment.active else None
 
-    def load(self, prompt: Prompt) -> dict[str, np.ndarray] | None:
+    def load(self, prompt: Prompt, epoch: int | None = None) -> dict[str, np.ndarray] | None:
         """Waveforms by path; None, and an entry in bad_records.jsonl, when one of them cannot be used.
+
+        With an epoch, as data.augment would have them heard in it; one that gets too long by that stays as it is.
 
         Raises UserError when more than data.max_bad_share of the manifest's records are bad.
         """
@@ -71,28 +77,47 @@ class ClipLoader:
             return None
         try:
             limit = self.config.data.max_audio_seconds
-            clips = {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
-            if self.room is not None:
-                clips = {p: self.room.filled(c) for p, c in clips.items()}
-                self.room.check(prompt, clips)
-            return clips
+            clean = {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
+            if epoch is not None and self._augmenter is not None:
+                try:
+                    return self._fitting(prompt, {p: self._heard(p, c, epoch) for p, c in clean.items()})
+                except audio.TooLong:
+                    pass
+            return self._fitting(prompt, clean)
         except audio.BadAudio as e:
             self._count(prompt, str(e))
             return None
 
+    def _heard(self, path: str, clip: np.ndarray, epoch: int) -> np.ndarray:
+        assert self._augmenter is not None
+        wave = audio.whole_frames(self._augmenter(clip, self.name(path), epoch)[0], self.rate)
+        if len(wave) > self.config.data.max_audio_seconds * self.rate:
+            raise audio.TooLong(f"{path}: too long with data.augment.speed")
+        return wave
+
+    def name(self, path: str) -> str:
+        """What a clip is called wherever its manifest lies."""
+        return os.path.relpath(path, Path(self.config.data.train).parent)
+
+    def _fitting(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.room is not None:
+            clips = {p: self.room.filled(c) for p, c in clips.items()}
+            self.room.check(prompt, clips)
+        return clips
+
     def load_batch(
-        self, batch: list[tuple[int, Prompt]], spare: list[Prompt]
+        self, batch: list[tuple[int, Prompt]], spare: list[Prompt], epoch: int | None = None
     ) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
-        """Clips of a batch; a bad record's place is taken by the next usable one of `spare`, in manifest order."""
+        """Clips of a batch, as heard in an epoch; a bad record's place is taken by the next usable one of `spare`."""
         kept, clips = [], {}
         for position, prompt in batch:
-            found = self.load(prompt)
+            found = self.load(prompt, epoch)
             start = next((i for i, p in enumerate(spare) if p.place == prompt.place), 0)
             for offset in range(1, len(spare)):
                 if found is not None:
                     break
                 prompt = spare[(start + offset) % len(spare)]
-                found = self.load(prompt)
+                found = self.load(prompt, epoch)
             if found is None:
                 raise UserError(f"{self.config.data.train}: no usable record is left")
             kept.append((position, prompt))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from opd.augment import AugmentConfig
 from opd.settings import Section, UserError, override, read_yaml, validated
 
 
@@ -77,6 +78,7 @@ class DataConfig(Section):
     max_audio_seconds: PositiveFloat = 30.0
     max_bad_share: float = Field(0.01, ge=0, le=1, description="the run fails when more of the records are bad")
     check: NonNegativeInt = Field(256, description="records decoded before training starts; 0 decodes all")
+    augment: AugmentConfig = AugmentConfig()
 
 
 class ServerConfig(Section):

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 from opd import audio, run_folder
+from opd.augment import Augmenter
 from opd.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
@@ -237,6 +238,8 @@ def clips(facts: Facts) -> str:
     if limit is None and starts_student(facts.config):
         limit = facts.config.rollout.server.max_model_len
     room = Room(facts.family, facts.config.rollout.max_tokens, limit)
+    if facts.config.data.augment.active:
+        Augmenter(facts.config.data.augment, facts.config.run.seed, facts.family.sampling_rate)  # looks for its noise
     return "; ".join(_decode(facts, key, room) for key in facts.prompts)
 
 

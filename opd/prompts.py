@@ -108,6 +108,10 @@ class PromptStream:
         """The global batch of a step (0-based)."""
         return [self.prompts[self._index(step * self.batch_size + i)] for i in range(self.batch_size)]
 
+    def epoch(self, step: int) -> int:
+        """The epoch that a step's batch begins in, which is that of all its clips."""
+        return step * self.batch_size // len(self.prompts)
+
     def shard(self, step: int, rank: int, world: int) -> list[tuple[int, Prompt]]:
         """This rank's (position in the global batch, prompt) pairs: positions rank, rank + world, ..."""
         return list(enumerate(self.batch(step)))[rank::world]

@@ -60,7 +60,7 @@ def loop(parts: Parts, start: int) -> None:
     for step in range(start, c.train.steps):
         clock = Clock()
         mine = parts.stream.shard(step, learner.rank, learner.world)
-        prompts, clips = load_clips(parts, mine)
+        prompts, clips = load_clips(parts, mine, parts.stream.epoch(step))
         clock.lap("rest")
         rollouts = parts.source.respond(prompts, clips, step)
         rest(parts)
@@ -80,9 +80,11 @@ def loop(parts: Parts, start: int) -> None:
             checkpoint.save(learner, c.run.dir, step + 1, parts.seconds, c.train.keep_checkpoints)
 
 
-def load_clips(parts: Parts, mine: list[tuple[int, Prompt]]) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
+def load_clips(
+    parts: Parts, mine: list[tuple[int, Prompt]], epoch: int
+) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
     """This rank's usable prompts and their clips. Raises UserError when the ranks together met too many bad records."""
-    found = parts.clips.load_batch(mine, parts.stream.prompts)
+    found = parts.clips.load_batch(mine, parts.stream.prompts, epoch)
     if all_reduce(torch.tensor(float(len(parts.clips.bad))), "max") > 0:
         places: list[Any] = [None] * parts.learner.world
         dist.all_gather_object(places, set(parts.clips.bad))

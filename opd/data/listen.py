@@ -1,0 +1,82 @@
+"""A page with players: clips as they were recorded, and as training hears them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from opd import audio
+from opd.augment import Augmenter
+from opd.clips import ClipLoader
+from opd.config import load_config
+from opd.metrics import write_atomic
+from opd.prompts import PromptStream, read_manifest
+from opd.report_page import STYLE
+from opd.settings import UserError
+from opd.types import Prompt
+from opd.views import audio_paths, transcript
+
+RATE = 16000  # Hz, of every family so far
+
+
+def main(recipe: str, overrides: list[str], out: Path, count: int, epochs: int) -> int:
+    """Write the page for the first `count` records that a recipe trains on, in its first `epochs` epochs.
+
+    Raises UserError for a mistake in the recipe, a manifest without usable clips, and a page that cannot be written.
+    """
+    config = load_config(recipe, overrides)
+    prompts, bad = read_manifest(config.data.train)
+    if not prompts:
+        raise UserError(f"{config.data.train}: no usable record; the first: {bad[0]['place']}: {bad[0]['reason']}")
+    augmenter = Augmenter(config.data.augment, config.run.seed, RATE)
+    loader = ClipLoader(config, RATE, len(prompts))
+    rows = []
+    for prompt in PromptStream(prompts, min(count, len(prompts)), config.run.seed).batch(0):
+        try:
+            rows.append(_record(prompt, loader, augmenter, config.data.max_audio_seconds, epochs))
+        except audio.BadAudio as e:
+            rows.append(f"<h2>{escape(prompt.id)}</h2><p class='warn'>{escape(str(e))}</p>")
+    try:
+        write_atomic(out, _page(recipe, config.data.train, config.data.augment.active, rows))
+    except OSError as e:
+        raise UserError(f"--out {out}: expected a file that can be written ({e.strerror})") from e
+    print(f"wrote {out}: {len(rows)} records")
+    return 0
+
+
+def _record(prompt: Prompt, loader: ClipLoader, augmenter: Augmenter, limit: float, epochs: int) -> str:
+    parts = [f"<h2>{escape(prompt.id)}</h2><p>{escape(transcript(prompt))}</p>"]
+    for path in audio_paths(prompt):
+        clean = audio.load(path, RATE, limit)
+        parts.append(_player("as it is", clean))
+        for epoch in range(epochs if augmenter.config.active else 0):
+            heard = loader.load(prompt, epoch)
+            assert heard is not None
+            told = ", ".join(augmenter(clean, loader.name(path), epoch)[1])
+            if told and np.array_equal(heard[path], clean):
+                told = "left as it is: it would get too long"
+            parts.append(_player(f"epoch {epoch + 1}: {told or 'as it is'}", heard[path]))
+    return "".join(parts)
+
+
+def _player(what: str, wave: np.ndarray) -> str:
+    import soundfile
+
+    sound = io.BytesIO()
+    soundfile.write(sound, wave, RATE, format="WAV", subtype="PCM_16")
+    source = f"data:audio/wav;base64,{base64.b64encode(sound.getvalue()).decode()}"
+    told = f"{escape(what)}, {len(wave) / RATE:.2f} s"
+    return f"<figure><figcaption>{told}</figcaption><audio controls preload='none' src='{source}'></audio></figure>"
+
+
+def _page(recipe: str, manifest: str, changed: bool, rows: list[str]) -> str:
+    note = (
+        "" if changed else "<p class='note'>The recipe sets no data.augment: training hears the clips as they are.</p>"
+    )
+    head = f"<h1>What training hears</h1><p>{escape(recipe)}, {escape(manifest)}</p>{note}"
+    top = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>What training hears</title><style>{STYLE}"
+    return f"{top}</style></head><body>{head}{''.join(rows)}</body></html>"
