@@ -172,6 +172,8 @@ def records(path: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
             except json.JSONDecodeError as e:
                 yield f"{path}:{number}", ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
+            except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+                yield f"{path}:{number}", ValueError(f"not readable as JSON: {e}")
 
 
 def _datasets_records(path: str, streaming: bool) -> Iterator[tuple[str, Any]]:
@@ -190,16 +192,20 @@ def _datasets_records(path: str, streaming: bool) -> Iterator[tuple[str, Any]]:
         else:
             data = datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train", streaming=streaming)
         for i, row in enumerate(data):
-            yield f"{path}:{i + 1}", _drop_none(row)
+            yield f"{path}:{i + 1}", _as_written(row)
     except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
         reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
         raise UserError(f"{path}: `datasets` cannot read it: {reason[0][:300]}") from e
 
 
-def _drop_none(node: Any) -> Any:
-    """Arrow fills absent keys with None: take them out again."""
+def _as_written(node: Any) -> Any:
+    """Undo what columns of one type make of records: absent keys are None, a text content is a list of one part."""
     if isinstance(node, dict):
-        return {k: _drop_none(v) for k, v in node.items() if v is not None}
+        kept = {k: _as_written(v) for k, v in node.items() if v is not None}
+        match kept.get("content"):
+            case [{"type": "text", "text": str(text), **rest}] if not rest:
+                kept["content"] = text
+        return kept
     if isinstance(node, list):
-        return [_drop_none(v) for v in node]
+        return [_as_written(v) for v in node]
     return node
