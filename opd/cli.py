@@ -136,6 +136,24 @@ def _data_command(commands) -> None:
         stage.add_argument("--limit", type=int, metavar="N", help="read no more records")
         stage.add_argument("-h", "--help", action=_StageHelp)
         stage.set_defaults(run=_data, stage=name)
+    text = "what is in manifests, in numbers; refuses splits that leak into one another"
+    card = stages.add_parser("card", help=text, description=text)
+    card.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="one for each split")
+    card.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for card.json, card.html, README.md")
+    card.add_argument("--allow-leaks", action="store_true", help="list what splits share, and go on")
+    card.add_argument("--title", help="of the data set (default: the folder's name)")
+    card.add_argument("--license", metavar="ID", help="as the Hub names it, such as cc-by-4.0")
+    card.add_argument("--language", metavar="CODE", help="ISO 639-1, such as en")
+    card.set_defaults(run=_card)
+
+
+def _card(args: argparse.Namespace) -> int:
+    from opd.data.card import write_card
+
+    about = {k: v for k in ("title", "license", "language") if (v := getattr(args, k))}
+    for path in write_card(args.manifests, args.out, args.allow_leaks, about):
+        print(f"wrote {path}")
+    return 0
 
 
 def _data(args: argparse.Namespace) -> int:
