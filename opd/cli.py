@@ -106,6 +106,7 @@ def _study_command(commands) -> None:
 
 STAGES = {
     "prompts": "questions to speak, from chats, instructions or plain text",
+    "natural": "spoken prompts from recordings that have transcripts",
 }
 
 
@@ -127,7 +128,7 @@ def _data_command(commands) -> None:
     stages = commands.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
     for name, text in STAGES.items():
         stage = stages.add_parser(name, help=text, description=text, add_help=False)
-        stage.add_argument("source", help="manifest, data file or hub:owner/name[/config][:split]")
+        stage.add_argument("source", help="manifest, data file, folder or hub:owner/name[/config][:split]")
         stage.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="a setting of the stage")
         stage.add_argument("--out", type=Path, required=True, help="manifest to write, .jsonl or .parquet")
         stage.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")

@@ -39,6 +39,14 @@ class ClipStore:
                 aside.write_bytes(encoded.getbuffer())
         return path
 
+    def put(self, content: bytes, suffix: str) -> Path:
+        """A clip that is encoded already, named by its bytes."""
+        path = self._path(hashlib.sha256(content).hexdigest()[:32], suffix)
+        if not path.is_file():
+            with self._aside(path) as aside:
+                aside.write_bytes(content)
+        return path
+
     def adopt(self, path: Path) -> Path:
         """A clip that lies elsewhere, linked or copied into the store; one below `root` is taken as it is."""
         path = path.resolve()

@@ -15,6 +15,7 @@ from opd.settings import UserError, override, read_yaml, validated
 
 STAGES = {
     "prompts": "opd.data.prompts:Prompts",
+    "natural": "opd.data.natural:Natural",
 }
 
 

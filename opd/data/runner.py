@@ -20,7 +20,7 @@ from opd.data.journal import Journal
 from opd.data.pool import Outcome, Pool
 from opd.data.stage import Record, Stage, audio_parts, content_id
 from opd.metrics import write_atomic
-from opd.prompts import parse_record, records
+from opd.prompts import parse_record
 from opd.settings import UserError
 
 MAX_FAILED = 0.01  # share of the records tried, and more than FEW of them
@@ -245,7 +245,7 @@ class _Run:
 def _read(stage: Stage, source: str, limit: int | None) -> Iterator[tuple[str, Any]]:
     """(place, record) of each row; a ValueError in a bad one's place. Clips of a record have absolute paths."""
     root = Path(source).resolve().parent
-    for i, (place, row) in enumerate(records(source, streaming=True)):
+    for i, (place, row) in enumerate(stage.rows(source)):
         if limit is not None and i >= limit:
             return
         try:

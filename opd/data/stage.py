@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from opd.data.clip_store import ClipStore
+from opd.prompts import records
 from opd.settings import Section, UserError
 
 Record = dict[str, Any]
@@ -43,6 +44,10 @@ class Stage(Section):
 
     def check(self) -> None:
         """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
+
+    def rows(self, source: str) -> Iterator[tuple[str, Any]]:
+        """(place, row) of what is read; a ValueError in the place of a row that cannot be. Raises UserError."""
+        return records(source, streaming=True)
 
     def begin(self, store: ClipStore) -> Work:
         """The function that makes a record; called once in each process. New clips go to the store.
