@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -17,7 +18,9 @@ import soundfile
 from data_stages import Ask, Tone, Unready
 
 from opd.data import runner
+from opd.data.clip_store import ClipStore
 from opd.data.journal import Journal
+from opd.data.pool import Pool
 from opd.data.runner import Summary, run_stage
 from opd.data.stage import Stage
 from opd.prompts import read_manifest
@@ -149,6 +152,18 @@ def test_killed_and_interrupted_runs_end_as_an_undisturbed_one(tmp_path: Path) -
 
 def _children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_workers_leave_interrupts_to_their_parent(tmp_path: Path) -> None:
+    pool = Pool(Tone(sleep_s=1), ClipStore(tmp_path), 1)
+    before = set(multiprocessing.active_children())
+    future = pool.submit({"id": "a", "messages": [{"role": "user", "content": "what"}]})
+    (child,) = set(multiprocessing.active_children()) - before
+    for _ in range(10):  # while it starts, and while it works
+        os.kill(child.pid or 0, signal.SIGINT)
+        time.sleep(0.2)
+    assert future.result()[0] == "record"
+    pool.end([])
 
 
 def test_interrupt_does_not_wait_for_a_slow_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
