@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import threading
 from functools import partial
 from typing import Any, get_args
 
@@ -13,6 +15,7 @@ from opd.settings import UserError, override, read_yaml, validated
 
 STAGES = {
     "prompts": "opd.data.prompts:Prompts",
+    "natural": "opd.data.natural:Natural",
 }
 
 
@@ -28,7 +31,7 @@ def make_stage(name: str, settings: dict[str, Any], source: str) -> Stage:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run one stage: 0 done, 1 when records failed or other shards have work left."""
+    """Run one stage, or this process's shard of it: 0 done, 1 when records failed and may be tried again."""
     raw: dict[str, Any] = read_yaml(args.config) if args.config else {}
     for item in args.overrides:
         override(raw, item)
@@ -40,9 +43,15 @@ def main(args: argparse.Namespace) -> int:
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option}: expected a number above 0, found {getattr(args, option)}")
     shard = int(first), int(of)
-    summary = run_stage(stage, args.source, args.out, shard, args.workers, args.limit, partial(print, flush=True))
-    print(summary)
-    return 1 if summary.failed or summary.open else 0
+    say = partial(print, flush=True)
+    try:
+        summary = run_stage(stage, args.source, args.out, shard, args.workers, args.limit, say)
+    except KeyboardInterrupt:
+        if any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread()):
+            os._exit(130)  # Python would wait for requests that may take minutes; what is done is on the disk
+        raise
+    say(summary)
+    return 1 if summary.failed else 0
 
 
 def describe(name: str) -> str:
