@@ -7,7 +7,8 @@ import importlib
 import os
 import threading
 from functools import partial
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from opd.data.runner import run_stage
 from opd.data.stage import Stage
@@ -59,9 +60,18 @@ def describe(name: str) -> str:
     stage = stage_class(name)
     lines = [f"settings of `opd data {stage.name}`, as key=value or in a YAML file (--config):"]
     for name, field in stage.model_fields.items():
-        kind = getattr(field.annotation, "__name__", str(field.annotation)).replace("typing.", "")
-        if choices := get_args(field.annotation):
-            kind = "|".join(getattr(c, "__name__", str(c)) for c in choices)
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {name:<14} {field.description or ''} ({kind}; {default})")
+        lines.append(f"  {name:<14} {field.description or ''} ({_kind(field.annotation)}; {default})")
     return "\n".join(lines)
+
+
+def _kind(annotation: Any) -> str:
+    """A type as a user would write down what it takes."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, inside))
+    if origin is Annotated:
+        return _kind(inside[0])
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(kind) for kind in inside if kind is not NoneType)
+    return str(annotation) if origin else getattr(annotation, "__name__", str(annotation))

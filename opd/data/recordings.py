@@ -244,7 +244,9 @@ def pieces(segments: list[Segment], seconds: float, longest: float, pause: Pause
     `pause` gives (first second, last second) of the silence between two segments, none where there is none. What has no
     silence inside is one piece, however long.
     """
-    start, texts, whole = max(0.0, segments[0].start - EDGE_S), [], None
+    start = max(0.0, segments[0].start - EDGE_S)
+    texts: list[str] = []
+    whole: Segment | None = None
     for segment, after in itertools.zip_longest(segments, segments[1:]):
         texts.append(segment.text)
         quiet = pause(segment, after) if after else (segment.end, seconds)

@@ -17,11 +17,13 @@ import pytest
 import soundfile
 from data_stages import Ask, Tone, Unready
 
+from opd import cli
 from opd.data import runner
 from opd.data.clip_store import ClipStore
+from opd.data.command import STAGES, describe, stage_class
 from opd.data.journal import Journal
 from opd.data.pool import Pool
-from opd.data.runner import Summary, run_stage
+from opd.data.runner import run_stage
 from opd.data.stage import Stage
 from opd.prompts import read_manifest
 from opd.settings import UserError
@@ -469,8 +471,15 @@ def test_summary_and_exit_codes(tmp_path: Path) -> None:
         assert message in finish(start(command(source, out, "ask", *args)), 2)[1]
 
 
-def test_stage_is_imported_by_name() -> None:
-    from opd.data.command import STAGES, stage_class
-
-    assert all(issubclass(stage_class(name), Stage) and stage_class(name).name == name for name in STAGES)
-    assert isinstance(Summary(Path("x")).failed, dict)
+def test_every_stage_tells_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert STAGES.keys() == cli.STAGES.keys()
+    for name in STAGES:
+        assert issubclass(stage_class(name), Stage) and stage_class(name).name == name
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["data", name, "--help"])
+        told = capsys.readouterr().out
+        assert all(f"\n  {key} " in told for key in stage_class(name).model_fields)
+    assert "folder_is      what the folder of a recording names (speaker|accent|group; default None)" in describe(
+        "natural"
+    )
+    assert "(dict[str, str]; default {})" in describe("natural")
