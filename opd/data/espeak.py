@@ -84,7 +84,7 @@ class Synthesizer:
         sounds = self._data / "voices" / "!v"
         if plus and variant not in {path.name for path in sounds.iterdir()}:  # the library passes over an unknown one
             return False
-        return bool(name) and self._library.espeak_SetVoiceByName(voice.encode()) == 0
+        return name[:1] not in ("", "!") and self._library.espeak_SetVoiceByName(voice.encode()) == 0
 
     def say(self, text: str, voice: str, rate: int, pitch: int) -> Utterance:
         """Speak `text` at `rate` words per minute; `pitch` 0 to 99, 50 is the voice's own. `voice`: one that it has."""
@@ -94,7 +94,7 @@ class Synthesizer:
             self._library.espeak_SetParameter(parameter, value, 0)
         self._chunks: list[np.ndarray] = []
         self._starts: list[float] = []
-        raw = text.encode() + b"\0"
+        raw = text.replace("\0", " ").encode() + b"\0"
         self._library.espeak_Synth(raw, len(raw), 0, 1, 0, _UTF8, None, None)
         self._library.espeak_Synchronize()
         return Utterance(np.concatenate([np.zeros(0, np.int16), *self._chunks]), tuple(self._starts))

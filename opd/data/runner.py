@@ -115,7 +115,7 @@ class _Run:
 
     def make(self, workers: int | None) -> None:
         """Do what is missing of this shard."""
-        count: int = workers or (THREADS if self.stage.workers == "thread" else _cores())
+        count: int = workers or (THREADS if self.stage.pool() == "thread" else _cores())
         pool = _pool(self.stage, self.out.parent, count)
         flying: dict[Future[tuple[str, dict[str, Any]]], str] = {}
         try:
@@ -266,7 +266,7 @@ _worker: tuple[Work, ClipStore] | None = None
 
 
 def _pool(stage: Stage, root: Path, count: int) -> Executor:
-    if stage.workers == "thread":
+    if stage.pool() == "thread":
         _start(stage, root)
         return ThreadPoolExecutor(count)
     spawn = multiprocessing.get_context("spawn")
