@@ -106,6 +106,7 @@ def _study_command(commands) -> None:
 
 STAGES = {
     "prompts": "questions to speak, from chats, instructions or plain text",
+    "rewrite": "questions as one would say them, by a chat model",
     "speak": "speak the questions, by espeak-ng or an OpenAI-compatible endpoint",
 }
 

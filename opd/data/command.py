@@ -13,6 +13,7 @@ from opd.settings import UserError, override, read_yaml, validated
 
 STAGES = {
     "prompts": "opd.data.prompts:Prompts",
+    "rewrite": "opd.data.rewrite:Rewrite",
     "speak": "opd.data.speak:Speak",
 }
 
