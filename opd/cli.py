@@ -108,6 +108,7 @@ STAGES = {
     "prompts": "questions to speak, from chats, instructions or plain text",
     "rewrite": "questions as one would say them, by a chat model",
     "speak": "speak the questions, by espeak-ng or an OpenAI-compatible endpoint",
+    "verify": "leave out clips in which a speech recogniser hears something else",
     "respond": "the teacher's own answers to the transcripts",
 }
 

@@ -15,6 +15,7 @@ STAGES = {
     "prompts": "opd.data.prompts:Prompts",
     "rewrite": "opd.data.rewrite:Rewrite",
     "speak": "opd.data.speak:Speak",
+    "verify": "opd.data.verify:Verify",
     "respond": "opd.data.respond:Respond",
 }
 
