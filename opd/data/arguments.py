@@ -10,7 +10,11 @@ from opd.settings import UserError
 
 STAGES = {
     "prompts": "questions to speak, from chats, instructions or plain text",
+    "rewrite": "questions as one would say them, by a chat model",
+    "speak": "speak the questions, by espeak-ng or an OpenAI-compatible endpoint",
     "natural": "spoken prompts from recordings that have transcripts",
+    "verify": "leave out clips in which a speech recogniser hears something else",
+    "respond": "the teacher's own answers to the transcripts",
 }
 
 

@@ -17,6 +17,10 @@ from opd.settings import UserError, override, read_yaml, validated
 STAGES = {
     "prompts": "opd.data.prompts:Prompts",
     "natural": "opd.data.natural:Natural",
+    "rewrite": "opd.data.rewrite:Rewrite",
+    "speak": "opd.data.speak:Speak",
+    "verify": "opd.data.verify:Verify",
+    "respond": "opd.data.respond:Respond",
 }
 
 

@@ -42,6 +42,10 @@ class Stage(Section):
     raw: ClassVar[bool] = False  # reads rows of any shape, not records of a manifest
     elsewhere: ClassVar[tuple[str, ...]] = ()  # settings that say where work is done, not what comes out
 
+    def pool(self) -> Literal["process", "thread"]:
+        """`workers`, where it does not depend on the settings."""
+        return self.workers
+
     def check(self) -> None:
         """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
 
@@ -62,10 +66,16 @@ class Stage(Section):
 
     def key(self, record: Record) -> str:
         """Digest of all that a record's result depends on: stage, settings, the record, the bytes of its clips."""
-        settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in self.elsewhere}
         clips = [digest(str(part.get("path"))) for part in audio_parts(record)]
-        content = [self.name, self.version, settings, _without_paths(record), clips]
+        content = [self.name, self.version, deciding(self), _without_paths(record), clips]
         return hashlib.sha256(canonical(content)).hexdigest()[:32]
+
+
+def deciding(section: Section) -> dict[str, Any]:
+    """The settings that decide what comes out: all but those that a section names in `elsewhere`."""
+    elsewhere = getattr(section, "elsewhere", ())
+    values = {name: getattr(section, name) for name in type(section).model_fields if name not in elsewhere}
+    return {name: deciding(v) if isinstance(v, Section) else v for name, v in values.items()}
 
 
 def canonical(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from opd import cli
-from opd.data import command
+from opd.data import arguments, command
 from opd.data.clip_store import ClipStore
 from opd.data.stage import Drop, Failed, Record, Stage, Unavailable, Work
 
@@ -84,7 +84,7 @@ STAGES = {"ask": Ask, "tone": Tone, "unready": Unready}
 
 def main(argv: Sequence[str]) -> int:
     for name, stage in STAGES.items():
-        cli.STAGES[name] = str(stage.__doc__)
+        arguments.STAGES[name] = str(stage.__doc__)
         command.STAGES[name] = f"data_stages:{stage.__name__}"
     return cli.main(list(argv))
 

@@ -18,7 +18,7 @@ import soundfile
 from data_stages import Ask, Tone, Unready
 
 from opd import cli
-from opd.data import runner
+from opd.data import arguments, runner
 from opd.data.clip_store import ClipStore
 from opd.data.command import STAGES, describe, stage_class
 from opd.data.journal import Journal
@@ -472,7 +472,7 @@ def test_summary_and_exit_codes(tmp_path: Path) -> None:
 
 
 def test_every_stage_tells_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert STAGES.keys() == cli.STAGES.keys()
+    assert STAGES.keys() == arguments.STAGES.keys()
     for name in STAGES:
         assert issubclass(stage_class(name), Stage) and stage_class(name).name == name
         with pytest.raises(SystemExit, match="0"):
