@@ -28,7 +28,7 @@ class Pool:
         self._others = set(multiprocessing.active_children())
         self._executor: Executor
         self._do: Callable[[Record], Outcome]
-        if stage.workers == "thread":
+        if stage.pool() == "thread":
             self.count = count or THREADS
             self._do = partial(_outcome, stage.begin(store), store)
             self._executor = ThreadPoolExecutor(self.count)

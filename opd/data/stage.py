@@ -42,6 +42,10 @@ class Stage(Section):
     raw: ClassVar[bool] = False  # reads rows of any shape, not records of a manifest
     elsewhere: ClassVar[tuple[str, ...]] = ()  # settings that say where work is done, not what comes out
 
+    def pool(self) -> Literal["process", "thread"]:
+        """`workers`, where it does not depend on the settings."""
+        return self.workers
+
     def check(self) -> None:
         """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
 
