@@ -82,7 +82,7 @@ def page(content: dict[str, Any], sheets: Sequence[Sheet]) -> str:
             body += [f"<h2>{title}</h2>", _counts(splits, what)]
     body += [
         "<h2>Vocabulary</h2>",
-        _counts({n: {"words": s["vocabulary"]["most_frequent"]} for n, s in splits.items()}, "words"),
+        _counts({s.name: {"words": dict(s.vocabulary)} for s in sheets}, "words"),
         "<h2>Fields</h2>",
         _counts(splits, "fields"),
         "<h2>Duplicates and bad records</h2>",
@@ -118,7 +118,7 @@ def _counts(splits: dict[str, Split], what: str) -> str:
             total[name] = total.get(name, 0) + _records(found)
     names = sorted(total, key=lambda n: -total[n])
     rows = [table_row(n, [_count(split[what].get(n)) for split in splits.values()]) for n in names[:SHOWN]]
-    more = f" {len(names) - SHOWN} more are in card.json." if len(names) > SHOWN else ""
+    more = f" {len(names) - SHOWN} more are in card.json." if len(names) > SHOWN and what != "words" else ""
     unit = {"words": "Occurrences of the most frequent words.", "speakers": "Records, and hours in brackets."}
     return table([what.removesuffix("s"), *splits], rows, unit.get(what, "Records.") + more)
 
@@ -144,7 +144,11 @@ def _histogram(key: str, caption: str, label: str, values: dict[str, Sequence[fl
         ax = fig.subplots()
         ax.grid(True, axis="y")
         ax.set(xlabel=label, ylabel="share")
-        edges = np.histogram_bin_edges(everything, BINS)
+        low, high = min(everything), max(everything)
+        if all(isinstance(v, int) for v in everything) and high - low < BINS:
+            edges = np.arange(low - 0.5, high + 1)  # a bin for each number
+        else:
+            edges = np.histogram_bin_edges(everything, BINS)
         for k, (name, of) in enumerate(values.items()):
             if of:
                 shares = np.histogram(of, edges)[0] / len(of)

@@ -109,7 +109,7 @@ def _common_voice(file: Path) -> Rows:
             for row in table:
                 name = row["path"] or ""
                 path = next((p for p in (file.parent / "clips" / name, file.parent / name) if p.is_file()), None)
-                made = {"id": Path(name).stem, "path": str(path or file.parent / "clips" / name)}
+                made: Row = {"id": Path(name).stem, "path": str(path or file.parent / "clips" / name)}
                 made |= {"transcript": row["sentence"], "speaker": row.get("client_id"), "accent": row.get("accents")}
                 yield f"{file}:{table.line_num}", made
         except (UnicodeDecodeError, csv.Error) as e:
