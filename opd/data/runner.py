@@ -179,7 +179,7 @@ class _Run:
 
     def _collect(self, flying: dict[Future[Outcome], Job]) -> None:
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in [f for f in flying if f in done]:  # in their order
             self._keep(flying.pop(future), *future.result())
 
     def _keep(self, job: Job, kind: str, result: Any) -> None:
