@@ -81,7 +81,7 @@ def test_columns_may_be_renamed_and_answers_left(tmp_path: Path) -> None:
 
 def test_a_chat_up_to_its_first_or_last_question(tmp_path: Path) -> None:
     turns = [
-        ("user", "What is two plus two?"),
+        ("user", "Two plus two?"),
         ("assistant", "Four."),
         ("user", "And three more?"),
         ("assistant", "7."),
