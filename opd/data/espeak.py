@@ -57,7 +57,7 @@ class Synthesizer:
         """Raises UserError where the library is not installed."""
         loader = _loader()
         with tempfile.TemporaryDirectory() as folder:
-            copy = shutil.copy(loader.get_library_path(), Path(folder) / "espeak-ng.so")
+            copy = shutil.copy(loader.get_library_path(), f"{folder}/espeak-ng.so")
             self._library = ctypes.CDLL(copy)
         # The data folder compiled into the library is that of its build machine.
         self._data = Path(loader.get_data_path())

@@ -144,12 +144,13 @@ class Speak(Stage):
         return whole_frames(resample(wave, source_rate, self.sample_rate), self.sample_rate)
 
     def _ask(self, said: Said) -> np.ndarray:
-        assert self.endpoint is not None
+        endpoint = self.endpoint
+        assert endpoint is not None
         speed = {} if said.speed == 1.0 else {"speed": said.speed}
-        sent: bytes = self.endpoint.ask(
+        sent: bytes = endpoint.ask(
             lambda client: (
                 client.audio.speech.create(
-                    model=self.endpoint.model,
+                    model=endpoint.model,
                     voice=said.voice,
                     input=said.text,
                     response_format=self.format,

@@ -117,9 +117,10 @@ def _local(model: str, device: str | None, language: str | None) -> tuple[Hear, 
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise UserError(f"asr {model}: cannot be loaded as a speech recogniser: {reason[0][:300]}") from e
     whisper = recogniser.type == "seq2seq_whisper"
-    told: dict[str, Any] = {}
+    generate: dict[str, Any] = {"num_beams": 1}  # the pipeline's own five take as many times as long
     if whisper and language and getattr(recogniser.model.generation_config, "is_multilingual", False):
-        told["generate_kwargs"] = {"language": language, "task": "transcribe"}
+        generate |= {"language": language, "task": "transcribe"}
+    told = {"generate_kwargs": generate} if recogniser.type.startswith("seq2seq") else {}
     turn = Lock()
 
     def hear(path: str, wave: np.ndarray) -> str:
