@@ -294,7 +294,7 @@ def chain(runs: list[Run]) -> list[Pipeline]:
         return [*line(parents[run.name]), run] if run.name in parents else [run]
 
     for run in runs:
-        found = [p for p in runs if run not in line(p) and _student(run).is_relative_to(p.folder.resolve())]
+        found = [p for p in runs if run not in line(p) and student_of(run).is_relative_to(p.folder.resolve())]
         if found:
             parents[run.name] = max(found, key=lambda p: len(p.folder.resolve().parts))
     continued = {p.name for p in parents.values()}
@@ -302,7 +302,7 @@ def chain(runs: list[Run]) -> list[Pipeline]:
     return [Pipeline(members, _stages(members)) for members in lines]
 
 
-def _student(run: Run) -> Path:
+def student_of(run: Run) -> Path:
     """Where the run's student lies. Relative paths of a recipe are relative to where the run was started."""
     folder = run.folder.resolve()
     told = Path(os.path.normpath(str(_section(run.config, "run").get("dir") or ".")))

@@ -202,10 +202,10 @@ def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None
         head = {"stage": stage, "step": step, "train_seconds": parts.seconds}
         line = head | {"eval_seconds": time.perf_counter() - began} | result | about
         before = read_lines(Path(parts.config.run.dir, "eval.jsonl"))
-        line["warnings"] = warnings(before, line, parts.config.eval.warn)
-        parts.log.evaluation(line)
-        for found in line["warnings"]:
-            print(f"warning: {found['text']}", flush=True)
+        found = warnings(before, line, parts.config.eval.warn)
+        parts.log.evaluation(line | {"warnings": found})
+        for one in found:
+            print(f"warning: {one['text']}", flush=True)
     parts.verdict = judge(parts)
 
 
