@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     families.add_argument("--check", action="store_true", help="try them on small random checkpoints: minutes each")
     families.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints, runs and logs there")
     families.set_defaults(run=_families)
+    _export_command(commands)
     report = commands.add_parser("report", help="write report.json and report.html of one or more runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     report.add_argument("--out", type=Path, help="folder to write to (default: the last run's)")
@@ -70,6 +71,17 @@ def _recipe_command(commands, name, text, run) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-4")
     parser.set_defaults(run=run)
     return parser
+
+
+def _export_command(commands) -> None:
+    text = "write a checkpoint as a folder that is ready to push to the Hub"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    export.add_argument("--checkpoint", default="last", metavar="STEP", help="a step, last or best (default: last)")
+    export.add_argument("--merge", action="store_true", help="with student.lora: the merged model, not the adapter")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(run=_export)
 
 
 def _plan_command(commands) -> None:
@@ -169,6 +181,14 @@ def _study(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs: expected 1 or more, found {args.jobs}")
     return command.main(args.study, args.only, args.jobs, args.dry_run, args.report_only)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from opd.export import export
+
+    for line in export(args.run_folder, args.out, args.checkpoint, args.merge, args.overwrite):
+        print(line)
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
