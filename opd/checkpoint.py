@@ -3,6 +3,7 @@
     step_N/model/       Hugging Face files: transformers and vLLM load them as they are; adapters are merged in
     step_N/adapter/     with student.lora alone: the adapters, as PEFT's files, for student.path
     step_N/optimizer/   DeepSpeed's shards of optimizer state and trained parameters, one per rank
+    best.json           which of them is the best by eval.best
     step_N/state.json   the step and the seconds trained; the data position is a function of the step
 
 The optimizer shards are DeepSpeed's own format, which torch unpickles: load only runs that you trust.
@@ -19,14 +20,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opd.config import UserError, checkpoints
+from opd.config import UserError
 from opd.learner import Learner
+from opd.metrics import write_atomic
 from opd.models.base import Family
 from opd.models.lora import save_adapter
+from opd.saved import checkpoints
 
 
-def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -> Path:
-    """Write `checkpoints/step_N` on all ranks together and drop all but the newest `keep`. Returns its path."""
+def save(
+    learner: Learner, run_dir: str, step: int, seconds: float, keep: int, best: dict[str, Any] | None = None
+) -> Path:
+    """Write `checkpoints/step_N` on all ranks together, then `settle`. Returns its path."""
     folder = Path(run_dir, "checkpoints")
     final, aside = folder / f"step_{step}", folder / f".step_{step}.writing"
     if learner.rank == 0:
@@ -42,10 +47,23 @@ def save(learner: Learner, run_dir: str, step: int, seconds: float, keep: int) -
         _sync_files(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+        settle(run_dir, keep, best)
     dist.barrier()
     return final
+
+
+def settle(run_dir: str, keep: int, best: dict[str, Any] | None) -> None:
+    """Name the best checkpoint in `checkpoints/best.json`, then drop all but that and the newest `keep`.
+
+    `best`: `step` and what else the file shall say; a step whose checkpoint is not there is not named.
+    """
+    found = checkpoints(run_dir)
+    named = f"step_{best['step']}" if best else ""
+    if best and named in [p.name for p in found]:
+        write_atomic(Path(run_dir, "checkpoints", "best.json"), json.dumps(best) + "\n")
+    for old in found[:-keep]:
+        if old.name != named:
+            shutil.rmtree(old)
 
 
 def save_model(learner: Learner, folder: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from opd import __version__
 from opd.config import UserError, load_config
+from opd.data.arguments import add_data
 
 LARGEST = 1e12  # of any option of `opd plan`; beyond it, as with nan and inf, arithmetic means nothing
 
@@ -51,12 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_command(commands, "train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
     _plan_command(commands)
     _study_command(commands)
-    _data_command(commands)
+    add_data(commands)
     families = commands.add_parser("families", help="list the speech LLM families, or prove that they work here")
     families.add_argument("names", nargs="*", metavar="NAME", help="of a family; all by default")
     families.add_argument("--check", action="store_true", help="try them on small random checkpoints: minutes each")
     families.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints, runs and logs there")
     families.set_defaults(run=_families)
+    _export_command(commands)
     report = commands.add_parser("report", help="write report.json and report.html of one or more runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     report.add_argument("--out", type=Path, help="folder to write to (default: the last run's)")
@@ -70,6 +71,17 @@ def _recipe_command(commands, name, text, run) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-4")
     parser.set_defaults(run=run)
     return parser
+
+
+def _export_command(commands) -> None:
+    text = "write a checkpoint as a folder that is ready to push to the Hub"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    export.add_argument("--checkpoint", default="last", metavar="STEP", help="a step, last or best (default: last)")
+    export.add_argument("--merge", action="store_true", help="with student.lora: the merged model, not the adapter")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(run=_export)
 
 
 def _plan_command(commands) -> None:
@@ -102,59 +114,6 @@ def _study_command(commands) -> None:
     study.add_argument("--dry-run", action="store_true", help="list the runs and where they stand, start nothing")
     study.add_argument("--report-only", action="store_true", help="write tables and plots of what is there")
     study.set_defaults(run=_study)
-
-
-STAGES = {
-    "prompts": "questions to speak, from chats, instructions or plain text",
-}
-
-
-class _StageHelp(argparse.Action):
-    """`--help` that also lists the settings of the stage, which only then is imported."""
-
-    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show this")
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from opd.data.command import describe
-
-        print(f"{parser.format_help()}\n{describe(parser.prog.split()[-1])}")
-        parser.exit()
-
-
-def _data_command(commands) -> None:
-    text = "make manifests of spoken prompts, stage by stage"
-    stages = commands.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
-    for name, text in STAGES.items():
-        stage = stages.add_parser(name, help=text, description=text, add_help=False)
-        stage.add_argument("source", help="manifest, data file or hub:owner/name[/config][:split]")
-        stage.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="a setting of the stage")
-        stage.add_argument("--out", type=Path, required=True, help="manifest to write, .jsonl or .parquet")
-        stage.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
-        stage.add_argument("--shard", metavar="I/N", help="do every N-th record from the I-th on, in this process")
-        stage.add_argument("--workers", type=int, metavar="N", help="records worked on at a time")
-        stage.add_argument("--limit", type=int, metavar="N", help="read no more records")
-        stage.add_argument("-h", "--help", action=_StageHelp)
-        stage.set_defaults(run=_data, stage=name)
-    listen = _recipe_command(stages, "listen", "a page with players: clips as a recipe's training hears them", _listen)
-    listen.add_argument("--out", type=Path, required=True, metavar="FILE", help="HTML file to write")
-    listen.add_argument("--records", type=int, default=12, metavar="N", help="default: 12")
-    listen.add_argument("--epochs", type=int, default=3, metavar="N", help="of each record (default: 3)")
-
-
-def _data(args: argparse.Namespace) -> int:
-    from opd.data import command
-
-    return command.main(args)
-
-
-def _listen(args: argparse.Namespace) -> int:
-    from opd.data import listen
-
-    for name in ("records", "epochs"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}: expected a number above 0, found {getattr(args, name)}")
-    return listen.main(args.recipe, args.overrides, args.out, args.records, args.epochs)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -222,6 +181,14 @@ def _study(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs: expected 1 or more, found {args.jobs}")
     return command.main(args.study, args.only, args.jobs, args.dry_run, args.report_only)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from opd.export import export
+
+    for line in export(args.run_folder, args.out, args.checkpoint, args.merge, args.overwrite):
+        print(line)
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from opd import saved
 from opd.augment import AugmentConfig
 from opd.settings import Section, UserError, override, read_yaml, validated
+from opd.verdict import EvalConfig
 
 
 class RunConfig(Section):
@@ -36,7 +38,7 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The speech LLM and which of its parts are trained."""
 
-    path: str = Field(description="checkpoint folder, hub id, or a run folder (its newest checkpoint)")
+    path: str = Field(description="checkpoint folder, hub id, or a run: RUN (its newest checkpoint), RUN:best, RUN:40")
     family: str | None = Field(None, description="see `opd families`; none: by the checkpoint's config.json")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
@@ -220,19 +222,6 @@ class TrainConfig(Section):
     timeout_s: PositiveInt = Field(1800, description="a collective that waits longer ends the run")
 
 
-class EvalConfig(Section):
-    """What is measured on held-out records, and when."""
-
-    test: str | None = Field(None, description="manifest of held-out questions with answers")
-    retention: str | None = Field(None, description="manifest of a skill that training must not cost")
-    limit: PositiveInt | None = Field(None, description="records of each manifest; all by default")
-    kl_limit: PositiveInt = Field(128, description="records for misalignment, forgetting and reverse KL")
-    start: str | None = Field(None, description="name of an evaluation before the first step; none: no evaluation")
-    end: bool = Field(True, description="evaluate after the last step, under the name run.stage")
-    every: PositiveInt | None = Field(None, description="steps between evaluations in training, without divergences")
-    every_limit: PositiveInt = Field(100, description="records of each manifest in those")
-
-
 class LaunchConfig(Section):
     """What `opd launch` starts, and where (opd/placement.py)."""
 
@@ -298,6 +287,7 @@ class Config(Section):
                 f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be more than "
                 f"rollout.max_tokens ({self.rollout.max_tokens}): no prompt would fit beside a response"
             )
+        self.eval.check()
         if self.student.lora is not None and "llm" not in self.student.train:
             raise ValueError(f"student.lora adapts the LLM: student.train must hold llm, found {self.student.train}")
         return self
@@ -343,6 +333,7 @@ NOT_COMPARED: tuple[str, ...] = (
     "launch",
     "metrics",
     "train.keep_checkpoints",
+    "eval.warn",
 )
 
 
@@ -368,25 +359,17 @@ def _run_dir(recipe: Path, config: Config) -> str:
 
 
 def resolve_model(path: str, key: str) -> str:
-    """A checkpoint folder as it is; a run folder becomes its newest checkpoint's `model/`; else a hub id.
+    """A checkpoint folder as it is; RUN, RUN:best or RUN:40 become `model/` of that checkpoint; else a hub id.
 
-    Raises UserError, naming the setting `key`, when a run folder holds no finished checkpoint, or a local-looking path
+    Raises UserError, naming the setting `key`, when a run folder holds no such checkpoint, or a local-looking path
     does not exist.
     """
+    run, which = saved.split(path)
+    if (run / "checkpoints").is_dir():
+        return str(saved.find(run, which, f"{key} {path}") / "model")
     p = Path(path)
-    if (p / "checkpoints").is_dir():
-        found = checkpoints(p)
-        if not found:
-            raise UserError(f"{key} {path}: a run folder without a finished checkpoint; run its recipe first")
-        return str(found[-1] / "model")
     if (p / "config.json").is_file():
         return path
     if p.exists() or path.startswith((".", "/", "~", "runs/", "recipes/")) or path.count("/") > 1:
         raise UserError(f"{key} {path}: expected a checkpoint folder with config.json or a run folder, found neither")
     return path
-
-
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    found = [p for p in Path(run_dir, "checkpoints").glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]))

@@ -67,6 +67,8 @@ class Display:
     def _show_evaluations(self) -> None:
         for line in self._new_evaluations():
             self.say(describe_evaluation(line))
+            for found in line.get("warnings", []):
+                self.say(f"warning: {found['text']}")
 
     def _show_step(self) -> None:
         line = self.newest()
@@ -127,6 +129,7 @@ class LiveDisplay(Display):
             rows.append(Text(f"  {p.command.name:8} {state:10} pid {p.guard.pid}  {uptime:4d} s  {where}"))
         status, line = self.status(), self.newest()
         rows.append(Text(f"  {status.get('phase', 'waiting')} {status.get('detail', '')}".rstrip()))
+        rows += [Text(f"  warning: {text}", style="yellow") for text in status.get("warnings", [])]
         if line is not None:
             bar = ProgressBar(total=self.steps, completed=line["step"], width=60)
             rows.append(Padding(bar, (0, 2)))  # the bar alone does not end its line

@@ -59,6 +59,13 @@ class Evaluator:
     writer: Teacher | None = None  # answers in the teacher's place; none: the teacher itself
     _teacher_right: list[float] | None = None  # the teacher is frozen: asked once
 
+    def __post_init__(self) -> None:
+        best = self.config.eval.best or ""
+        if best == "forgetting" and not self.teacher.gives_rows:
+            raise UserError("eval.best forgetting: needs the teacher's whole rows, so teacher.kind local or self")
+        if best.startswith("reverse_kl") and not self.teacher.grades:
+            raise UserError(f"eval.best {best}: a teacher with another tokenizer does not grade; choose another metric")
+
     def run(self) -> dict[str, Any]:
         """All metrics that the manifests allow, by the names of the design."""
         out: dict[str, Any] = {}
@@ -78,7 +85,10 @@ class Evaluator:
         return out
 
     def interim(self) -> dict[str, Any]:
-        """Accuracies, lengths and retention on the first eval.every_limit records: cheap enough for every few steps."""
+        """Accuracies, lengths and retention on the first eval.every_limit records: cheap enough for every few steps.
+
+        Divergences only where eval.best is one of them, on eval.kl_limit records as in `run`.
+        """
         out: dict[str, Any] = {}
         limit = self.config.eval.every_limit
         if self.test:
@@ -86,6 +96,11 @@ class Evaluator:
                 self._answers(self.test[:limit], view, out)
         if self.retention:
             self._retained(self.retention[:limit], out)
+        best = self.config.eval.best or ""
+        if best.startswith("reverse_kl"):
+            out |= self._reverse_kl()
+        elif best in ("misalignment", "forgetting"):
+            out |= self._divergences()
         return out
 
     # ---- accuracy -------------------------------------------------------------------------------------------------

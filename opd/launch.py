@@ -17,6 +17,7 @@ from opd.layout import Layout, layout
 from opd.metrics import MetricsLog, read_lines
 from opd.placement import node_of, placement_of
 from opd.report import write_report
+from opd.saved import split
 from opd.servers import Command, learner, servers
 from opd.supervise import supervise
 from opd.supervisor import sweep
@@ -138,12 +139,12 @@ def show(config: Config, recipe: str, overrides: list[str]) -> None:
         try:
             return resolve_model(path, key)
         except UserError as e:
-            if not path.startswith("runs/") and not Path(path, "config.yaml").is_file():
+            if not path.startswith("runs/") and not (split(path)[0] / "config.yaml").is_file():
                 raise
             if path not in missing:
                 print(f"# not there yet: {e}\n")
             missing.add(path)
-            return f"{path}/checkpoints/step_N/model"
+            return f"{split(path)[0]}/checkpoints/step_N/model"
 
     for node, host in enumerate(where.hosts):
         if nodes > 1:

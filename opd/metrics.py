@@ -132,6 +132,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, sinks: list[str], project: str, run_name: str) -> None:
         self.run_dir = run_dir
+        self.warnings: list[str] = []  # of the newest evaluation
         self._sinks = [_make_sink(name, run_dir, project, run_name) for name in sinks]
 
     def step(self, line: dict[str, Any]) -> None:
@@ -142,7 +143,9 @@ class MetricsLog:
     def evaluation(self, line: dict[str, Any]) -> None:
         """An evaluation, to eval.jsonl and every sink."""
         self._append("eval.jsonl", line)
-        self._copy({f"eval/{k}": line[k]["mean"] for k in EVAL_METRICS if k in line}, line["step"])
+        self._warned(line)
+        numbers = {f"eval/{k}": line[k]["mean"] for k in EVAL_METRICS if k in line}
+        self._copy(numbers | {"eval/warnings": len(self.warnings)}, line["step"])
 
     def sample(self, line: dict[str, Any]) -> None:
         """One rollout with its advantages, to samples.jsonl."""
@@ -154,7 +157,7 @@ class MetricsLog:
         """Replace status.json, atomically."""
         assert phase in PHASES, phase
         content: dict[str, Any] = {"phase": phase, "detail": detail, "step": step, "steps": steps, "error": error}
-        content["user_error"] = user_error
+        content |= {"user_error": user_error, "warnings": self.warnings}
         write_atomic(self.run_dir / "status.json", json.dumps(content))
 
     def failed(self, rank: int, steps: int, error: str, user_error: bool) -> None:
@@ -174,13 +177,18 @@ class MetricsLog:
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             path = self.run_dir / name
             if path.is_file():
-                kept = "".join(_json(line) for line in read_lines(path) if line["step"] <= step)
-                write_atomic(path, kept)
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                write_atomic(path, "".join(map(_json, kept)))
+                if name == "eval.jsonl":
+                    self._warned(kept[-1] if kept else {})
 
     def close(self) -> None:
         """End the sinks; the run folder's files are whole after every call."""
         for sink in self._sinks:
             sink.close()
+
+    def _warned(self, line: dict[str, Any]) -> None:
+        self.warnings = [w["text"] for w in line.get("warnings", [])]
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with open(self.run_dir / name, "a", encoding="utf-8") as f:

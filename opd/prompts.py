@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def records(path: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
     `streaming`: do not load a hub's data set or a Parquet file whole. Raises UserError for an unreadable manifest.
     """
     if path.startswith("hub:") or Path(path).suffix in (".parquet", ".json", ".csv"):
-        yield from _datasets_records(path, streaming)
+        yield from datasets_records(path, streaming)
         return
     if not Path(path).is_file():
         raise UserError(f"{path}: no such manifest; a JSONL file is expected")
@@ -176,9 +176,17 @@ def records(path: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
             except json.JSONDecodeError as e:
                 yield f"{path}:{number}", ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
+            except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+                yield f"{path}:{number}", ValueError(f"not readable as JSON: {e}")
 
 
-def _datasets_records(path: str, streaming: bool) -> Iterator[tuple[str, Any]]:
+def datasets_records(
+    path: str, streaming: bool, prepare: Callable[[Any], Any] = lambda data: data
+) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row of a hub's data set or a file that `datasets` reads, after `prepare` of the data set.
+
+    Raises UserError for what cannot be read.
+    """
     import datasets
 
     name, _, split = path.removeprefix("hub:").partition(":")
@@ -193,17 +201,21 @@ def _datasets_records(path: str, streaming: bool) -> Iterator[tuple[str, Any]]:
             data = datasets.load_dataset(of, part or None, split=split or "train", streaming=streaming)
         else:
             data = datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train", streaming=streaming)
-        for i, row in enumerate(data):
-            yield f"{path}:{i + 1}", _drop_none(row)
+        for i, row in enumerate(prepare(data)):
+            yield f"{path}:{i + 1}", _as_written(row)
     except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
         reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
         raise UserError(f"{path}: `datasets` cannot read it: {reason[0][:300]}") from e
 
 
-def _drop_none(node: Any) -> Any:
-    """Arrow fills absent keys with None: take them out again."""
+def _as_written(node: Any) -> Any:
+    """Undo what columns of one type make of records: absent keys are None, a text content is a list of one part."""
     if isinstance(node, dict):
-        return {k: _drop_none(v) for k, v in node.items() if v is not None}
+        kept = {k: _as_written(v) for k, v in node.items() if v is not None}
+        match kept.get("content"):
+            case [{"type": "text", "text": str(text), **rest}] if not rest:
+                kept["content"] = text
+        return kept
     if isinstance(node, list):
-        return [_drop_none(v) for v in node]
+        return [_as_written(v) for v in node]
     return node

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from opd.config import UserError
 from opd.metrics import EVAL_METRICS, STEP_METRICS, Estimate, Line, conform, mean_stderr, read_lines, write_atomic
+from opd.saved import best_of, split
+from opd.verdict import newest_warnings
 
 VIEWS = ("speech", "text")
 PHASES = ("rollout", "teacher", "learner", "sync", "rest")  # of a step; time/<phase> add up to time/step
@@ -49,10 +51,21 @@ class Run:
             return f"no status.json, {after}"
         phase, detail, error = (self.status.get(k) for k in ("phase", "detail", "error"))
         if phase == "finished":
-            return f"finished, {self.done} steps"
+            return f"finished, {self.done} steps{f' of {steps}: {detail}' if detail else ''}"
         if phase == "failed":
             return f"failed {after}: {error or 'no reason was recorded'}"
         return f"not finished: {phase}{f' ({detail})' if detail else ''}, {after}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What its evaluations warned of."""
+        return newest_warnings([*self.evaluations, *self.interim])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What report.json says of it beside its status."""
+        about = {"name": self.name, "folder": str(self.folder), "state": self.state, "warnings": self.warnings}
+        return about | {"best": best_of(self.folder)}
 
     @property
     def records(self) -> dict[str, Any]:
@@ -142,6 +155,11 @@ class _Estimate(_Loose):
     n: int | None = None
 
 
+class _Warning(_Loose):
+    name: str
+    text: str
+
+
 class _Step(Line):
     seconds: float
 
@@ -155,6 +173,7 @@ class _Evaluation(Line):
     groups: dict[str, dict[str, _Estimate]] | None = None
     first: dict[str, _Estimate] | None = None
     interim: bool = False
+    warnings: list[_Warning] | None = None
 
 
 class _Launch(BaseModel):
@@ -275,7 +294,7 @@ def chain(runs: list[Run]) -> list[Pipeline]:
         return [*line(parents[run.name]), run] if run.name in parents else [run]
 
     for run in runs:
-        found = [p for p in runs if run not in line(p) and _student(run).is_relative_to(p.folder.resolve())]
+        found = [p for p in runs if run not in line(p) and student_of(run).is_relative_to(p.folder.resolve())]
         if found:
             parents[run.name] = max(found, key=lambda p: len(p.folder.resolve().parts))
     continued = {p.name for p in parents.values()}
@@ -283,14 +302,14 @@ def chain(runs: list[Run]) -> list[Pipeline]:
     return [Pipeline(members, _stages(members)) for members in lines]
 
 
-def _student(run: Run) -> Path:
+def student_of(run: Run) -> Path:
     """Where the run's student lies. Relative paths of a recipe are relative to where the run was started."""
     folder = run.folder.resolve()
     told = Path(os.path.normpath(str(_section(run.config, "run").get("dir") or ".")))
     depth = len(told.parts)
     here = bool(depth) and ".." not in told.parts and folder.parts[-depth:] == told.parts
     start = Path(*folder.parts[:-depth]) if here else Path.cwd()
-    return (start / run.config["student"]["path"]).resolve()
+    return (start / split(run.config["student"]["path"])[0]).resolve()
 
 
 def _stages(runs: list[Run]) -> list[dict[str, Any]]:
@@ -354,7 +373,7 @@ def summarise(pipelines: list[Pipeline]) -> dict[str, Any]:
             {"name": p.name, "runs": [r.name for r in p.runs], "stages": [stages.index(s) for s in p.stages]}
             for p in pipelines
         ],
-        "runs": [r.status | {"name": r.name, "folder": str(r.folder), "state": r.state} for r in runs],
+        "runs": [r.status | r.about for r in runs],
         "wall_s": round(sum(wall(r) for r in runs), 1),
     }
 

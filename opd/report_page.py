@@ -141,8 +141,9 @@ _HEADLINE: dict[str, Cell] = {
 
 
 def _warnings(runs: list[Run]) -> str:
-    open_ = [f"{r.name}: {r.state}" for r in runs if r.status.get("phase") != "finished"]
-    return "".join(f'<p class="warn">{escape(text)}</p>' for text in open_)
+    found = [f"{r.name}: {r.state}" for r in runs if r.status.get("phase") != "finished"]
+    found += [f"{r.name}: {text}" for r in runs for text in r.warnings]
+    return "".join(f'<p class="warn">{escape(text)}</p>' for text in found)
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from opd.config import Config, UserError, checkpoints, compared, dump_config
+from opd.config import Config, UserError, compared, dump_config
+from opd.saved import checkpoints
 
 PACKAGES = ("opd", "torch", "transformers", "deepspeed", "accelerate", "trl", "datasets", "torchaudio", "peft")
 # What a run makes once its config.yaml is there.

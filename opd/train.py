@@ -19,18 +19,20 @@ import torch.distributed as dist
 from opd import checkpoint, extensions, run_folder
 from opd.batch import all_reduce, make_batch, make_samples, view_shares
 from opd.clips import ClipLoader, Room, list_bad, listed
+from opd.clock import Clock
 from opd.config import Config, UserError, load_config, resolve_model
 from opd.evaluate import Evaluator, decode
 from opd.http import Server, check_model
 from opd.layout import asks_teacher_servers, evaluates, needs_teacher, teacher_servers
 from opd.learner import Learner, deepspeed_settings
-from opd.metrics import MetricsLog
+from opd.metrics import MetricsLog, read_lines
 from opd.models import family_of
 from opd.prompts import PromptStream, read_manifest
 from opd.rollout import ResponseSource, VllmSampler, make_source
 from opd.teacher import ServerTeacher, Teacher
 from opd.teachers import make_start, make_teacher
 from opd.types import VIEWS, Batch, Prompt, Sample, ScoredRollout, View
+from opd.verdict import Verdict, verdict, warnings
 from opd.views import transcript
 from opd.weight_sync import WeightSync
 
@@ -50,14 +52,17 @@ class Parts:
     sync: WeightSync | None = None
     evaluator: Evaluator | None = None
     seconds: float = 0.0  # trained, over all resumes
+    verdict: Verdict = field(default_factory=Verdict)  # on the evaluations so far
 
 
-def loop(parts: Parts, start: int) -> None:
-    """Warm start and X-OPD alike: respond, score, step, push."""
+def loop(parts: Parts, start: int) -> int:
+    """Warm start and X-OPD alike: respond, score, step, push. Returns how many steps are done at its end."""
     c, learner = parts.config, parts.learner
     on_policy = c.rollout.student_writes
     grader = parts.teacher if c.objective.asks_teacher and not c.objective.reads_rows else None
     for step in range(start, c.train.steps):
+        if parts.verdict.stop:
+            return step
         clock = Clock()
         mine = parts.stream.shard(step, learner.rank, learner.world)
         prompts, clips = load_clips(parts, mine, parts.stream.epoch(step))
@@ -75,9 +80,8 @@ def loop(parts: Parts, start: int) -> None:
             clock.lap("sync")
         report_step(parts, step + 1, batch, stats, clock)
         look(parts, step + 1)
-        if (step + 1) % c.train.checkpoint_every == 0 or step + 1 == c.train.steps:
-            status(parts, "checkpointing", step + 1)
-            checkpoint.save(learner, c.run.dir, step + 1, parts.seconds, c.train.keep_checkpoints)
+        keep(parts, step + 1)
+    return c.train.steps
 
 
 def load_clips(
@@ -103,28 +107,6 @@ def rest(parts: Parts) -> None:
     """Have the servers sleep until the next push, where they share the learner's device."""
     if parts.sync is not None:
         parts.sync.sleep()
-
-
-@dataclass
-class Clock:
-    """Seconds of a step by phase."""
-
-    start: float = field(default_factory=time.perf_counter)
-    laps: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._mark = self.start
-
-    def lap(self, name: str) -> None:
-        """Put the seconds since the last lap down to a phase."""
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._mark
-        self._mark = now
-
-    def metrics(self) -> dict[str, float]:
-        """time/<phase>, time/rest (whatever no phase claimed) and time/step."""
-        self.lap("rest")
-        return {f"time/{k}": v for k, v in self.laps.items()} | {"time/step": self._mark - self.start}
 
 
 def report_step(parts: Parts, done: int, batch: Batch, stats: dict[str, float], clock: Clock) -> None:
@@ -182,6 +164,26 @@ def look(parts: Parts, step: int) -> None:
             rest(parts)
 
 
+def keep(parts: Parts, step: int) -> None:
+    """A checkpoint, where one is due: every train.checkpoint_every steps, at the end, and of the best evaluation."""
+    c, seen = parts.config, parts.verdict
+    last = step == c.train.steps or bool(seen.stop)
+    if last or step % c.train.checkpoint_every == 0 or (seen.best is not None and seen.best.step == step):
+        status(parts, "checkpointing", step)
+        checkpoint.save(parts.learner, c.run.dir, step, parts.seconds, c.train.keep_checkpoints, seen.named)
+
+
+def judge(parts: Parts) -> Verdict:
+    """The verdict on the lines of eval.jsonl: rank 0 reads them and tells the others."""
+    c = parts.config
+    if c.eval.best is None:
+        return Verdict()
+    found = [verdict(read_lines(Path(c.run.dir, "eval.jsonl")), c.eval) if parts.log is not None else None]
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
 def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None:
     """One line of eval.jsonl, when the recipe names held-out records; an interim one says that it is, and is cheap."""
     if parts.evaluator is None:
@@ -198,7 +200,13 @@ def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None
             "rollout": {"engine": "vllm", "version": vllm_version()},
         }
         head = {"stage": stage, "step": step, "train_seconds": parts.seconds}
-        parts.log.evaluation(head | {"eval_seconds": time.perf_counter() - began} | result | about)
+        line = head | {"eval_seconds": time.perf_counter() - began} | result | about
+        before = read_lines(Path(parts.config.run.dir, "eval.jsonl"))
+        found = warnings(before, line, parts.config.eval.warn)
+        parts.log.evaluation(line | {"warnings": found})
+        for one in found:
+            print(f"warning: {one['text']}", flush=True)
+    parts.verdict = judge(parts)
 
 
 def vllm_version() -> str:
@@ -299,6 +307,7 @@ def run(config: Config) -> None:
         start, parts.seconds = checkpoint.load_newest(parts.learner, config.run.dir)
         if log is not None:
             log.truncate_after(start)
+        parts.verdict = judge(parts)
         if config.eval.start and start == 0:
             evaluate(parts, config.eval.start, 0)
         if config.rollout.student_writes:
@@ -306,10 +315,12 @@ def run(config: Config) -> None:
         else:
             rest(parts)
         status(parts, "training", start)
-        loop(parts, start)
+        done = loop(parts, start)
         if config.eval.end:
-            evaluate(parts, config.run.stage, config.train.steps)
-        status(parts, "finished", config.train.steps)
+            evaluate(parts, config.run.stage, done)
+        if log is not None:
+            checkpoint.settle(config.run.dir, config.train.keep_checkpoints, parts.verdict.named)
+        status(parts, "finished", done, parts.verdict.stop if done < config.train.steps else "")
     finally:
         if parts.sync is not None:
             parts.sync.close()

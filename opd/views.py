@@ -30,6 +30,12 @@ def transcript(prompt: Prompt) -> str:
     return "\n".join(lines)
 
 
+def joined(message: Message) -> Message:
+    """Text templates of many LLMs take strings only: join the text parts."""
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": "".join(p["text"] for p in content)}
+
+
 def _audio_parts(prompt: Prompt) -> list[dict[str, Any]]:
     contents = [m["content"] for m in prompt.messages if not isinstance(m["content"], str)]
     return [part for content in contents for part in content if part["type"] == "audio"]

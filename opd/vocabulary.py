@@ -10,7 +10,7 @@ from opd.audio import BadAudio
 from opd.checks import Facts, Warned
 from opd.config import UserError
 from opd.types import Message, Prompt
-from opd.views import render
+from opd.views import joined, render
 
 if TYPE_CHECKING:
     from opd.models.base import Family
@@ -51,12 +51,6 @@ def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Ite
         a, b = (t(text, add_special_tokens=False).input_ids for t in (family.tokenizer, teacher))
         if a != b:
             raise UserError(f"teacher.path {teacher_path}: same vocabulary, but {text[:80]!r} becomes {b}, not {a}")
-
-
-def joined(message: dict[str, Any]) -> dict[str, Any]:
-    """Text templates of many LLMs take strings only: join the text parts."""
-    content = message["content"]
-    return message if isinstance(content, str) else {**message, "content": "".join(p["text"] for p in content)}
 
 
 def tokenizers(facts: Facts) -> str:

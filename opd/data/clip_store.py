@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,10 +16,15 @@ FOLDER = "audio"
 
 
 class ClipStore:
-    """The folder `audio` beside a manifest; paths in manifests are relative to `root`, the manifest's own folder."""
+    """The folder `audio` beside a manifest; paths in manifests are relative to `root`, the manifest's own folder.
 
-    def __init__(self, root: Path) -> None:
+    Clips are written in the folder `aside` of the same file system and moved once they are whole; who makes a store
+    empties that folder of what an earlier process left there.
+    """
+
+    def __init__(self, root: Path, aside: Path | None = None) -> None:
         self.root = root.resolve()
+        self._aside_folder = aside or self.root / FOLDER
 
     def make(self, key: str, wave: Callable[[], tuple[np.ndarray, int]]) -> Path:
         """The clip of this key; unless it is there, what `wave` gives ([samples] in [-1, 1], Hz) as 16-bit FLAC."""
@@ -27,8 +33,18 @@ class ClipStore:
         path = self._path(key, ".flac")
         if not path.is_file():
             samples, rate = wave()
+            encoded = io.BytesIO()  # libsndfile would not tell of a disk that is full when it closes a file
+            soundfile.write(encoded, samples, rate, format="FLAC", subtype="PCM_16")
             with self._aside(path) as aside:
-                soundfile.write(aside, samples, rate, format="FLAC", subtype="PCM_16")
+                aside.write_bytes(encoded.getbuffer())
+        return path
+
+    def put(self, content: bytes, suffix: str) -> Path:
+        """A clip that is encoded already, named by its bytes."""
+        path = self._path(hashlib.sha256(content).hexdigest()[:32], suffix)
+        if not path.is_file():
+            with self._aside(path) as aside:
+                aside.write_bytes(content)
         return path
 
     def adopt(self, path: Path) -> Path:
@@ -54,12 +70,12 @@ class ClipStore:
     def _path(self, key: str, suffix: str) -> Path:
         return self.root / FOLDER / key[:2] / f"{key}{suffix}"
 
-    @staticmethod
     @contextlib.contextmanager
-    def _aside(path: Path) -> Iterator[Path]:
+    def _aside(self, path: Path) -> Iterator[Path]:
         """A file to write that takes its name once it is whole, on the disk too."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        for folder in (path.parent, self._aside_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        aside = self._aside_folder / f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
         try:
             yield aside
             with open(aside, "rb") as f:

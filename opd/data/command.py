@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import threading
 from functools import partial
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from opd.data.runner import run_stage
 from opd.data.stage import Stage
@@ -13,6 +16,11 @@ from opd.settings import UserError, override, read_yaml, validated
 
 STAGES = {
     "prompts": "opd.data.prompts:Prompts",
+    "natural": "opd.data.natural:Natural",
+    "rewrite": "opd.data.rewrite:Rewrite",
+    "speak": "opd.data.speak:Speak",
+    "verify": "opd.data.verify:Verify",
+    "respond": "opd.data.respond:Respond",
 }
 
 
@@ -28,7 +36,7 @@ def make_stage(name: str, settings: dict[str, Any], source: str) -> Stage:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run one stage: 0 done, 1 when records failed or other shards have work left."""
+    """Run one stage, or this process's shard of it: 0 done, 1 when records failed and may be tried again."""
     raw: dict[str, Any] = read_yaml(args.config) if args.config else {}
     for item in args.overrides:
         override(raw, item)
@@ -40,9 +48,15 @@ def main(args: argparse.Namespace) -> int:
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option}: expected a number above 0, found {getattr(args, option)}")
     shard = int(first), int(of)
-    summary = run_stage(stage, args.source, args.out, shard, args.workers, args.limit, partial(print, flush=True))
-    print(summary)
-    return 1 if summary.failed or summary.open else 0
+    say = partial(print, flush=True)
+    try:
+        summary = run_stage(stage, args.source, args.out, shard, args.workers, args.limit, say)
+    except KeyboardInterrupt:
+        if any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread()):
+            os._exit(130)  # Python would wait for requests that may take minutes; what is done is on the disk
+        raise
+    say(summary)
+    return 1 if summary.failed else 0
 
 
 def describe(name: str) -> str:
@@ -50,9 +64,18 @@ def describe(name: str) -> str:
     stage = stage_class(name)
     lines = [f"settings of `opd data {stage.name}`, as key=value or in a YAML file (--config):"]
     for name, field in stage.model_fields.items():
-        kind = getattr(field.annotation, "__name__", str(field.annotation)).replace("typing.", "")
-        if choices := get_args(field.annotation):
-            kind = "|".join(getattr(c, "__name__", str(c)) for c in choices)
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {name:<14} {field.description or ''} ({kind}; {default})")
+        lines.append(f"  {name:<14} {field.description or ''} ({_kind(field.annotation)}; {default})")
     return "\n".join(lines)
+
+
+def _kind(annotation: Any) -> str:
+    """A type as a user would write down what it takes."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, inside))
+    if origin is Annotated:
+        return _kind(inside[0])
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(kind) for kind in inside if kind is not NoneType)
+    return str(annotation) if origin else getattr(annotation, "__name__", str(annotation))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -19,6 +19,8 @@ T = TypeVar("T")
 class Endpoint(Section):
     """Where an OpenAI-compatible server is, and how patiently it is asked."""
 
+    elsewhere: ClassVar[tuple[str, ...]] = ("url", "key_env", "timeout_s", "retries")
+
     url: str = Field(description="base URL, such as http://127.0.0.1:8000/v1")
     model: str = Field(description="name of the model there")
     key_env: str | None = Field(None, description="environment variable that holds the API key; none: no key")
@@ -26,7 +28,7 @@ class Endpoint(Section):
     retries: PositiveInt = Field(4, description="after a refused connection, a time-out, HTTP 408, 409, 429 or 5xx")
 
     def check(self, setting: str) -> None:
-        """Raise UserError, naming the setting, unless the URL is one, the key is there and the endpoint answers."""
+        """Raise UserError, naming the setting, unless the URL is one and the key is there."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"{setting}.url: expected http://HOST[:PORT]/v1 or https://…, found {self.url!r}")
@@ -63,6 +65,6 @@ class Endpoint(Section):
             told = f"{self.url}: HTTP {e.status_code}: {' '.join(e.message.split())[:200]}"
             if e.status_code in (401, 403, 404, 408, 409, 429) or e.status_code >= 500:
                 raise Unavailable(told) from e
-            raise Failed(told) from e
+            raise Failed(f"refused: {told}") from e
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError, KeyError) as e:
-            raise Failed(f"{self.url}: nonsense: {type(e).__name__}: {e}"[:300]) from e
+            raise Failed(f"nonsense: {self.url}: {type(e).__name__}: {e}"[:300]) from e

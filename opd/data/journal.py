@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from opd.settings import UserError
 
@@ -13,31 +13,26 @@ from opd.settings import UserError
 class Place(NamedTuple):
     """Where a result is written."""
 
-    file: int
+    file: Path
     offset: int
 
 
 class Journal:
     """Results by key, of all shards of a stage; this process appends to the file of its own shard.
 
-    A line is {"key", "record"} or {"key", "drop"}. A last line that was cut off is taken out. Raises UserError for a
-    file that is damaged elsewhere.
+    A line is {"key", "record"} or {"key", "drop", "id"}. A last line that was cut off is taken out. Raises UserError
+    for a file that is damaged elsewhere.
     """
 
     def __init__(self, folder: Path, shard: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._own = folder / f"journal-{shard}.jsonl"
+        self._folder, self._own = folder, folder / f"journal-{shard}.jsonl"
         self._fd = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o644)
-        self._files = sorted({*folder.glob("journal-*.jsonl"), self._own})
+        self._open: dict[Path, BinaryIO] = {}
+        self._ends: dict[Path, int] = {}  # of the last whole line
         self._places: dict[str, Place] = {}
-        self._end = 0
-        for i, path in enumerate(self._files):
-            end = self._read(i, path)
-            if path == self._own:
-                os.ftruncate(self._fd, end)
-                self._end = end
-        self._mine = self._files.index(self._own)
-        self._open = [open(path, "rb") for path in self._files]  # noqa: SIM115 - closed in close()
+        self.refresh()
+        os.ftruncate(self._fd, self._ends[self._own])
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -51,38 +46,57 @@ class Journal:
 
     def add(self, key: str, result: dict[str, Any]) -> None:
         """Append a result, whole or not at all. Raises OSError, as for a full disk, and has written nothing then."""
-        line = (json.dumps({"key": key, **result}, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps({"key": key, **result}, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+        end = self._ends[self._own]
+        os.ftruncate(self._fd, end)  # what an interrupted call has left
         try:
             done = 0
             while done < len(line):
-                done += os.pwrite(self._fd, line[done:], self._end + done)
+                done += os.pwrite(self._fd, line[done:], end + done)
         except OSError:
-            os.ftruncate(self._fd, self._end)
+            os.ftruncate(self._fd, end)
             raise
-        self._places[key] = Place(self._mine, self._end)
-        self._end += len(line)
+        self._ends[self._own] = end + len(line)
+        self._places[key] = Place(self._own, end)
+
+    def refresh(self) -> None:
+        """Take up what other shards have added since it was last read."""
+        for path in sorted({*self._folder.glob("journal-*.jsonl"), self._own}):
+            if path not in self._open:
+                self._open[path] = open(path, "rb")  # noqa: SIM115 - closed in close()
+            self._ends[path] = self._read(path, self._ends.get(path, 0))
 
     def close(self) -> None:
-        """Have the system write it out."""
-        os.fsync(self._fd)
-        os.close(self._fd)
-        for f in self._open:
-            f.close()
+        """Have the system write it out. Raises OSError when it cannot."""
+        try:
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+            for f in self._open.values():
+                f.close()
 
-    def _read(self, i: int, path: Path) -> int:
-        """Index a file; where its last whole line ends."""
-        offset = 0
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    key = json.loads(line)["key"]
-                except (ValueError, KeyError, TypeError) as e:
-                    raise UserError(
-                        f"{path}:{number}: expected a stage's result, found {line[:40]!r}; take the line out, and the "
-                        "stage makes that record again"
-                    ) from e
-                self._places[key] = Place(i, offset)
-                offset += len(line)
+    def _read(self, path: Path, offset: int) -> int:
+        """Index a file from an offset on; where its last whole line ends."""
+        f = self._open[path]
+        f.seek(offset)
+        for line in f:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                self._places[_key(line)] = Place(path, offset)
+            except ValueError as e:
+                raise UserError(
+                    f"{path}: at byte {offset}: expected a stage's result, found {line[:40]!r}; take the line out, and "
+                    "the stage makes that record again"
+                ) from e
+            offset += len(line)
         return offset
+
+
+def _key(line: bytes) -> str:
+    content = json.loads(line)
+    if not isinstance(content, dict) or not isinstance(content.get("key"), str):
+        raise ValueError("no key")
+    if not isinstance(content.get("record"), dict) and not isinstance(content.get("drop"), str):
+        raise ValueError("no result")
+    return content["key"]

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
-import os
-import signal
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd import run_folder
+from opd.data import manifest
 from opd.data.clip_store import ClipStore
 from opd.data.journal import Journal
-from opd.data.stage import Drop, Failed, Record, Stage, Work, audio_parts, content_id
+from opd.data.pool import Outcome, Pool
+from opd.data.stage import Record, Stage, audio_parts, content_id
 from opd.metrics import write_atomic
-from opd.prompts import parse_record, records
+from opd.prompts import parse_record
 from opd.settings import UserError
 
 MAX_FAILED = 0.01  # share of the records tried, and more than FEW of them
 FEW = 10
-THREADS = 16  # requests to an endpoint at a time, unless --workers says otherwise
+GRACE_S = 10.0  # after Ctrl-C, for records that are being made
 
 
 @dataclass
@@ -50,13 +42,14 @@ class Summary:
 
     def __str__(self) -> str:
         if self.open:
-            return f"{self.out}: not written yet, {self.open} of {self.read} records are left to other shards"
-        told = [f"{self.written} of {self.read} records"]
+            told = [f"{self.out}: not written yet, {self.open} of {self.read} records are left to other shards"]
+        else:
+            told = [f"wrote {self.out}: {self.written} of {self.read} records"]
         for what, counts in (("dropped", self.dropped), ("failed", self.failed)):
             if counts:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
                 told.append(f"{counts.total()} {what} ({reasons})")
-        return f"wrote {self.out}: " + ", ".join(told)
+        return ", ".join(told)
 
 
 def run_stage(
@@ -86,15 +79,27 @@ def run_stage(
     stage.check()
     folder = out.with_suffix(".stage")
     with run_folder.lock(folder, shard[0], of="--out", by=f"opd data {stage.name}"):
-        journal = Journal(folder, shard[0])
+        aside = folder / f"aside-{shard[0]}"
         try:
-            run = _Run(stage, source, out, journal, shard, limit, say)
-            run.make(workers)
-            return run.finish(folder)
+            if aside.exists():  # of a run that was killed
+                shutil.rmtree(aside)
+            aside.mkdir()
+            with contextlib.closing(Journal(folder, shard[0])) as journal:
+                run = _Run(stage, source, out, journal, aside, shard, limit, say)
+                run.make(workers)
+                return run.finish(folder)
         except OSError as e:
-            raise UserError(f"{out.parent}: {e.strerror or e}; what is done is kept, the same command goes on") from e
+            where = e.filename or out.parent
+            raise UserError(f"{where}: {e.strerror or e}; what is done is kept, the same command goes on") from e
         finally:
-            journal.close()
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+class Job(NamedTuple):
+    """What is being made."""
+
+    key: str
+    id: str | None
 
 
 @dataclass
@@ -103,66 +108,83 @@ class _Run:
     source: str
     out: Path
     journal: Journal
+    aside: Path
     shard: tuple[int, int]
     limit: int | None
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.store = ClipStore(self.out.parent)
+        self.store = ClipStore(self.out.parent, self.aside)
         self.keys: list[str] = []  # of all records, in order
+        self.failed: set[str] = set()
         self.summary = Summary(self.out)
         self.ticker = _Ticker(self.stage.name, self.say)
 
     def make(self, workers: int | None) -> None:
         """Do what is missing of this shard."""
-        count: int = workers or (THREADS if self.stage.workers == "thread" else _cores())
-        pool = _pool(self.stage, self.out.parent, count)
-        flying: dict[Future[tuple[str, dict[str, Any]]], str] = {}
+        pool = Pool(self.stage, self.store, workers)
+        flying: dict[Future[Outcome], Job] = {}
+        patience = None
         try:
-            for key, record in self._missing():
-                flying[pool.submit(_work, record)] = key
-                if len(flying) >= 4 * count:
+            for job, record in self._missing():
+                flying[pool.submit(record)] = job
+                if len(flying) >= 4 * pool.count:
                     self._collect(flying)
             while flying:
                 self._collect(flying)
         except BrokenExecutor as e:
-            raise UserError(
-                f"{self.stage.name}: a worker process died; was memory short? Try --workers {count // 2 or 1}"
-            ) from e
+            fewer = f"; was memory short? Try --workers {pool.count // 2}" if pool.count > 1 else ""
+            raise UserError(f"{self.stage.name}: a worker process died{fewer}") from e
+        except KeyboardInterrupt:
+            patience = GRACE_S
+            self.say(f"{self.stage.name}: interrupted; what is done is kept, the same command goes on")
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            with suppress(OSError, UserError):  # the one that is on its way says why
-                for future, key in flying.items():
-                    if future.done() and not future.cancelled() and future.exception() is None:
-                        self._keep(key, *future.result())
+            pool.end(flying, patience)
+            for future, job in flying.items():
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    with contextlib.suppress(OSError, UserError):  # the one that is on its way says why
+                        self._keep(job, *future.result())
 
-    def _missing(self) -> Iterator[tuple[str, Record]]:
+    def _missing(self) -> Iterator[tuple[Job, Record]]:
         """The records of this shard that have no result yet; notes every record's key on the way."""
         seen: set[str] = set()
         for i, (place, row) in enumerate(_read(self.stage, self.source, self.limit)):
-            key = self.stage.key(row) if isinstance(row, dict) else self.stage.key({"place": place, "error": str(row)})
+            key, why = self._key(place, row)
             self.keys.append(key)
             mine = i % self.shard[1] == self.shard[0] and key not in seen
             seen.add(key)
             if not mine or (key in self.journal and self._whole(key)):
                 continue
-            if isinstance(row, dict):
-                yield key, row
+            job = Job(key, str(row["id"]) if isinstance(row, dict) and "id" in row else None)
+            if why is None:
+                yield job, row
             else:
-                self._keep(key, "drop", f"not usable: {row}")
+                self._keep(job, "drop", f"not usable: {place}: {why}")
+
+    def _key(self, place: str, row: Any) -> tuple[str, str | None]:
+        """The key of a row, and what is wrong with it."""
+        why = str(row) if isinstance(row, ValueError) else None
+        if why is None:
+            try:
+                return self.stage.key(row), None
+            except UnicodeEncodeError:
+                why = "half a surrogate pair, which is no text"
+        return self.stage.key({"place": ascii(place), "error": ascii(why)}), why
 
     def _whole(self, key: str) -> bool:
         """Whether the clips of a result are still there."""
         record = self.journal[key].get("record", {})
         return all((self.store.root / part["path"]).is_file() for part in audio_parts(record))
 
-    def _collect(self, flying: dict[Future[tuple[str, Any]], str]) -> None:
+    def _collect(self, flying: dict[Future[Outcome], Job]) -> None:
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in [f for f in flying if f in done]:  # in their order
             self._keep(flying.pop(future), *future.result())
 
-    def _keep(self, key: str, kind: str, result: Any) -> None:
+    def _keep(self, job: Job, kind: str, result: Any) -> None:
         if kind == "failed":
+            self.failed.add(job.key)
             self.summary.failed[_reason(result)] += 1
             failed, tried = self.summary.failed.total(), self.summary.made + self.summary.failed.total()
             if failed > FEW and failed > MAX_FAILED * tried:
@@ -171,7 +193,7 @@ class _Run:
                     "kept, the same command goes on"
                 )
             return
-        self.journal.add(key, {kind: result})
+        self.journal.add(job.key, {kind: result} | ({"id": job.id} if kind == "drop" else {}))
         self.summary.made += 1
         self.ticker.tick(self.summary)
 
@@ -179,60 +201,55 @@ class _Run:
         """Write the manifest, once every record has its result."""
         s = self.summary
         s.read = len(self.keys)
-        s.open = len({key for key in self.keys if key not in self.journal}) - s.failed.total()
-        if s.open > 0:
-            return s
         if s.read == 0:
             raise UserError(f"{self.source}: holds no record")
+        self.journal.refresh()
+        s.open = len({key for key in self.keys if key not in self.journal} - self.failed)
+        if s.open:
+            return s
         dropped: list[str] = []
-        aside = self.out.with_name(f".{self.out.name}.{os.getpid()}.jsonl")
-        try:
-            with open(aside, "w", encoding="utf-8") as f:
-                for record in self._results(dropped):
-                    f.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    s.written += 1
-                f.flush()
-                os.fsync(f.fileno())
-            if s.written == 0:
-                raise UserError(f"{self.stage.name}: no record is left: {s}".replace(f"wrote {self.out}: ", ""))
-            _place(aside, self.out)
-        finally:
-            aside.unlink(missing_ok=True)
+        s.written = manifest.write(self._results(dropped), self.out, self.aside)
         write_atomic(folder / "dropped.jsonl", "".join(dropped))
+        if s.written == 0:
+            told = str(s).replace(f"wrote {self.out}: ", "")
+            raise UserError(f"{self.stage.name}: no record is left: {told}; {folder / 'dropped.jsonl'} names them")
         counts = {"read": s.read, "written": s.written, "dropped": s.dropped, "failed": s.failed}
         about = {"stage": self.stage.name, "version": self.stage.version, "source": self.source, **counts}
-        write_atomic(
-            folder / "stage.json", json.dumps(about | {"settings": self.stage.model_dump(mode="json")}, indent=1)
-        )
+        about |= {"settings": self.stage.model_dump(mode="json")}
+        write_atomic(folder / "stage.json", json.dumps(about, indent=1))
         return s
 
     def _results(self, dropped: list[str]) -> Iterator[Record]:
-        chosen, written = self.stage.chosen(), set()
+        chosen, written, ids = self.stage.chosen(), set(), set()
         for i, key in enumerate(self.keys):
             if key not in self.journal:
                 continue
             result = self.journal[key]
-            record = result.get("record")
-            why = result.get("drop") if record is None else "twice in the input" if key in written else chosen(record)
+            record, name = result.get("record"), result.get("id")
+            if record is not None:
+                name = record.get("id")
+                why = "twice in the input" if key in written else None
+                why = why or (f"id used before: {name}" if name in ids else chosen(record))
+            else:
+                why = result["drop"]
             written.add(key)
             if why is None and record is not None:
+                ids.add(name)
                 yield record
             else:
                 self.summary.dropped[_reason(str(why))] += 1
-                dropped.append(json.dumps({"record": i + 1, "id": (record or {}).get("id"), "reason": why}) + "\n")
+                line = {"record": i + 1, "id": name, "reason": why}
+                dropped.append(json.dumps(line) + "\n")
 
 
 def _read(stage: Stage, source: str, limit: int | None) -> Iterator[tuple[str, Any]]:
     """(place, record) of each row; a ValueError in a bad one's place. Clips of a record have absolute paths."""
     root = Path(source).resolve().parent
-    for i, (place, row) in enumerate(records(source, streaming=True)):
+    for i, (place, row) in enumerate(stage.rows(source)):
         if limit is not None and i >= limit:
             return
-        if stage.raw or isinstance(row, ValueError):
-            yield place, row
-            continue
         try:
-            yield place, _normal(row, root, place)
+            yield place, row if stage.raw and isinstance(row, dict) else _normal(row, root, place)
         except ValueError as e:
             yield place, e
 
@@ -240,66 +257,9 @@ def _read(stage: Stage, source: str, limit: int | None) -> Iterator[tuple[str, A
 def _normal(row: Any, root: Path, place: str) -> Record:
     """A record with `messages` and an id, whichever form it has. Raises ValueError as parse_record does."""
     prompt = parse_record(row, root, place)
-    record = {k: v for k, v in row.items() if k not in ("audio", "transcript")}
+    record = {k: v for k, v in row.items() if k not in ("audio", "transcript", "id")}
     record |= {"messages": json.loads(json.dumps(prompt.messages))}
-    return {"id": str(row["id"]) if "id" in row else content_id(record)} | record
-
-
-def _place(aside: Path, out: Path) -> None:
-    """Give a whole manifest its name, in the format of that name."""
-    if out.suffix == ".parquet":
-        import datasets
-
-        made = aside.with_suffix(".parquet")
-        try:
-            datasets.Dataset.from_json(str(aside)).to_parquet(made)
-            made.replace(out)
-        finally:
-            made.unlink(missing_ok=True)
-    else:
-        aside.replace(out)
-
-
-# Workers. A process pool builds the stage's function once in each process, a thread pool shares one.
-
-_worker: tuple[Work, ClipStore] | None = None
-
-
-def _pool(stage: Stage, root: Path, count: int) -> Executor:
-    if stage.workers == "thread":
-        _start(stage, root)
-        return ThreadPoolExecutor(count)
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=spawn, initializer=_start_process, initargs=(stage, root))
-
-
-def _start_process(stage: Stage, root: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
-    _start(stage, root)
-
-
-def _start(stage: Stage, root: Path) -> None:
-    global _worker
-    store = ClipStore(root)
-    _worker = stage.begin(store), store
-
-
-def _work(record: Record) -> tuple[str, Any]:
-    assert _worker is not None
-    work, store = _worker
-    try:
-        made = work(record)
-        for part in audio_parts(made):
-            part["path"] = store.relative(store.adopt(Path(part["path"])))
-        return "record", made
-    except Drop as e:
-        return "drop", str(e)
-    except Failed as e:
-        return "failed", str(e)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return {"id": content_id(record) if row.get("id") is None else str(row["id"])} | record
 
 
 def _reason(message: str) -> str:

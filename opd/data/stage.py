@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from opd.data.clip_store import ClipStore
+from opd.prompts import records
 from opd.settings import Section, UserError
 
 Record = dict[str, Any]
@@ -41,8 +42,16 @@ class Stage(Section):
     raw: ClassVar[bool] = False  # reads rows of any shape, not records of a manifest
     elsewhere: ClassVar[tuple[str, ...]] = ()  # settings that say where work is done, not what comes out
 
+    def pool(self) -> Literal["process", "thread"]:
+        """`workers`, where it does not depend on the settings."""
+        return self.workers
+
     def check(self) -> None:
         """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
+
+    def rows(self, source: str) -> Iterator[tuple[str, Any]]:
+        """(place, row) of what is read; a ValueError in the place of a row that cannot be. Raises UserError."""
+        return records(source, streaming=True)
 
     def begin(self, store: ClipStore) -> Work:
         """The function that makes a record; called once in each process. New clips go to the store.
@@ -57,10 +66,16 @@ class Stage(Section):
 
     def key(self, record: Record) -> str:
         """Digest of all that a record's result depends on: stage, settings, the record, the bytes of its clips."""
-        settings = {k: v for k, v in self.model_dump(mode="json").items() if k not in self.elsewhere}
-        clips = [digest(part["path"]) for part in audio_parts(record)]
-        content = [self.name, self.version, settings, _without_paths(record), clips]
+        clips = [digest(str(part.get("path"))) for part in audio_parts(record)]
+        content = [self.name, self.version, deciding(self), _without_paths(record), clips]
         return hashlib.sha256(canonical(content)).hexdigest()[:32]
+
+
+def deciding(section: Section) -> dict[str, Any]:
+    """The settings that decide what comes out: all but those that a section names in `elsewhere`."""
+    elsewhere = getattr(section, "elsewhere", ())
+    values = {name: getattr(section, name) for name in type(section).model_fields if name not in elsewhere}
+    return {name: deciding(v) if isinstance(v, Section) else v for name, v in values.items()}
 
 
 def canonical(value: Any) -> bytes:
@@ -84,13 +99,12 @@ def audio_parts(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def digest(path: str) -> str:
-    """SHA-256 of a file; its path where there is none, which whoever decodes it will say."""
-    file = Path(path)
+    """SHA-256 of a file; its path where it cannot be read, which whoever decodes it will say."""
     try:
-        stat = file.stat()
-    except OSError:
+        stat = Path(path).stat()
+        return _digest(path, stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError):  # a ValueError is a zero byte in the path
         return path
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)

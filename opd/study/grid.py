@@ -5,11 +5,12 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-from opd.config import EvalConfig, UserError
+from opd.config import UserError
 from opd.study import runs
 from opd.study.runs import Outcome, Run
 from opd.study.select import Choice, choose, means
 from opd.study.spec import BASE, Row, StudySpec, read_study, rows
+from opd.verdict import EvalConfig
 
 
 class Study:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd import run_folder
-from opd.config import Config, UserError, checkpoints, load_config
+from opd.config import Config, UserError, load_config
 from opd.report import Run as Folder
 from opd.report import read_run
+from opd.saved import checkpoints
 from opd.study.spec import BASE, LATER, Row, as_arguments
 
 Phase = Literal["select", "report"]
@@ -48,7 +49,7 @@ class Run:
         if self.rate is None:  # a run has at least one step: nothing is measured after it
             own |= {"run.stage": BASE, "train.steps": 1, "eval.start": BASE, "eval.end": False}
         else:
-            own |= {"optim.lr": self.rate, "eval.start": None, "eval.end": True}
+            own |= {"optim.lr": self.rate, "eval.start": None, "eval.end": True, "eval.patience": None}
         if self.start is not None:
             own["student.path"] = str(self.start.folder)
         return as_arguments({**self.row.overrides, **self.split, **own})

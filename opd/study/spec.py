@@ -22,7 +22,10 @@ from opd.settings import Section, read_yaml, validated
 
 BASE = "base"  # the row of the untrained student
 LATER = 1000  # between the seeds of a pipeline's stages
-OWNED = ("run.dir", "run.seed", "run.overwrite", "optim.lr", "eval.start", "eval.end", "train.keep_checkpoints")
+OWNED = (
+    *("run.dir", "run.seed", "run.overwrite", "optim.lr", "train.keep_checkpoints"),
+    *("eval.start", "eval.end", "eval.patience"),  # all methods take the steps that they are given
+)
 
 
 def _keys(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,9 @@ from rich.progress import track
 from speech import RATE, Clip, Synthesizer, speak
 from world import REPEAT_TASK, SPEAKER_TASK, SPLITS, Question, Split, questions
 
+from opd.data import espeak
+from opd.settings import UserError
+
 HERE = Path(__file__).resolve().parent
 STAMP = "make_data.json"
 Record = dict[str, Any]
@@ -46,6 +49,8 @@ def main() -> None:
     sizes: dict[Split, int] = {"train": args.train, "validation": args.validation, "test": args.test}
     try:
         made = make(args.out, sizes, args.seed)
+    except UserError as e:
+        parser.error(str(e))
     except OSError as e:
         parser.error(f"--out {args.out}: expected a folder that can be written ({e.strerror})")
     if made:
@@ -140,7 +145,8 @@ def _is_made(out: Path, settings: Record) -> bool:
 def _fingerprint() -> dict[str, str]:
     """What decides the bytes beside the arguments: these scripts and the synthesizer."""
     digests = {name: _digest(HERE / name) for name in ("world.py", "speech.py", "make_data.py")}
-    return digests | {name: importlib.metadata.version(name) for name in ("espeakng-loader", "torchaudio")}
+    digests["espeak.py"] = _digest(Path(espeak.__file__))
+    return digests | {"espeakng-loader": espeak.version(), "torchaudio": importlib.metadata.version("torchaudio")}
 
 
 def _digest(path: Path) -> str:

@@ -102,7 +102,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tiny world, spoken anew."""
     if find_spec("espeakng_loader") is None:
-        pytest.skip("espeakng-loader is not installed: pip install '.[tiny]'")
+        pytest.skip("espeakng-loader is not installed: pip install '.[espeak]'")
     out = tmp_path_factory.mktemp("data") / "tiny"
     sizes = ["--train", "48", "--validation", "8", "--test", "16"]
     subprocess.run([sys.executable, "recipes/tiny/make_data.py", "--out", str(out), *sizes], check=True, cwd=ROOT)

@@ -20,6 +20,7 @@ from conftest import ROOT, STUDENT, opd, recipe
 
 from opd.audio import resample
 from opd.cli import main
+from opd.config import resolve_model
 
 
 def lines(run: Path, name: str = "metrics") -> list[dict]:
@@ -59,14 +60,15 @@ def warm(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def xopd(data: Path, warm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished 3-step X-OPD run from the warm start, evaluated before and after."""
+    """An X-OPD run from the warm start, evaluated before, at every step and after, that stops after 3 of 5 steps."""
     run = tmp_path_factory.mktemp("xopd") / "run"
-    done = launch("2_xopd", data, run, f"student.path={warm}", ALL_SAMPLES, *held(data))
+    done = launch("2_xopd", data, run, f"student.path={warm}", *STOPS, *held(data))
     assert done.returncode == 0, done.stderr + done.stdout
     return run
 
 
-ALL_SAMPLES = "train.samples_per_step=99"
+# The tiny student tells men from women without a fault: no later evaluation is better than the first.
+STOPS = ["train.samples_per_step=99", "train.steps=5", "eval.every=1", "eval.best=retention", "eval.patience=2"]
 
 
 def held(data: Path) -> list[str]:
@@ -82,7 +84,9 @@ def test_warm_start_then_xopd(data: Path, warm: Path, xopd: Path, tmp_path: Path
     for m in steps:
         assert m["mismatch/logprob"] < 1e-4 and abs(m["ratio/mean"] - 1) < 1e-3 and m["version/lag"] == 0
         assert m["reverse_kl/speech"] > 0 and m["tokens"] > 0
-    first, last = lines(run, "eval")
+    first, *interim, last = lines(run, "eval")
+    assert [(e["step"], e["retention"]["mean"]) for e in interim] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert stops(run)
     assert (first["stage"], last["stage"], last["step"]) == ("base", "xopd", 3)
     assert last["learner"] == {"engine": "deepspeed", "zero_stage": 3, "world_size": 2}
     for name in ("accuracy/speech", "accuracy/text", "accuracy/teacher", "retention", "misalignment", "forgetting"):
@@ -93,8 +97,18 @@ def test_warm_start_then_xopd(data: Path, warm: Path, xopd: Path, tmp_path: Path
     stages = json.loads((tmp_path / "report" / "report.json").read_text())["stages"]
     assert [s["name"] for s in stages][-1] == "xopd"
     assert "<svg" in (tmp_path / "report" / "report.html").read_text()
-    again = launch("2_xopd", data, run, f"student.path={warm}", ALL_SAMPLES, *held(data))
+    again = launch("2_xopd", data, run, f"student.path={warm}", *STOPS, *held(data))
     assert again.returncode == 0 and "finished" in again.stdout
+
+
+def stops(run: Path) -> bool:
+    """Whether a run ended as its evaluations say it must: after step 3, with the checkpoint of step 1 as its best."""
+    status = json.loads((run / "status.json").read_text())
+    best = json.loads((run / "checkpoints/best.json").read_text())
+    kept = sorted(p.name for p in (run / "checkpoints").glob("step_*"))
+    ended = status["phase"] == "finished" and status["detail"].startswith("stopped at step 3: retention was not better")
+    named = resolve_model(f"{run}:best", "student.path") == f"{run}/checkpoints/step_1/model"
+    return ended and named and (best["step"], best["value"]) == (1, 1.0) and kept == ["step_1", "step_2", "step_3"]
 
 
 def test_resume_after_kill_gives_the_same_losses(data: Path, warm: Path, tmp_path: Path) -> None:
@@ -112,13 +126,14 @@ def test_resume_after_kill_gives_the_same_losses(data: Path, warm: Path, tmp_pat
 
 def test_resumed_xopd_samples_the_same(data: Path, warm: Path, xopd: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
-    path, overrides = recipe("2_xopd", data, run, f"student.path={warm}", ALL_SAMPLES)
+    path, overrides = recipe("2_xopd", data, run, f"student.path={warm}", *STOPS, *held(data))
     _kill_learner_after(1, run, path, overrides)
     resumed = opd("launch", path, *overrides, "--plain")
     assert resumed.returncode == 0, resumed.stderr + resumed.stdout
     a, b = ([(s["step"], s["id"], s["view"], s["tokens"]) for s in lines(r, "samples")] for r in (xopd, run))
     assert [x[:3] for x in a] == [x[:3] for x in b]
     assert sum(x == y for x, y in zip(a, b, strict=True)) >= 0.99 * len(a)
+    assert stops(run) and [e["step"] for e in lines(run, "eval")] == [0, 1, 2, 3, 3]
 
 
 def _kill_learner_after(step: int, run: Path, path: str, overrides: list[str]) -> None:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from opd import checkpoint
-from opd.config import UserError, checkpoints, resolve_model
+from opd.config import UserError, resolve_model
 from opd.models import family_of
+from opd.saved import checkpoints
 
 STUDENT = str(Path(__file__).parents[2] / "recipes/tiny/student")
 

@@ -15,7 +15,7 @@ import torch
 import opd.evaluate
 import opd.token_loss
 from opd.batch import collate
-from opd.config import Config, load_config
+from opd.config import Config, UserError, load_config
 from opd.divergences import EXCLUDED
 from opd.evaluate import PAIRS, Evaluator, correct, decode, drop
 from opd.models import family_of
@@ -274,6 +274,36 @@ def test_an_interim_evaluation_asks_no_teacher_and_few_records(config: Config, m
     assert found["retention"]["mean"] == pytest.approx(2 / 3) and found["retention"]["n"] == 3
     ids = [len(family_of(STUDENT).tokenizer(w, add_special_tokens=False).input_ids) + 1 for w in WORDS]
     assert found["length/text"]["mean"] == pytest.approx(sum(ids) / 3)
+
+
+@pytest.mark.parametrize("best", ["misalignment", "reverse_kl/speech"])
+def test_an_interim_evaluation_measures_what_checkpoints_are_chosen_by(
+    config: Config, monkeypatch: pytest.MonkeyPatch, best: str
+) -> None:
+    config.eval.every, config.eval.every_limit = 5, 3
+    monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op: x)
+    teacher = LocalTeacher(config, family_of(STUDENT), torch.device("cpu"))
+    plain = _evaluator(config, teacher, family_of(STUDENT), 0, 1)
+    whole, without = plain.run(), plain.interim()
+    config.eval.best = best  # type: ignore[assignment]
+    found = _evaluator(config, teacher, family_of(STUDENT), 0, 1).interim()
+    assert best not in without and found[best] == whole[best] and found[best]["n"] == 9  # eval.kl_limit, as there
+
+
+@pytest.mark.parametrize(
+    ("best", "rows", "grades", "message"),
+    [
+        ("forgetting", False, True, "eval.best forgetting: needs the teacher's whole rows"),
+        ("reverse_kl/text", True, False, "eval.best reverse_kl/text: a teacher with another tokenizer"),
+    ],
+)
+def test_what_the_teacher_cannot_measure_is_refused(
+    config: Config, best: str, rows: bool, grades: bool, message: str
+) -> None:
+    config.eval.best = best  # type: ignore[assignment]
+    with pytest.raises(UserError, match=message):
+        _evaluator(config, SimpleNamespace(gives_rows=rows, grades=grades), family_of(STUDENT), 0, 1)
+    _evaluator(config, SimpleNamespace(gives_rows=True, grades=True), family_of(STUDENT), 0, 1)
 
 
 def test_a_whole_evaluation_notes_the_records_of_an_interim_one(

@@ -77,10 +77,12 @@ def test_plain_display_shows_each_thing_once(config: Config, capsys: pytest.Capt
         f.flush()
         display.refresh()
         assert capsys.readouterr().out == "", "half a line is no evaluation"
-        f.write('"misalignment": {"mean": 0.25, "stderr": null}}\n')
+        f.write(
+            '"misalignment": {"mean": 0.25, "stderr": null}, "warnings": [{"name": "retention", "text": "fell"}]}\n'
+        )
     for _ in range(2):
         display.refresh()
-    assert capsys.readouterr().out == "evaluation xopd: misalignment 0.250 ± n/a\n"
+    assert capsys.readouterr().out == "evaluation xopd: misalignment 0.250 ± n/a\nwarning: fell\n"
 
 
 def test_newest_step_of_a_long_file(config: Config) -> None:
@@ -98,12 +100,12 @@ def test_newest_step_of_a_long_file(config: Config) -> None:
 def test_live_display_shows_the_step(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(config.run.dir)
     run.mkdir()
-    (run / "status.json").write_text('{"phase": "training", "detail": ""}')
+    (run / "status.json").write_text('{"phase": "training", "detail": "", "warnings": ["retention fell"]}')
     (run / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
     with LiveDisplay(config) as display:
         display.refresh()
-    phase, _, step = capsys.readouterr().out.rstrip().splitlines()[-3:]
-    assert phase.strip() == "training"
+    phase, warning, _, step = capsys.readouterr().out.rstrip().splitlines()[-4:]
+    assert (phase.strip(), warning.strip()) == ("training", "warning: retention fell")
     assert step.strip() == describe_step(STEP)
 
 

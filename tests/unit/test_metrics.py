@@ -97,7 +97,7 @@ def test_status_is_replaced_whole(tmp_path: Path) -> None:
     log.status("failed", "rank 1", 4, 9, "out of memory")
     assert json.loads((tmp_path / "status.json").read_text()) == {
         **{"phase": "failed", "detail": "rank 1", "step": 4, "steps": 9},
-        **{"error": "out of memory", "user_error": False},
+        **{"error": "out of memory", "user_error": False, "warnings": []},
     }
     assert os.listdir(tmp_path) == ["status.json"]
 
@@ -190,10 +190,12 @@ def test_trackers_get_finite_numbers_at_their_step(
     log = log_in(tmp_path, [package])
     log.step({"step": 1, "steps": 2, "loss": 0.5, "grad_norm": float("nan")})
     none = {"mean": None, "stderr": None, "n": 0}
-    log.evaluation({"stage": "xopd", "step": 1, "retention": {"mean": 0.75, "stderr": 0.1, "n": 4}, "forgetting": none})
+    retention = {"mean": 0.75, "stderr": 0.1, "n": 4}
+    told = {"warnings": [{"name": "retention", "text": "fell"}]}
+    log.evaluation({"stage": "xopd", "step": 1, "retention": retention, "forgetting": none} | told)
     log.close()
     # no key "step" among the values: trackio keeps that name for itself
-    numbers = [({"loss": 0.5}, 1), ({"eval/retention": 0.75}, 1)]
+    numbers = [({"loss": 0.5}, 1), ({"eval/retention": 0.75, "eval/warnings": 1}, 1)]
     assert calls == [{"project": "project", "name": "name"}, *numbers, "finish"]
 
 

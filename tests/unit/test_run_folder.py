@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from opd import run_folder
-from opd.config import Config, UserError, checkpoints, load_config, resolve_model
+from opd.config import Config, UserError, load_config, resolve_model
 from opd.report import read_run, wall
+from opd.saved import checkpoints
 
 RECIPE = str(Path(__file__).parents[2] / "recipes/tiny/2_xopd.yaml")
 

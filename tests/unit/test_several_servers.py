@@ -19,6 +19,7 @@ from opd.models.base import Family
 from opd.rollout import VllmSampler
 from opd.teacher import ServerTeacher
 from opd.types import Prompt, Rollout
+from opd.verdict import Verdict
 from opd.weight_sync import WeightSync
 
 CHAT = "/v1/chat/completions"
@@ -224,7 +225,7 @@ def test_servers_sleep_between_the_answers_and_the_push(
         parts: Any = SimpleNamespace(
             config=config,
             learner=SimpleNamespace(rank=0, world=1, family=family, step=note("step", {}), gathered=note("gather", [])),
-            stream=SimpleNamespace(shard=note("prompts", [])),
+            stream=SimpleNamespace(shard=note("prompts", []), epoch=lambda step: 0),
             source=SimpleNamespace(respond=note("respond", [])),
             teacher=SimpleNamespace(score=note("score", [])),
             sync=sync,
@@ -232,6 +233,7 @@ def test_servers_sleep_between_the_answers_and_the_push(
             evaluator=SimpleNamespace(run=note("evaluate", {})),
             log=None,
             seconds=0.0,
+            verdict=Verdict(),
         )
         sync.sleep()  # as at the start, before the learner is loaded
         train.push(parts, 0)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
         ({"sed": 1}, r"study.yaml: unknown key sed"),
         ({"methods": {"kd": {"recipe": KD, "rate": [1e-4]}}}, r"unknown key methods.kd.rate"),
         ({"methods": {"kd": {"recipe": KD, "set": {"optim.lr": 1.0}}}}, r"methods.kd.set: optim.lr is the study's own"),
+        ({"common": {"eval.patience": 2}}, r"common: eval.patience is the study's own"),
         ({"methods": {"kd": {"recipe": KD, "set": {"steps": 1}}}}, r"expected dotted keys of a recipe.*found steps"),
         ({"methods": {"kd": {"recipe": KD, "set": {"train.step": 1}}}}, r"row well/kd: .*unknown key train.step"),
         ({"methods": {"kd": {"recipe": "none.yaml"}}}, r"row well/kd: none.yaml: no such recipe file"),

@@ -15,7 +15,7 @@ sys.path.insert(0, str(TINY))
 import torch  # noqa: E402
 from transformers import Qwen2AudioForConditionalGeneration  # noqa: E402
 
-pytest.importorskip("speech", reason="needs the espeakng-loader package: pip install opd[tiny]")
+pytest.importorskip("espeakng_loader", reason="pip install opd[espeak]")
 import build  # noqa: E402
 from build_hearing import POSITIONS, hear, set_window, synthesize  # noqa: E402
 from build_tokenizer import build_tokenizer  # noqa: E402

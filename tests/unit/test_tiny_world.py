@@ -83,7 +83,9 @@ def test_numbers_beyond_the_world_are_refused():
 
 
 def test_speech_depends_on_its_own_calls_alone():
-    speech = pytest.importorskip("speech", reason="needs the espeakng-loader package: pip install opd[tiny]")
+    pytest.importorskip("espeakng_loader", reason="pip install opd[espeak]")
+    import speech
+
     texts = ["sort three one two nine", "what is two plus two times three"]
     first, second = speech.Synthesizer(), speech.Synthesizer()
     a = [first.say(t, "en-us+f2", 170, 50) for t in texts]

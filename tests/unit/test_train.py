@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from opd import run_folder, train
+from opd import checkpoint, run_folder, train
 from opd.config import load_config
+from opd.metrics import MetricsLog
+from opd.saved import checkpoints
+from opd.verdict import Verdict
 
 RECIPE = str(Path(__file__).parents[2] / "recipes/tiny/2_xopd.yaml")
 
@@ -148,3 +151,120 @@ def test_evaluations_in_training(
     assert lines[0]["stage"] == config.run.stage and lines[0]["train_seconds"] == 7.0
     # off-policy nothing else gives the servers the current weights, and they shall sleep again
     assert pushed == (steps if source == "teacher" else []) and len(slept) == len(pushed)
+
+
+SPOKEN = {2: 0.5, 4: 0.7, 6: 0.6, 8: 0.65, 10: 0.8, 12: 0.6}  # accuracy by step
+
+
+class Watched:
+    """A run without its steps, weights and servers: its loop, evaluations, verdicts and files are real."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+        given = [f"run.dir={tmp_path}/run", "train.steps=12", "train.checkpoint_every=3", "train.keep_checkpoints=1"]
+        given += ["eval.every=2", "eval.best=accuracy/speech"]
+        self.config = load_config(RECIPE, [*given, *overrides])
+        self.folder = tmp_path / "run"
+        self.steps: list[int] = []
+        self.lose = 0  # the step whose checkpoint the machine does not live to see
+
+        def save(learner: Any, run_dir: str, step: int, seconds: float, keep: int, best: Any) -> None:
+            if step == self.lose:
+                raise KeyboardInterrupt
+            Path(run_dir, f"checkpoints/step_{step}").mkdir()
+            checkpoint.settle(run_dir, keep, best)
+
+        def report(parts: Any, done: int, *_: Any) -> None:
+            self.steps.append(done)
+
+        monkeypatch.setattr(train.checkpoint, "save", save)
+        monkeypatch.setattr(train, "report_step", report)
+        monkeypatch.setattr(train, "load_clips", lambda *_: ([], {}))
+        for name in ("make_batch", "make_samples", "push", "rest"):
+            monkeypatch.setattr(train, name, lambda *_, **__: None)
+
+    def interim(self) -> dict[str, Any]:
+        """Spoken accuracy as above, typed accuracy 2 points lower with every step."""
+        numbers = {
+            "accuracy/speech": (SPOKEN[self.steps[-1]], 0.02),
+            "accuracy/text": (0.9 - 0.02 * self.steps[-1], 0.01),
+        }
+        return {name: {"mean": mean, "stderr": stderr, "n": 100} for name, (mean, stderr) in numbers.items()}
+
+    def start(self) -> Any:
+        """What `train.run` does once it has its parts."""
+        if not self.folder.exists():
+            run_folder.prepare(self.config)
+        log = MetricsLog(self.folder, [], "", "")
+        engine = SimpleNamespace(zero_optimization_stage=lambda: 3)
+        parts: Any = SimpleNamespace(config=self.config, log=log, seconds=0.0, verdict=Verdict(), sync=None, clips=None)
+        parts.learner = SimpleNamespace(engine=engine, rank=0, world=1, family=None, step=lambda *_: {})
+        parts.evaluator = SimpleNamespace(interim=self.interim)
+        parts.source = SimpleNamespace(respond=lambda *_: [])
+        parts.stream = SimpleNamespace(shard=lambda *_: [], epoch=lambda _: 0)
+        parts.teacher = SimpleNamespace(score=lambda _: [])
+        begin = int((checkpoints(self.folder) or [Path("step_0")])[-1].name[5:])
+        log.truncate_after(begin)
+        parts.verdict = train.judge(parts)
+        parts.done = train.loop(parts, begin)
+        return parts
+
+    @property
+    def left(self) -> list[str]:
+        """Names of its checkpoints."""
+        return [p.name for p in checkpoints(self.folder)]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of its eval.jsonl."""
+        return [json.loads(line) for line in (self.folder / "eval.jsonl").read_text().splitlines()]
+
+
+def test_the_best_is_saved_at_once_and_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched(tmp_path, monkeypatch, "eval.patience=2")
+    parts = run.start()
+    assert parts.done == 8 and run.steps == list(range(1, 9))  # 4 was the best, 6 and 8 were not
+    assert "accuracy/speech was not better than 0.7 of step 4 in 2 evaluations" in parts.verdict.stop
+    assert run.left == ["step_4", "step_8"]  # no multiples of train.checkpoint_every; the newest, and the best
+    best = json.loads((run.folder / "checkpoints/best.json").read_text())
+    assert best == {"step": 4, "metric": "accuracy/speech", "value": 0.7, "stderr": 0.02}
+    again = run.start()  # it died between its last checkpoint and its end: there it stays
+    assert again.done == 8 and len(run.steps) == 8 and again.verdict == parts.verdict
+
+
+@pytest.mark.parametrize("lose", [4, 6, 8])
+def test_a_resumed_run_judges_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: int) -> None:
+    """It dies while it saves: the best, one that train.checkpoint_every asks for, the one where it stops."""
+    run = Watched(tmp_path, monkeypatch, "eval.patience=2")
+    run.lose = lose
+    with pytest.raises(KeyboardInterrupt):
+        run.start()
+    assert run.evaluations[-1]["step"] == lose
+    run.lose = 0
+    parts = run.start()
+    assert parts.done == 8 and parts.verdict.best.step == 4 and run.left == ["step_4", "step_8"]
+    assert [e["step"] for e in run.evaluations] == [2, 4, 6, 8]
+
+
+def test_without_patience_the_best_lives_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched(tmp_path, monkeypatch, "train.steps=9")
+    parts = run.start()
+    assert parts.done == 9 and parts.verdict.stop == "" and run.left == ["step_4", "step_9"]
+    (tmp_path / "plain").mkdir()
+    plain = Watched(tmp_path / "plain", monkeypatch, "train.steps=9", "eval.best=")
+    assert plain.start().verdict == Verdict() and plain.left == ["step_9"]
+    assert not (plain.folder / "checkpoints/best.json").exists()
+
+
+def test_warnings_are_in_the_log_the_evaluations_and_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Watched(tmp_path, monkeypatch, "train.steps=8", "eval.end=false", "eval.best=")
+    run.start()
+    told = "step 8: typed accuracy is 0.740, 0.120 ± 0.014 lower than at step 2 (eval.warn.text)"
+    assert capsys.readouterr().out.splitlines()[-1] == f"warning: {told}"
+    assert [len(e["warnings"]) for e in run.evaluations] == [0, 1, 1, 1]  # 0.04, 0.08 and 0.12 below the first
+    assert run.evaluations[-1]["warnings"] == [{"name": "accuracy/text", "text": told}]
+    assert status(tmp_path)["warnings"] == [told]
+    log = MetricsLog(run.folder, [], "", "")
+    log.truncate_after(4)  # a resumed run has the warnings of what it keeps
+    assert [w.partition(":")[0] for w in log.warnings] == ["step 4"]

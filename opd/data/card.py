@@ -1,0 +1,234 @@
+"""`opd data card`: what is in manifests, in numbers: card.json, card.html and README.md, a dataset card of the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd.data.prompts import WORD, Prompts
+from opd.data.stage import audio_parts, canonical, digest
+from opd.metrics import write_atomic
+from opd.prompts import parse_record, records
+from opd.settings import UserError
+from opd.types import Prompt
+from opd.views import render
+
+SHOWN = 20  # of what is listed by frequency
+NAMED = 5  # records in a message
+NEAR = 0.8  # Jaccard similarity of 3-word shingles
+
+
+@dataclass
+class Sheet:
+    """What is in one manifest."""
+
+    path: Path
+    name: str  # of the split
+    records: int = 0
+    bad: list[str] = field(default_factory=list)  # place and reason
+    seconds: list[float] = field(default_factory=list)  # of each clip
+    unreadable: list[str] = field(default_factory=list)  # record and clip
+    words: list[int] = field(default_factory=list)  # of each question
+    vocabulary: Counter[str] = field(default_factory=Counter)
+    speakers: Counter[str] = field(default_factory=Counter)  # records of each
+    spoken: dict[str, float] = field(default_factory=dict)  # seconds of each
+    groups: Counter[str] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
+    wer: list[float] = field(default_factory=list)
+    texts: dict[bytes, list[str]] = field(default_factory=dict)  # digest of a question: the records that ask it
+    clips: dict[str, list[str]] = field(default_factory=dict)  # digest of a clip: the records that have it
+    near: list[str] = field(default_factory=list)  # records close to an earlier one
+
+    def add(self, prompt: Prompt, row: dict[str, Any]) -> list[str]:
+        """Count a record; the words of its question."""
+        name = prompt.place if row.get("id") is None else f"{prompt.place} ({prompt.id})"
+        question = WORD.findall(_question(prompt).lower())
+        self.records += 1
+        self.words.append(len(question))
+        self.vocabulary.update(question)
+        self.fields.update(row.keys())
+        self.groups.update([prompt.group] if prompt.group else [])
+        if question:
+            self.texts.setdefault(hashlib.sha256(" ".join(question).encode()).digest(), []).append(name)
+        wer = row.get("wer")
+        if isinstance(wer, int | float) and not isinstance(wer, bool):
+            self.wer.append(float(wer))
+        seconds = sum(self._hear(part["path"], name) for part in audio_parts({"messages": list(prompt.messages)}))
+        if speaker := next((row[k] for k in ("speaker", "voice") if row.get(k) is not None), None):
+            speaker = speaker if isinstance(speaker, str) else canonical(speaker).decode()
+            self.speakers[speaker] += 1
+            self.spoken[speaker] = self.spoken.get(speaker, 0.0) + seconds
+        return question
+
+    def _hear(self, path: str, name: str) -> float:
+        """Seconds of a clip, by its header."""
+        import soundfile
+
+        try:
+            found = soundfile.info(path)
+        except (soundfile.LibsndfileError, OSError):
+            self.unreadable.append(f"{name}: {path}")
+            return 0.0
+        self.clips.setdefault(digest(path), []).append(name)
+        self.seconds.append(found.frames / found.samplerate)
+        return self.seconds[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, as card.json has them."""
+        return {
+            "manifest": str(self.path),
+            "records": self.records,
+            "bad": self.bad,
+            "clips": {
+                "count": len(self.seconds),
+                "hours": sum(self.seconds) / 3600,
+                "unreadable": self.unreadable,
+                "seconds": spread(self.seconds),
+            },
+            "words": spread(self.words),
+            "vocabulary": {
+                "types": len(self.vocabulary),
+                "tokens": self.vocabulary.total(),
+                "most_frequent": dict(self.vocabulary.most_common(SHOWN)),
+            },
+            "speakers": {n: {"records": k, "hours": self.spoken[n] / 3600} for n, k in self.speakers.most_common()},
+            "groups": dict(self.groups.most_common()),
+            "fields": dict(self.fields.most_common()),
+            "wer": spread(self.wer),
+            "duplicates": {
+                "same_question": [names for names in self.texts.values() if len(names) > 1],
+                "same_clip": [names for names in self.clips.values() if len(names) > 1],
+                "near": self.near,
+            },
+            "made": made(self.path),
+        }
+
+
+def write_card(
+    manifests: Sequence[Path], out: Path, allow_leaks: bool = False, about: dict[str, str] | None = None
+) -> list[Path]:
+    """Write card.json, card.html and README.md of manifests to the folder `out`; returns their paths.
+
+    `about`: title, license, language, where known. Raises UserError for a manifest without a usable record, and, unless
+    allow_leaks, for two manifests that share a question or a clip.
+    """
+    from opd.data.card_page import page, readme
+
+    names = split_names(manifests)
+    sheets = [_sheet(path, name) for path, name in zip(manifests, names, strict=True)]
+    shared = leaks(sheets)
+    if shared and not allow_leaks:
+        examples = "; ".join(f"the {s['what']} of {' = '.join(s['records'])}" for s in shared[:NAMED])
+        kinds = Counter(s["what"] for s in shared)
+        counts = " and ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in kinds.items())
+        raise UserError(
+            f"splits leak into one another: they share {counts}: {examples}{'; …' if len(shared) > NAMED else ''}; "
+            "take them out of one manifest, or pass --allow-leaks"
+        )
+    content = {
+        "title": (about or {}).get("title") or out.resolve().name,
+        **{k: v for k, v in (about or {}).items() if k != "title"},
+        "splits": {s.name: s.summary() for s in sheets},
+        "leaks": shared,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {
+            "card.json": json.dumps(content, indent=1, ensure_ascii=False),
+            "card.html": page(content, sheets),
+            "README.md": readme(content, out),
+        }
+        for name, text in files.items():
+            write_atomic(out / name, text)
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror or e}") from e
+    return [out / name for name in files]
+
+
+def leaks(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
+    """Questions and clips that more than one manifest has: {"what": question or clip, "records": [name, …]}."""
+    found = []
+    for what in ("texts", "clips"):
+        where: dict[Any, list[list[str]]] = {}
+        for sheet in sheets:
+            for key, names in getattr(sheet, what).items():
+                where.setdefault(key, []).append(names)
+        kind = "question" if what == "texts" else "clip"
+        found += [{"what": kind, "records": sum(names, [])} for names in where.values() if len(names) > 1]
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Count, mean and quantiles; none of nothing."""
+    import numpy as np
+
+    if not values:
+        return None
+    low, few, half, most, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()
+    mean = float(np.mean(values))
+    return {"count": len(values), "mean": mean, "min": low, "p5": few, "median": half, "p95": most, "max": high}
+
+
+def made(manifest: Path) -> list[dict[str, Any]]:
+    """What the stages that made a manifest told of themselves, the last one first, as far back as they are here."""
+    found: list[dict[str, Any]] = []
+    while True:
+        try:
+            about = json.loads((manifest.with_suffix(".stage") / "stage.json").read_text())
+            source = Path(about["source"])
+            whole = about.keys() >= {"stage", "read", "written", "settings"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return found
+        if not whole or about in found:
+            return found
+        found.append(about)
+        manifest = source
+
+
+def split_names(manifests: Sequence[Path]) -> list[str]:
+    """A name for each manifest that the Hub takes for a split. Raises UserError for a manifest that is there twice."""
+    seen: dict[Path, Path] = {}
+    names: list[str] = []
+    for path in manifests:
+        if path.resolve() in seen:
+            raise UserError(f"{path}: is there twice")
+        seen[path.resolve()] = path
+        name = re.sub(r"\W+", "_", path.stem).strip("_") or "data"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _sheet(path: Path, name: str) -> Sheet:
+    sheet, root = Sheet(path, name), path.resolve().parent
+    choose = Prompts(duplicates=NEAR).chosen()
+    for place, row in _rows(path):
+        try:
+            prompt = parse_record(row, root, place)
+        except ValueError as e:
+            sheet.bad.append(f"{place}: {e}")
+            continue
+        question = sheet.add(prompt, row)
+        if choose({"messages": [{"content": " ".join(question)}]}) == "near duplicate":
+            sheet.near.append(place if row.get("id") is None else f"{place} ({prompt.id})")
+    if not sheet.records:
+        why = f", such as {sheet.bad[0]}" if sheet.bad else ""
+        raise UserError(f"{path}: holds no usable record{why}")
+    return sheet
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    return records(str(path), streaming=True)
+
+
+def _question(prompt: Prompt) -> str:
+    """What is said and typed in a prompt but by its system message."""
+    said = [m["content"] for m in render(prompt, "text") if m["role"] != "system"]
+    return "\n".join(c if isinstance(c, str) else " ".join(p["text"] for p in c) for c in said)
