@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from opd.augment import AugmentConfig
+from opd.scoring import ScoringConfig
 from opd.settings import Section, UserError, override, read_yaml, validated
 
 
@@ -220,7 +221,7 @@ class TrainConfig(Section):
     timeout_s: PositiveInt = Field(1800, description="a collective that waits longer ends the run")
 
 
-class EvalConfig(Section):
+class EvalConfig(ScoringConfig):
     """What is measured on held-out records, and when."""
 
     test: str | None = Field(None, description="manifest of held-out questions with answers")
@@ -231,6 +232,12 @@ class EvalConfig(Section):
     end: bool = Field(True, description="evaluate after the last step, under the name run.stage")
     every: PositiveInt | None = Field(None, description="steps between evaluations in training, without divergences")
     every_limit: PositiveInt = Field(100, description="records of each manifest in those")
+    groups: list[str] | None = Field(
+        None, description="opd eval: fields of the records to tabulate by; none: strings of few values, and seconds"
+    )
+    bins: dict[str, list[float]] = Field(
+        {}, description="opd eval: edges between groups of a number; else its quartiles"
+    )
 
 
 class LaunchConfig(Section):
