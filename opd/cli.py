@@ -106,9 +106,8 @@ def _study_command(commands) -> None:
 
 
 def _eval_commands(commands) -> None:
-    measure = _recipe_command(
-        commands, "eval", "measure a student on vLLM servers: what it hears, what it reads", _eval
-    )
+    text = "measure a student on vLLM servers: what it makes of what it hears, and of what it reads"
+    measure = _recipe_command(commands, "eval", text, _eval)
     measure.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one goes on")
     measure.add_argument("--no-teacher", action="store_true", help="without what needs the teacher")
     measure.add_argument("--plain", action="store_true", help="plain lines instead of a live display")

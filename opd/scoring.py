@@ -176,8 +176,7 @@ def key_of(answer: str, choices: Sequence[str]) -> str | None:
     if _plain(answer) in texts:
         return ascii_uppercase[texts.index(_plain(answer))]
     alone = ALONE.fullmatch(answer.strip())
-    letter = alone[1].upper() if alone else None
-    return letter if letter in _letters(choices) else None
+    return alone[1].upper() if alone and alone[1].upper() in _letters(choices) else None
 
 
 def choice_of(text: str, choices: Sequence[str] = ()) -> str | None:

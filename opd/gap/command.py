@@ -17,7 +17,7 @@ from opd.config import Config, UserError
 from opd.data.journal import Journal
 from opd.gap import page, results
 from opd.gap.places import commands, places
-from opd.gap.records import SETTINGS, Item, claim, eval_config, line, read_items, settings, write_records
+from opd.gap.records import SETTINGS, Item, claim, eval_config, fields, line, read_items, settings, write_records
 from opd.launch import RunFailed
 from opd.metrics import write_atomic
 from opd.servers import Command
@@ -34,6 +34,9 @@ def main(recipe: str, overrides: list[str], out: Path, teacher: bool = True, pla
     with run_folder.lock(out, of="--out", by="opd eval"):
         found = settings(config)
         items = read_items(config)
+        prompts = [i.prompt for i in items if i.part == "test"]
+        known = {"seconds"} | {f for p in prompts for f in (*fields(p), *p.numbers)}
+        results.check_fields(config.eval.groups, config.eval.bins, known)
         claim(out, found)
         if missing := sum(i.key not in _measured(out, items) for i in items):
             print(f"{missing} of {len(items)} records to measure", flush=True)
@@ -60,7 +63,7 @@ def _measure(config: Config, recipe: str, overrides: list[str], out: Path, plain
         urls = [f"{key}={json.dumps([p.url for p in started if p.kind == kind])}" for kind, key in _URLS.items()]
         told = [u for u in urls if not u.endswith("=[]")]
         flags = [] if config.teacher.kind == "server" else ["--no-teacher"]
-        argv = [sys.executable, "-m", "opd.gap.worker", recipe, str(out), *flags, *overrides, *told]
+        argv = [sys.executable, "-m", "opd.gap.worker", *flags, recipe, str(out), *overrides, *told]
         quiet = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         return commands(config, started), Command("evaluation", argv, quiet)
 

@@ -63,9 +63,7 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0) -> dict[st
     if len({json.dumps(c.measured_on, sort_keys=True, default=str) for c in runs}) > 1:
         notes.append("The runs were measured on other records than one another: their columns do not compare.")
     if runs and evaluations:
-        notes.append(
-            "Of runs and evaluations together no difference is tested: their records are not known to be the same."
-        )
+        notes.append("Between runs and evaluations no difference is tested: what a run measured is not kept by record.")
     first = columns[0]
     differences = {}
     if first.records:
@@ -125,8 +123,8 @@ def _same_records(evaluations: list[Column], common: bool) -> list[str]:
         if set(c.records) != set(first.records) and not common:
             raise UserError(
                 f"{c.folder}: {len(c.records)} records, {len(first.records)} in {first.folder}, of which "
-                f"{len(set(c.records) & set(first.records))} ask the same; evaluate the same manifest, or restrict all to "
-                "what they share: --common"
+                f"{len(set(c.records) & set(first.records))} are the same; evaluate the same manifest, or take "
+                "--common, which restricts all to what they share"
             )
     if not shared:
         raise UserError(f"{first.folder}: shares no record with all others: there is nothing to compare")

@@ -25,8 +25,8 @@ TITLES = {
 UNITS = "Accuracy and retention in %, drops in % of the teacher's, divergences in nats per token, lengths in tokens."
 ERRORS = "± is one standard error over questions: recordings of one question count as one."
 SAMPLED = (
-    "M, F and reverse KL are estimates from one sampled response a record and no gold response: they do not compare with "
-    "those of a training run."
+    "M, F and reverse KL are estimates from one sampled response a record, not from gold responses: they do not "
+    "compare with those of a training run."
 )
 
 
@@ -88,9 +88,7 @@ def notes(content: dict[str, Any]) -> list[str]:
     if any(n in content["metrics"] for n in ("misalignment", "forgetting", "reverse_kl/speech")):
         found.append(SAMPLED)
     for name, n in c["left_out"].items():
-        found.append(
-            f"{title(name)}: {n} records left out, whose response the server reads as other tokens after audio."
-        )
+        found.append(f"{title(name)}: {n} records left out, whose response the server reads as other tokens.")
     if c["nonsense"]:
         found.append(f"{c['nonsense']} verdicts of the judge were neither yes nor no; those answers count as wrong.")
     if c["truncated"]:

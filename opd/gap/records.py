@@ -150,14 +150,18 @@ def _digest(p: Prompt) -> str:
     return hashlib.sha256(canonical(content)).hexdigest()[:16]
 
 
+def fields(prompt: Prompt) -> dict[str, str]:
+    """What a record says of itself, by field."""
+    return ({"group": prompt.group} if prompt.group else {}) | prompt.other
+
+
 def line(item: Item, measured: dict[str, Any]) -> dict[str, Any]:
     """A line of records.jsonl: what the manifest says now, and what was measured."""
     p = item.prompt
-    fields = ({"group": p.group} if p.group else {}) | p.other
     numbers = {"seconds": measured["seconds"]} | p.numbers
     about = {"id": p.id, "part": item.part, "record": item.record, "question": transcript(p), "answer": p.answer}
     rest = {k: v for k, v in measured.items() if k != "seconds"}
-    return about | {"fields": fields, "numbers": numbers} | rest
+    return about | {"fields": fields(p), "numbers": numbers} | rest
 
 
 def write_records(out: Path, lines: list[dict[str, Any]]) -> None:

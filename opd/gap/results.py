@@ -83,9 +83,7 @@ def groups(
     tests = [r for r in records if r["part"] == "test"]
     strings = {f: len({r["fields"].get(f) for r in tests}) for r in tests for f in r["fields"]}
     numbers = {f for r in tests for f in r["numbers"]}
-    if unknown := [f for f in [*(named or []), *bins] if f not in strings and f not in numbers]:
-        known = ", ".join(sorted({*strings, *numbers}))
-        raise UserError(f"eval.groups: no record of eval.test has a field {unknown[0]!r}; they have {known}")
+    check_fields(named, bins, {*strings, *numbers})
     default = [f for f, n in strings.items() if 2 <= n <= FEW] + [f for f in ("seconds", *bins) if f in numbers]
     out = {}
     for field in dict.fromkeys(default if named is None else named):
@@ -97,6 +95,13 @@ def groups(
         if len(order) > 1 or named is not None:
             out[field] = {k: metrics(parts[k], GROUPED) for k in order}
     return out
+
+
+def check_fields(named: list[str] | None, bins: dict[str, list[float]], known: set[str]) -> None:
+    """Raise UserError for a field that no record has."""
+    if unknown := [f for f in [*(named or []), *bins] if f not in known]:
+        there = ", ".join(sorted(known)) or "none"
+        raise UserError(f"eval.groups, eval.bins: no record of eval.test has a field {unknown[0]!r}; they have {there}")
 
 
 def _value(field: str) -> Callable[[Record], str]:
@@ -125,14 +130,8 @@ def _start(name: str) -> float:
 
 def examples(records: Sequence[Record], limit: int = EXAMPLES) -> list[dict[str, Any]]:
     """Test records whose question is answered right when read and wrong when heard, spread over the groups."""
-    found = [
-        r
-        for r in records
-        if r["part"] == "test"
-        and "text" in r["views"]
-        and r["views"]["text"]["right"]
-        and not r["views"]["speech"]["right"]
-    ]
+    tests = [r for r in records if r["part"] == "test"]
+    found = [r for r in tests if r["views"]["text"]["right"] and not r["views"]["speech"]["right"]]
     by_group: dict[str, list[Record]] = {}
     for r in found:
         by_group.setdefault(r["fields"].get("group", ""), []).append(r)
