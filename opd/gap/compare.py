@@ -145,7 +145,10 @@ def _differences(first: Column, other: Column, seed: int) -> dict[str, Any]:
             for key, r in first.records.items()
             if (a := term(name, r)) is not None and (b := term(name, other.records[key])) is not None
         ]
-        if pairs and (found := paired(name, *map(list, zip(*pairs, strict=True)), seed=seed)):  # type: ignore[arg-type]
+        if not pairs:
+            continue
+        ours, theirs, asked = [a for a, _, _ in pairs], [b for _, b, _ in pairs], [q for _, _, q in pairs]
+        if found := paired(name, ours, theirs, asked, seed):
             out[name + SAMPLED if name in DIVERGENCES else name] = found
     return out
 
