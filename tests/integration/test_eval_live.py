@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from opd.teacher import LocalTeacher
 from opd.types import Rollout, ScoredRollout, View
 from opd.views import audio_paths
 
-RECORDS = 16
-SAMPLES = 8  # of each record, for the estimate against the exact divergence
+RECORDS = 12
+SAMPLES = 4  # of each record, for the estimate against the exact divergence
 
 
 def overrides(data: Path, **more: Any) -> list[str]:
@@ -157,12 +156,6 @@ def test_the_command_goes_on_and_compares(data: Path, student_url: str, teacher_
     right = [x["views"]["speech"]["right"] for x in lines[:6]]
     assert evaluation["accuracy/speech"]["mean"] == pytest.approx(sum(right) / 6)
     assert evaluation["accuracy/teacher"]["mean"] > 0.8 and evaluation["misalignment"]["mean"] > 0
-    # what is measured is not measured again, also when the servers are others
-    more = overrides(data, **{"eval.limit": 6, "rollout.urls": ["http://127.0.0.1:9"], "eval.groups": ["group"]})
-    began = time.monotonic()
-    again = opd("eval", recipe, *more, "--out", str(a), "--plain")
-    assert again.returncode == 0 and "to measure" not in again.stdout, again.stdout + again.stderr
-    assert time.monotonic() - began < 60
     more = with_urls(data, student_url, teacher_url, **{"eval.limit": 8})
     grown = opd("eval", recipe, *more, "--out", str(a), "--plain")
     assert "4 of 16 records to measure" in grown.stdout and grown.returncode == 0, grown.stdout + grown.stderr
@@ -175,8 +168,6 @@ def test_the_command_goes_on_and_compares(data: Path, student_url: str, teacher_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "accuracy/teacher" not in json.loads((b / "eval.jsonl").read_text())
     assert "Cut off at rollout.max_tokens" in done.stdout
-    wrong = opd("eval", recipe, *own, "--out", str(a), "--no-teacher", "--plain")
-    assert wrong.returncode == 2 and "other settings: teacher" in wrong.stderr and wrong.stderr.count("\n") == 1
     compared = opd("compare", str(a), str(b), "--out", str(tmp_path / "c"))
     assert compared.returncode == 0 and "b - a" in compared.stdout, compared.stderr
     found = json.loads((tmp_path / "c" / "compare.json").read_text())["differences"]["b"]
