@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     families.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints, runs and logs there")
     families.set_defaults(run=_families)
     _export_command(commands)
+    _eval_commands(commands)
     report = commands.add_parser("report", help="write report.json and report.html of one or more runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     report.add_argument("--out", type=Path, help="folder to write to (default: the last run's)")
@@ -114,6 +115,21 @@ def _study_command(commands) -> None:
     study.add_argument("--dry-run", action="store_true", help="list the runs and where they stand, start nothing")
     study.add_argument("--report-only", action="store_true", help="write tables and plots of what is there")
     study.set_defaults(run=_study)
+
+
+def _eval_commands(commands) -> None:
+    text = "measure a student on vLLM servers: what it makes of what it hears, and of what it reads"
+    measure = _recipe_command(commands, "eval", text, _eval)
+    measure.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one goes on")
+    measure.add_argument("--no-teacher", action="store_true", help="without what needs the teacher")
+    measure.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
+    text = "runs and evaluations side by side; evaluations of the same records with a paired bootstrap"
+    compare = commands.add_parser("compare", help=text, description=text)
+    compare.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or --out of `opd eval`")
+    compare.add_argument("--out", type=Path, metavar="FOLDER", help="for compare.html and compare.json")
+    compare.add_argument("--common", action="store_true", help="only the records that all evaluations share")
+    compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    compare.set_defaults(run=_compare)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -189,6 +205,21 @@ def _export(args: argparse.Namespace) -> int:
     for line in export(args.run_folder, args.out, args.checkpoint, args.merge, args.overwrite):
         print(line)
     return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from opd import launch
+    from opd.gap import command
+
+    return launch.main(lambda: command.main(args.recipe, args.overrides, args.out, not args.no_teacher, args.plain))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from opd.gap import compare
+
+    if args.seed < 0:
+        raise UserError(f"--seed: expected 0 or more, found {args.seed}")
+    return compare.main(args.folders, args.out, args.common, args.seed)
 
 
 def _report(args: argparse.Namespace) -> int:

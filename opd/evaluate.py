@@ -6,9 +6,8 @@ Shape legend in opd/types.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from opd.clips import ClipLoader
 from opd.config import Config, UserError
 from opd.divergences import divergence
 from opd.learner import Learner
-from opd.metrics import Estimate, ratio_stderr
+from opd.metrics import Estimate, drop, ratio_stderr
 from opd.models.base import Family
-from opd.rollout import VllmSampler, gold_ids
+from opd.rollout import VllmSampler, decode, gold_ids
+from opd.scoring import Scorer
 from opd.teacher import Teacher
 from opd.token_loss import Rows, chunks
 from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
@@ -29,18 +29,6 @@ from opd.views import transcript
 
 CHUNK = 64  # records whose clips are in memory at a time
 PAIRS = 8  # records of one forward pass in the divergences
-
-
-def correct(prompt: Prompt, text: str, truncated: bool) -> bool:
-    """Whether a response gives the prompt's answer; one that never ended is wrong whatever it says.
-
-    match exact: equal after trimming white space; regex: `re.fullmatch` of the trimmed response.
-    """
-    if truncated or prompt.answer is None:
-        return False
-    if prompt.match == "regex":
-        return re.fullmatch(prompt.answer, text.strip()) is not None
-    return text.strip() == prompt.answer.strip()
 
 
 @dataclass
@@ -58,8 +46,10 @@ class Evaluator:
     say: Callable[[str], None] = lambda _: None
     writer: Teacher | None = None  # answers in the teacher's place; none: the teacher itself
     _teacher_right: list[float] | None = None  # the teacher is frozen: asked once
+    _scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
+        self._scorer = Scorer(self.config.eval)
         best = self.config.eval.best or ""
         if best == "forgetting" and not self.teacher.gives_rows:
             raise UserError("eval.best forgetting: needs the teacher's whole rows, so teacher.kind local or self")
@@ -130,9 +120,10 @@ class Evaluator:
         for chunk in self._mine(prompts, CHUNK):
             clips = self._load(chunk) if view == "speech" else {}
             jobs = [(p, view, f"{name}/{i}") for i, p in chunk]
-            for (i, p), r in zip(chunk, self.sampler.sample(jobs, clips, 1, 0.0), strict=True):
-                found[0, i] = correct(p, decode(self.family, r.token_ids), r.truncated)
-                found[1, i] = len(r.token_ids)
+            answers = self.sampler.sample(jobs, clips, 1, 0.0)
+            graded = self._scorer.grade([(r.prompt, decode(self.family, r.token_ids), r.truncated) for r in answers])
+            for (i, _), r, is_right in zip(chunk, answers, graded, strict=True):
+                found[:, i] = torch.tensor([bool(is_right), len(r.token_ids)])
         right, lengths = all_reduce(found, "sum").tolist()
         return right, lengths
 
@@ -142,8 +133,9 @@ class Evaluator:
             mine = list(enumerate(self.test))[self.learner.rank :: self.learner.world]
             # one call on every rank, also where nothing is left to ask: a sharded teacher needs them all
             replies = (self.writer or self.teacher).respond([p for _, p in mine], self.config.rollout.max_tokens)
-            for (i, p), (ids, truncated) in zip(mine, replies, strict=True):
-                right[i] = correct(p, decode(self.family, ids), truncated)
+            said = [(p, decode(self.family, ids), cut) for (_, p), (ids, cut) in zip(mine, replies, strict=True)]
+            for (i, _), is_right in zip(mine, self._scorer.grade(said), strict=True):
+                right[i] = bool(is_right)
             self._teacher_right = all_reduce(right, "sum").tolist()
         return self._teacher_right
 
@@ -261,20 +253,3 @@ def questions(prompts: list[Prompt]) -> list[str]:
 def share(right: list[float], prompts: list[Prompt]) -> Estimate:
     """Share of right answers, or a mean over records alike, with its standard error over questions."""
     return ratio_stderr(right, [1.0] * len(right), questions(prompts))
-
-
-def drop(right: list[float], teacher: list[float], asked: list[str] | None = None) -> Estimate:
-    """Mean relative drop below the teacher in percent, 100 * (1 - student / teacher), with its standard error.
-
-    Both answered the same records: the delta method over paired records, clustered by what is `asked`.
-    """
-    ratio = ratio_stderr(right, teacher, asked)
-    if ratio["mean"] is None:
-        return {"mean": None, "stderr": None}
-    stderr = ratio["stderr"]
-    return {"mean": 100.0 * (1.0 - float(ratio["mean"])), "stderr": None if stderr is None else 100.0 * float(stderr)}
-
-
-def decode(family: Family, ids: tuple[int, ...]) -> str:
-    """Readable text of a response: end-of-turn and other special tokens left out."""
-    return family.tokenizer.decode([i for i in ids if i not in family.eos_ids], skip_special_tokens=True)

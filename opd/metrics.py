@@ -82,6 +82,18 @@ def ratio_stderr(
     return {"mean": m, "stderr": math.sqrt(g / (g - 1) * squares) / total, "n": n}
 
 
+def drop(right: Sequence[float], teacher: Sequence[float], asked: Sequence[str] | None = None) -> Estimate:
+    """Mean relative drop below the teacher in percent, 100 * (1 - student / teacher), with its standard error.
+
+    Both answered the same records: the delta method over paired records, clustered by what is `asked`.
+    """
+    ratio = ratio_stderr(right, teacher, asked)
+    if ratio["mean"] is None:
+        return {"mean": None, "stderr": None}
+    stderr = ratio["stderr"]
+    return {"mean": 100.0 * (1.0 - float(ratio["mean"])), "stderr": None if stderr is None else 100.0 * float(stderr)}
+
+
 def read_lines(path: Path, shape: type[BaseModel] = Line) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file, in order; none when there is no such file.
 

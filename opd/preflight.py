@@ -19,6 +19,7 @@ from opd.http import Server, check_model
 from opd.layout import copies_start, starts_student, starts_teacher, teacher_servers
 from opd.placement import node_of, placement_of
 from opd.prompts import read_manifest, route_of
+from opd.scoring import Scorer
 from opd.views import audio_paths
 
 HEARD = 8  # training records that are kept with their clips for what comes after
@@ -215,6 +216,8 @@ def _read(facts: Facts, key: str, path: str) -> str:
             raise UserError(f"{key}: {p.place}: an evaluation needs `answer` and `response`, the record lacks one")
         if key == "data.train" and config.rollout.source == "dataset" and p.response is None:
             raise UserError(f"{key}: {p.place}: rollout.source dataset needs a `response` in every record")
+    if key != "data.train":
+        Scorer(config.eval).check(prompts, key)
     if config.teacher.kind == "routed" and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)

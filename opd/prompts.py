@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opd.config import TeacherConfig, UserError
+from opd.scoring import MATCHES, check_answer
+from opd.settings import UserError
 from opd.types import Prompt
 
-KNOWN = ("messages", "audio", "transcript", "id", "response", "answer", "match", "group")  # of a record
+if TYPE_CHECKING:
+    from opd.config import TeacherConfig  # which holds what asks for records
+
+# of a record
+KNOWN = ("messages", "audio", "transcript", "id", "response", "answer", "match", "choices", "tolerance", "group")
 
 
 def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], list[dict[str, str]]]:
     """Read a manifest: JSONL here; Parquet, JSON, CSV or `hub:owner/name[/config][:split]` through `datasets`.
 
     A record is `{"messages": [...]}` whose audio parts carry `path` and `transcript`, or the short form
-    `{"audio": path, "transcript": str}`; optional: id, response, answer, match, group, and strings by other names, for
-    teacher.field. Paths are relative to the manifest and must stay inside its folder.
+    `{"audio": path, "transcript": str}`; optional: id, response, answer, match, choices, tolerance, group, and strings
+    and numbers by other names, for teacher.field and the groups of an evaluation. Paths are relative to the manifest
+    and must stay inside its folder.
 
     Returns prompts and the bad records, each {"place", "id", "reason"}. Raises UserError for an unreadable manifest.
     """
@@ -61,11 +68,18 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages: expected a list of chat messages, found {type(messages).__name__}")
     match = record.get("match", "exact")
-    if match not in ("exact", "regex"):
-        raise ValueError(f"match: expected exact or regex, found {match!r}")
+    if match not in MATCHES:
+        raise ValueError(f"match: expected {', '.join(MATCHES[:-1])} or {MATCHES[-1]}, found {match!r}")
     for key in ("response", "answer"):
         if record.get(key) is not None and not isinstance(record[key], str):
             raise ValueError(f"{key}: expected a string, found {type(record[key]).__name__}")
+    choices, tolerance = record.get("choices") or [], record.get("tolerance")
+    if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise ValueError(f"choices: expected a list of strings, found {str(choices)[:60]!r}")
+    if tolerance is not None and (not _number(tolerance) or tolerance < 0):
+        raise ValueError(f"tolerance: expected a number of 0 or more, found {tolerance!r}")
+    if record.get("answer") is not None:
+        check_answer(record["answer"], match, choices)
     return Prompt(
         id=str(record.get("id", place)),
         messages=tuple(_message(m, i, root) for i, m in enumerate(messages)),
@@ -75,7 +89,14 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
         group=str(record.get("group") or ""),
         place=place,
         other={k: v for k, v in record.items() if k not in KNOWN and isinstance(v, str)},
+        numbers={k: float(v) for k, v in record.items() if k not in KNOWN and _number(v)},
+        choices=tuple(choices),
+        tolerance=tolerance,
     )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def route_of(teacher: TeacherConfig, prompt: Prompt) -> str:

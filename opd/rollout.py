@@ -77,6 +77,11 @@ def gold_ids(family: Family, prompt: Prompt, max_tokens: int) -> tuple[tuple[int
     return tuple(ids[:max_tokens]), None, -1, len(ids) > max_tokens
 
 
+def decode(family: Family, ids: tuple[int, ...]) -> str:
+    """Readable text of a response: end-of-turn and other special tokens left out."""
+    return family.tokenizer.decode([i for i in ids if i not in family.eos_ids], skip_special_tokens=True)
+
+
 class MixSource:
     """The student answers some of a step's prompts, the teacher the others (GKD, arXiv 2306.13649, its lambda).
 
@@ -182,6 +187,37 @@ class VllmSampler:
         assert len(rollouts) == n * len(jobs)
         return rollouts
 
+    def score(self, rollouts: list[Rollout], clips: dict[str, np.ndarray]) -> list[np.ndarray | None]:
+        """Log-probabilities [T] that the servers give each response's own ids after its view of the prompt.
+
+        By prompt log-probs, over the full vocabulary, the banned ids too. The text view is sent as ids. After audio a
+        response can only be sent as text, the beginning of the assistant's turn: None where the server then reads
+        other ids than the prompt's and the response's. Any weights that the servers hold will do.
+        """
+        found: list[np.ndarray | None] = []
+        requests, read = [], []
+        for r in rollouts:
+            messages = render(r.prompt, r.view)
+            ids = [*self.family.prompt_ids(messages, _heard(r.prompt, r.view, clips)), *r.token_ids]
+            body: dict[str, Any] = {"model": "student", "temperature": 1.0, "prompt_logprobs": 0}
+            body["return_token_ids"] = True
+            if r.view == "text":
+                path, body = "/v1/completions", body | {"prompt": ids, "max_tokens": 1, "add_special_tokens": False}
+            else:
+                said = self.family.tokenizer.decode(r.token_ids, clean_up_tokenization_spaces=False)
+                sent = [{**m, "content": self._content(m["content"], clips)} for m in messages]
+                path, body = "/v1/chat/completions", body | {"max_completion_tokens": 1, "add_generation_prompt": False}
+                body |= {"messages": [*sent, {"role": "assistant", "content": said}], "continue_final_message": True}
+            requests.append(Request(path, body, len(ids) + 1))
+            read.append(ids)
+        for r, ids, answer in zip(rollouts, read, self._ask(requests, check=False), strict=True):
+            told = answer if r.view == "speech" else answer["choices"][0]
+            if r.view == "speech" and told["prompt_token_ids"] != ids:
+                found.append(None)
+                continue
+            found.append(given(told.get("prompt_logprobs"), ids, len(r.token_ids), "student"))
+        return found
+
     def _ask(self, requests: list[Request], check: bool) -> list[Any]:
         """Answers to requests, all of them from servers that held the learner's weights before and after."""
         r = self.config.rollout
@@ -243,6 +279,15 @@ class VllmSampler:
         truncated = ids[-1] not in self.family.eos_ids
         top = _best(entries, self.best) if self.best else None
         return Rollout(prompt, view, tuple(ids), logprobs, self.version, truncated, seed, top)
+
+
+def given(entries: list[dict[str, Any] | None] | None, ids: list[int], last: int, who: str) -> np.ndarray:
+    """[T] log-probs of the `last` T of a prompt's ids, from a server's prompt log-probs. Raises ServerError."""
+    if len(entries or []) != len(ids):
+        raise ServerError(f"{who}: expected {len(ids)} prompt log-probs, found {len(entries or [])}")
+    assert entries is not None
+    told = zip(entries[len(entries) - last :], ids[len(ids) - last :], strict=True)
+    return np.array([(e or {})[str(y)]["logprob"] for e, y in told], np.float32)
 
 
 def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:

@@ -131,7 +131,7 @@ class Watch:
             raise Stop(self._learner_end(self.learner))
 
     def _learner_end(self, learner: Process) -> End:
-        head = f"the learner ended with exit code {learner.code}: "
+        head = f"the {learner.command.name.partition('-')[0]} ended with exit code {learner.code}: "
         if gone := killed(learner.log):
             return End(1, f"{head}{gone}; see {learner.log}", PROCESS)
         status = self.display.status()

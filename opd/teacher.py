@@ -16,10 +16,10 @@ from torch import Tensor
 from opd.batch import all_reduce
 from opd.config import Config, UserError
 from opd.divergences import EXCLUDED
-from opd.http import Request, ServerError, post_all
+from opd.http import Request, post_all
 from opd.learner import DTYPES, deepspeed_settings
 from opd.models.base import Family
-from opd.rollout import BAN
+from opd.rollout import BAN, given
 from opd.sharding import load_sharded
 from opd.token_loss import Rows, chunks
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
@@ -289,12 +289,9 @@ class ServerTeacher(_Reader):
         ]
         scored = []
         for r, p, answer in zip(rollouts, prompts, self._ask("/v1/completions", bodies), strict=True):
-            entries = answer["choices"][0].get("prompt_logprobs") or []
-            if len(entries) != len(p) + len(r.token_ids):
-                wanted = len(p) + len(r.token_ids)
-                raise ServerError(f"teacher: expected {wanted} prompt log-probs, found {len(entries)}")
-            values = [e[str(y)]["logprob"] for e, y in zip(entries[len(p) :], r.token_ids, strict=True)]
-            scored.append(ScoredRollout(r, np.array(values, np.float32), *self._top(r, entries[len(p) :])))
+            entries = answer["choices"][0].get("prompt_logprobs")
+            values = given(entries, [*p, *r.token_ids], len(r.token_ids), "teacher")
+            scored.append(ScoredRollout(r, values, *self._top(r, entries[len(p) :])))
         return scored
 
     def _top(self, rollout: Rollout, entries: list[dict[str, Any]]) -> tuple[np.ndarray, ...]:
@@ -318,11 +315,19 @@ class ServerTeacher(_Reader):
         return ids, logp
 
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
+        return self._written(prompts, max_tokens, [{"temperature": 0.0}] * len(prompts))
+
+    def sample(self, prompts: list[Prompt], max_tokens: int, seeds: list[int]) -> list[Reply]:
+        """A response to each text view, sampled at temperature 1, in the student's tokens."""
+        return self._written(prompts, max_tokens, [{"temperature": 1.0, "seed": s} for s in seeds])
+
+    def _written(self, prompts: list[Prompt], max_tokens: int, how: list[dict[str, Any]]) -> list[Reply]:
         bodies = [
-            {"prompt": self.prompt_ids(p), "max_tokens": max_tokens, "temperature": 0.0, "return_token_ids": True}
+            {"prompt": self.prompt_ids(p), "max_tokens": max_tokens, "return_token_ids": True}
             | {"stop_token_ids": self.family.eos_ids, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
             | {"skip_special_tokens": False, "logit_bias": self.bans}
-            for p in prompts
+            | one
+            for p, one in zip(prompts, how, strict=True)
         ]
         answers = self._ask("/v1/completions", bodies)
         return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in answers]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 View = Literal["speech", "text"]
+Match = Literal["exact", "regex", "choice", "number", "judge"]
 VIEWS: tuple[View, View] = ("speech", "text")
 Message = dict[str, Any]
 
@@ -29,10 +30,13 @@ class Prompt:
     messages: tuple[Message, ...]
     response: str | None = None  # gold response, for `source: dataset` and teacher-forced metrics
     answer: str | None = None  # what an evaluation compares with
-    match: Literal["exact", "regex"] = "exact"
+    match: Match = "exact"
     group: str = ""
     place: str = ""  # "file.jsonl:12", for error messages
     other: dict[str, str] = field(default_factory=dict)  # further strings of the record, by name
+    numbers: dict[str, float] = field(default_factory=dict)  # and numbers
+    choices: tuple[str, ...] = ()  # options of a multiple choice, A first
+    tolerance: float | None = None  # of a number that is compared
 
 
 @dataclass(frozen=True)

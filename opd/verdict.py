@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from opd.scoring import ScoringConfig
 from opd.settings import Section
 
 # Metrics by which checkpoints can be told apart: +1 where higher is better, -1 where lower is.
@@ -40,7 +41,7 @@ class WarnConfig(Section):
     errors: NonNegativeFloat = Field(2.0, description="standard errors that a change must exceed too")
 
 
-class EvalConfig(Section):
+class EvalConfig(ScoringConfig):
     """What is measured on held-out records, when, and what follows from it."""
 
     test: str | None = Field(None, description="manifest of held-out questions with answers")
@@ -58,6 +59,12 @@ class EvalConfig(Section):
         None, description="evaluations in a row without a better eval.best that end the run; none: it takes all steps"
     )
     warn: WarnConfig = WarnConfig()
+    groups: list[str] | None = Field(
+        None, description="opd eval: fields of the records to tabulate by; none: strings of few values, and seconds"
+    )
+    bins: dict[str, list[float]] = Field(
+        {}, description="opd eval: edges between groups of a number; else its quartiles"
+    )
 
     def check(self) -> None:
         """Raises ValueError for settings that do not go together."""

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from opd.data.endpoint import Endpoint
-from opd.data.stage import Failed, Stage
+from opd.data.errors import Failed
+from opd.data.stage import Stage
 from opd.types import Message
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from opd.data.stage import Failed, Unavailable
+from opd.data.errors import Failed, Unavailable
 from opd.settings import Section, UserError
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ from pydantic import Field, PositiveFloat, model_validator
 from opd import audio
 from opd.data import recordings
 from opd.data.clip_store import ClipStore
-from opd.data.stage import Drop, Record, Stage, Work, content_id, digest
+from opd.data.errors import Drop
+from opd.data.stage import Record, Stage, Work, content_id, digest
 
 SUFFIXES = {"WAV": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}  # what is kept as it is
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.clip_store import ClipStore
-from opd.data.stage import Drop, Failed, Record, Stage, Work, audio_parts
+from opd.data.errors import Drop, Failed
+from opd.data.stage import Record, Stage, Work, audio_parts
 
 Outcome = tuple[str, Any]  # ("record", Record), ("drop", reason) or ("failed", reason)
 THREADS = 16  # requests to an endpoint at a time, unless --workers says otherwise

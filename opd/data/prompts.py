@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from opd.data.clip_store import ClipStore
-from opd.data.stage import Drop, Record, Stage, Work, content_id
+from opd.data.errors import Drop
+from opd.data.stage import Record, Stage, Work, content_id
 from opd.settings import UserError
 
 Message = dict[str, Any]

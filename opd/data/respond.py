@@ -8,7 +8,8 @@ from pydantic import Field
 
 from opd.data.chat import ChatStage
 from opd.data.clip_store import ClipStore
-from opd.data.stage import Drop, Record, Work
+from opd.data.errors import Drop
+from opd.data.stage import Record, Work
 from opd.types import Prompt
 from opd.views import joined, render
 

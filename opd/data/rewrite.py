@@ -8,7 +8,8 @@ from pydantic import Field, PositiveFloat, field_validator
 
 from opd.data.chat import ChatStage
 from opd.data.clip_store import ClipStore
-from opd.data.stage import Drop, Failed, Record, Work
+from opd.data.errors import Drop, Failed
+from opd.data.stage import Record, Work
 from opd.data.turns import last_question
 
 TEMPLATE = """\

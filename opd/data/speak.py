@@ -15,8 +15,9 @@ from opd.audio import BadAudio, TooLong, check, load, resample, whole_frames
 from opd.data import espeak
 from opd.data.clip_store import ClipStore
 from opd.data.endpoint import Endpoint
+from opd.data.errors import Drop, Failed
 from opd.data.loudness import normalised
-from opd.data.stage import Drop, Failed, Record, Stage, Work, canonical, content_id, deciding
+from opd.data.stage import Record, Stage, Work, canonical, content_id, deciding
 from opd.data.turns import last_question
 from opd.settings import UserError
 

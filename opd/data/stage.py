@@ -11,22 +11,10 @@ from typing import Any, ClassVar, Literal
 
 from opd.data.clip_store import ClipStore
 from opd.prompts import records
-from opd.settings import Section, UserError
+from opd.settings import Section
 
 Record = dict[str, Any]
 Work = Callable[[Record], Record]
-
-
-class Drop(Exception):
-    """This record is left out for good. The message: a reason to count, such as `too long`, a colon, details."""
-
-
-class Failed(Exception):
-    """This record could not be made this time, as when an endpoint answers nonsense: the next run tries it again."""
-
-
-class Unavailable(UserError):
-    """Nothing more can be made for now, as when an endpoint is down: what is done is kept, the next run goes on."""
 
 
 class Stage(Section):

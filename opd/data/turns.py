@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from opd.data.stage import Drop, Record
+from opd.data.errors import Drop
+from opd.data.stage import Record
 
 
 class Question(NamedTuple):

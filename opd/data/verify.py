@@ -15,7 +15,8 @@ from pydantic import Field, NonNegativeFloat
 from opd.audio import BadAudio, load
 from opd.data.clip_store import ClipStore
 from opd.data.endpoint import Endpoint
-from opd.data.stage import Drop, Failed, Record, Stage, Work, audio_parts
+from opd.data.errors import Drop, Failed
+from opd.data.stage import Record, Stage, Work, audio_parts
 from opd.settings import UserError
 
 RATE = 16000  # Hz

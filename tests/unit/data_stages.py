@@ -15,7 +15,8 @@ import numpy as np
 from opd import cli
 from opd.data import arguments, command
 from opd.data.clip_store import ClipStore
-from opd.data.stage import Drop, Failed, Record, Stage, Unavailable, Work
+from opd.data.errors import Drop, Failed, Unavailable
+from opd.data.stage import Record, Stage, Work
 
 
 class Ask(Stage):

@@ -17,7 +17,7 @@ from opd.layout import layout
 from opd.servers import Command
 
 HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "accelerate")
-COMMANDS = ("launch", "check", "doctor", "train", "report")
+COMMANDS = ("launch", "check", "doctor", "train", "eval", "compare", "report")
 
 RECIPE = """
 run: {{dir: {dir}/run}}

@@ -16,9 +16,9 @@ from opd.audio import load
 from opd.data import espeak
 from opd.data.clip_store import ClipStore
 from opd.data.command import make_stage
+from opd.data.errors import Drop
 from opd.data.loudness import lufs, true_peak
 from opd.data.runner import Summary, run_stage
-from opd.data.stage import Drop
 from opd.prompts import read_manifest
 from opd.settings import UserError
 

@@ -17,9 +17,12 @@ import opd.token_loss
 from opd.batch import collate
 from opd.config import Config, UserError, load_config
 from opd.divergences import EXCLUDED
-from opd.evaluate import PAIRS, Evaluator, correct, decode, drop
+from opd.evaluate import PAIRS, Evaluator
+from opd.metrics import drop
 from opd.models import family_of
 from opd.models.base import SpeechLM, places
+from opd.rollout import decode
+from opd.scoring import Scorer, ScoringConfig
 from opd.teacher import LocalTeacher
 from opd.types import VIEWS, Prompt, Rollout, Sample, View
 
@@ -40,7 +43,7 @@ STUDENT = str(ROOT / "recipes/tiny/student")
     ],
 )
 def test_correct(match, answer, text: str, truncated: bool, right: bool) -> None:
-    assert correct(Prompt("p", (), answer=answer, match=match), text, truncated) is right
+    assert Scorer(ScoringConfig()).grade([(Prompt("p", (), answer=answer, match=match), text, truncated)]) == [right]
 
 
 def test_drop_by_hand() -> None:

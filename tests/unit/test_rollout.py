@@ -13,7 +13,7 @@ from opd.http import Answer
 from opd.models import family_of
 from opd.models.base import Family
 from opd.rollout import VllmSampler
-from opd.types import Prompt
+from opd.types import VIEWS, Prompt, Rollout
 
 PART = {"type": "audio", "path": "a.wav", "transcript": "what is one plus two"}
 PROMPT = Prompt("q", ({"role": "user", "content": [PART]},))
@@ -84,3 +84,47 @@ def test_a_prompt_that_the_server_reads_otherwise_is_refused(family: Family, mon
         opd.rollout.ServerError, match=r"prompt q \(speech view\): .* first difference at \d+: \[7\], \[\]"
     ):
         ask(family, monkeypatch, 1.0, read=[7])
+
+
+def test_scoring_sends_ids_or_the_beginning_of_an_answer(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    word = family.tokenizer("one two.", add_special_tokens=False).input_ids
+    ids = (*word, family.eos_ids[0])
+    prompt = {"speech": family.prompt_ids([{"role": "user", "content": [{"type": "audio"}]}], [16000])}
+    prompt["text"] = family.prompt_ids([{"role": "user", "content": PART["transcript"]}], [])
+    sent: list[Any] = []
+    change: list[int] = []  # ids that the server reads besides
+
+    def answer(urls: list[str], requests: list[Any], *_: Any) -> list[Any]:
+        sent.extend(requests)
+        answers = []
+        for view in ("speech", "text"):
+            read = [*prompt[view], *ids, *(change if view == "speech" else [])]
+            told = [None, *({str(y): {"logprob": -float(t)}} for t, y in enumerate(read[1:], 1))]
+            content = {"prompt_logprobs": told, "prompt_token_ids": read}
+            answers.append(Answer(urls[0], content if view == "speech" else {"choices": [content]}))
+        return answers
+
+    monkeypatch.setattr(opd.rollout, "post_all", answer)
+    sampler = VllmSampler(load_config("recipes/tiny/2_xopd.yaml"), family, ["http://127.0.0.1:9"])
+    rollouts = [Rollout(PROMPT, view, ids, None, -1, False) for view in VIEWS]
+    heard, read = sampler.score(rollouts, CLIPS)
+    for found, view in ((heard, "speech"), (read, "text")):
+        first = len(prompt[view])
+        assert found is not None and found.tolist() == [-float(t) for t in range(first, first + len(ids))]
+    speech, text = sent
+    assert text.path == "/v1/completions" and text.body["prompt"] == [*prompt["text"], *ids]
+    assert speech.path == "/v1/chat/completions" and speech.body["continue_final_message"]
+    assert not speech.body["add_generation_prompt"] and "logit_bias" not in speech.body
+    end = family.tokenizer.decode(family.eos_ids[0])  # is part of what is scored
+    assert speech.body["messages"][-1] == {"role": "assistant", "content": f"one two.{end}"}
+    assert all(r.body["prompt_logprobs"] == 0 for r in sent)
+    change.append(7)
+    heard, read = sampler.score(rollouts, CLIPS)
+    assert heard is None and read is not None
+
+
+def test_prompt_log_probs_must_be_one_for_each_id() -> None:
+    with pytest.raises(opd.rollout.ServerError, match="teacher: expected 3 prompt log-probs, found 1"):
+        opd.rollout.given([None], [1, 2, 3], 1, "teacher")
+    with pytest.raises(opd.rollout.ServerError, match="student: expected 2 prompt log-probs, found 0"):
+        opd.rollout.given(None, [1, 2], 1, "student")

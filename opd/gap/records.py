@@ -1,0 +1,177 @@
+"""What an evaluation measures: its settings, the records, and what is measured already. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from opd import run_folder
+from opd.config import Config, ObjectiveConfig, UserError, load_config, resolve_model
+from opd.data.stage import canonical, digest
+from opd.metrics import read_lines, write_atomic
+from opd.prompts import read_manifest
+from opd.scoring import Scorer
+from opd.types import Prompt
+from opd.views import audio_paths, render, transcript
+
+VERSION = 1  # higher when the same settings measure something else than before
+SETS: tuple[Literal["test", "retention"], ...] = ("test", "retention")
+RECORDS, SETTINGS = "records.jsonl", "settings.yaml"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record to be measured."""
+
+    part: Literal["test", "retention"]
+    prompt: Prompt
+    record: str  # digest of what is asked, with the bytes of its clips: the same in any evaluation
+    key: str  # digest of that and of the settings: the same where it would be measured alike
+    divergences: bool
+
+
+class Line(BaseModel):
+    """What `opd compare` relies on in a line of records.jsonl."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    id: str
+    part: str
+    record: str
+    question: str
+    views: dict[str, dict[str, Any]]
+
+
+def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> Config:
+    """A recipe as an evaluation has it: no learner, models resolved, the teacher on a server, or no `teacher` at all.
+
+    Raises UserError for a recipe that has nothing to measure, or a teacher that no server is.
+    """
+    config = load_config(recipe, overrides)
+    e, t = config.eval, config.teacher
+    if e.test is None and e.retention is None:
+        raise UserError(f"{recipe}: nothing to evaluate: expected eval.test or eval.retention, found neither")
+    if teacher and (t.kind in ("self", "routed") or not t.path):
+        raise UserError(
+            f"{recipe}: expected one teacher with a path of its own, found teacher.kind {t.kind}; name it by "
+            "teacher.kind=server teacher.path=..., or go without it: --no-teacher"
+        )
+    config.run.dir = str(out)
+    config.objective = ObjectiveConfig()  # none that reads more of a teacher than a server gives
+    config.rollout.source, config.rollout.sleep, config.student.lora = "student", False, None
+    config.student.path = resolve_model(config.student.path, "student.path")
+    t.kind = "server" if teacher else "local"
+    if teacher:
+        t.path = resolve_model(t.path, "teacher.path")
+    return config
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """All that a measurement depends on beside the record itself."""
+    e, judge = config.eval, config.eval.judge
+    models: dict[str, Any] = {"student": _model(config.student.path, config.student.dtype)}
+    if config.teacher.kind == "server":
+        models["teacher"] = _model(config.teacher.path, config.teacher.dtype)
+    return {
+        **models,
+        "family": config.student.family,
+        "max_tokens": config.rollout.max_tokens,
+        "max_audio_seconds": config.data.max_audio_seconds,
+        "seed": config.run.seed,
+        "match": e.match,
+        "tolerance": e.tolerance,
+        "judge": judge and {n: getattr(judge, n) for n in ("url", "model", "prompt", "max_tokens")},
+        "version": VERSION,
+    }
+
+
+def _model(path: str, dtype: str) -> dict[str, str]:
+    """A model, and what tells it from other weights at the same place."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return {"path": path, "dtype": dtype, "files": hashlib.sha256(canonical(stats)).hexdigest()[:16]}
+
+
+def claim(out: Path, found: dict[str, Any]) -> None:
+    """Make a folder this evaluation's. Raises UserError when it holds another one, naming what differs."""
+    path = out / SETTINGS
+    if path.is_file():
+        try:
+            before = yaml.safe_load(path.read_text())["settings"]
+            keys = [k for k in {**before, **found} if before.get(k) != found.get(k)]
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
+            raise UserError(f"{path}: not readable as an evaluation's settings; move the folder away") from e
+        if keys:
+            shown = ", ".join(f"{k} ({_brief(before.get(k))} -> {_brief(found.get(k))})" for k in keys)
+            raise UserError(f"--out {out}: holds an evaluation under other settings: {shown}; name another folder")
+        return
+    if (out / "config.yaml").is_file():
+        raise UserError(f"--out {out}: holds a run; name a folder of the evaluation's own")
+    about = {"versions": run_folder.package_versions(), "git_commit": run_folder.git_commit()}
+    write_atomic(path, yaml.safe_dump({"settings": found, **about}, sort_keys=False))
+
+
+def _brief(value: Any) -> str:
+    return str(value if not isinstance(value, dict) else value.get("path") or value.get("model"))[:80]
+
+
+def read_items(config: Config) -> list[Item]:
+    """The records of eval.test and eval.retention. Raises UserError for one that cannot be measured."""
+    scorer, measured = Scorer(config.eval), hashlib.sha256(canonical(settings(config))).hexdigest()
+    items = []
+    for part in SETS:
+        path, name = getattr(config.eval, part), f"eval.{part}"
+        if path is None:
+            continue
+        prompts, bad = read_manifest(path, config.eval.limit)
+        if bad:
+            raise UserError(
+                f"{name}: {bad[0]['place']}: {bad[0]['reason']}; mend or remove it: every record must be good"
+            )
+        scorer.check(prompts, name)
+        for i, prompt in enumerate(prompts):
+            if gone := [p for p in audio_paths(prompt) if not Path(p).is_file()]:
+                raise UserError(f"{name}: {prompt.place}: {gone[0]}: no such audio file; mend or remove the record")
+            divergences = part == "test" and i < config.eval.kl_limit
+            record = _digest(prompt)
+            key = hashlib.sha256(canonical([measured, part, record, divergences])).hexdigest()[:32]
+            items.append(Item(part, prompt, record, key, divergences))
+    return items
+
+
+def _digest(p: Prompt) -> str:
+    clips = [digest(path) for path in audio_paths(p)]
+    content = [p.id, render(p, "text"), p.answer, p.match, p.choices, p.tolerance, clips]
+    return hashlib.sha256(canonical(content)).hexdigest()[:16]
+
+
+def fields(prompt: Prompt) -> dict[str, str]:
+    """What a record says of itself, by field."""
+    return ({"group": prompt.group} if prompt.group else {}) | prompt.other
+
+
+def line(item: Item, measured: dict[str, Any]) -> dict[str, Any]:
+    """A line of records.jsonl: what the manifest says now, and what was measured."""
+    p = item.prompt
+    numbers = {"seconds": measured["seconds"]} | p.numbers
+    about = {"id": p.id, "part": item.part, "record": item.record, "question": transcript(p), "answer": p.answer}
+    rest = {k: v for k, v in measured.items() if k != "seconds"}
+    return about | {"fields": fields(p), "numbers": numbers} | rest
+
+
+def write_records(out: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace records.jsonl."""
+    write_atomic(out / RECORDS, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation's records.jsonl. Raises UserError naming file and line."""
+    found = list(read_lines(folder / RECORDS, Line))
+    if not found:
+        raise UserError(f"{folder / RECORDS}: expected the records of an evaluation, found none; run `opd eval` again")
+    return found
