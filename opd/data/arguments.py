@@ -56,6 +56,16 @@ def add_data(commands) -> None:
     listen.add_argument("--out", type=Path, required=True, metavar="FILE", help="HTML file to write")
     listen.add_argument("--records", type=int, default=12, metavar="N", help="default: 12")
     listen.add_argument("--epochs", type=int, default=3, metavar="N", help="of each record (default: 3)")
+    text = "choose the texts to speak where a student hears badly, within a budget of hours"
+    chooser = stages.add_parser("select", help=text, description=text, add_help=False)
+    chooser.add_argument("source", help="manifest of texts")
+    chooser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="a setting, such as hours=10")
+    probe = "folder of `opd eval`, of the student on a few spoken texts; repeatable"
+    chooser.add_argument("--probe", type=Path, action="append", required=True, metavar="FOLDER", help=probe)
+    chooser.add_argument("--out", type=Path, required=True, help="manifest to write, .jsonl or .parquet")
+    chooser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
+    chooser.add_argument("-h", "--help", action=_StageHelp)
+    chooser.set_defaults(run=_select)
     text = "what is in manifests, in numbers; refuses splits that leak into one another"
     card = stages.add_parser("card", help=text, description=text)
     card.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="one for each split")
@@ -65,6 +75,16 @@ def add_data(commands) -> None:
     card.add_argument("--license", metavar="ID", help="as the Hub names it, such as cc-by-4.0")
     card.add_argument("--language", metavar="CODE", help="ISO 639-1, such as en")
     card.set_defaults(run=_card)
+
+
+def _select(args: argparse.Namespace) -> int:
+    from opd.data.command import settings_of
+    from opd.data.select import Selection, select
+
+    settings = settings_of(Selection, args.config, args.overrides, "opd data select")
+    for path in select(args.source, args.probe, args.out, settings):
+        print(f"wrote {path}")
+    return 0
 
 
 def _card(args: argparse.Namespace) -> int:

@@ -7,12 +7,13 @@ import importlib
 import os
 import threading
 from functools import partial
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from opd.data.runner import run_stage
 from opd.data.stage import Stage
-from opd.settings import UserError, override, read_yaml, validated
+from opd.settings import S, Section, UserError, override, read_yaml, validated
 
 STAGES = {
     "prompts": "opd.data.prompts:Prompts",
@@ -30,17 +31,17 @@ def stage_class(name: str) -> type[Stage]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def make_stage(name: str, settings: dict[str, Any], source: str) -> Stage:
-    """A stage with these settings. Raises UserError that names `source` and the setting at fault."""
-    return validated(stage_class(name), settings, source)
+def settings_of(section: type[S], config: Path | None, overrides: list[str], command: str) -> S:
+    """Settings from a YAML file, if any, and key=value. Raises UserError that names file or command, and key."""
+    raw: dict[str, Any] = read_yaml(config) if config else {}
+    for item in overrides:
+        override(raw, item)
+    return validated(section, raw, str(config or command))
 
 
 def main(args: argparse.Namespace) -> int:
     """Run one stage, or this process's shard of it: 0 done, 1 when records failed and may be tried again."""
-    raw: dict[str, Any] = read_yaml(args.config) if args.config else {}
-    for item in args.overrides:
-        override(raw, item)
-    stage = make_stage(args.stage, raw, str(args.config or f"opd data {args.stage}"))
+    stage = settings_of(stage_class(args.stage), args.config, args.overrides, f"opd data {args.stage}")
     first, _, of = (args.shard or "0/1").partition("/")
     if not (first.isdigit() and of.isdigit()):
         raise UserError(f"--shard {args.shard}: expected I/N, such as 0/4")
@@ -60,13 +61,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def describe(name: str) -> str:
-    """The settings of a stage, a line each."""
-    stage = stage_class(name)
-    lines = [f"settings of `opd data {stage.name}`, as key=value or in a YAML file (--config):"]
-    for name, field in stage.model_fields.items():
+    """The settings of a stage, or of `select`, a line each."""
+    section = stage_class(name) if name in STAGES else _selection()
+    lines = [f"settings of `opd data {name}`, as key=value or in a YAML file (--config):"]
+    for key, field in section.model_fields.items():
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {name:<14} {field.description or ''} ({_kind(field.annotation)}; {default})")
+        lines.append(f"  {key:<16} {field.description or ''} ({_kind(field.annotation)}; {default})")
     return "\n".join(lines)
+
+
+def _selection() -> type[Section]:
+    from opd.data.select import Selection
+
+    return Selection
 
 
 def _kind(annotation: Any) -> str:

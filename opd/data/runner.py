@@ -20,7 +20,7 @@ from opd.data.journal import Journal
 from opd.data.pool import Outcome, Pool
 from opd.data.stage import Record, Stage, audio_parts, content_id
 from opd.metrics import write_atomic
-from opd.prompts import parse_record
+from opd.prompts import parse_record, records
 from opd.settings import UserError
 
 MAX_FAILED = 0.01  # share of the records tried, and more than FEW of them
@@ -149,7 +149,7 @@ class _Run:
     def _missing(self) -> Iterator[tuple[Job, Record]]:
         """The records of this shard that have no result yet; notes every record's key on the way."""
         seen: set[str] = set()
-        for i, (place, row) in enumerate(_read(self.stage, self.source, self.limit)):
+        for i, (place, row) in enumerate(read_source(self.source, self.stage, self.limit)):
             key, why = self._key(place, row)
             self.keys.append(key)
             mine = i % self.shard[1] == self.shard[0] and key not in seen
@@ -242,14 +242,17 @@ class _Run:
                 dropped.append(json.dumps(line) + "\n")
 
 
-def _read(stage: Stage, source: str, limit: int | None) -> Iterator[tuple[str, Any]]:
-    """(place, record) of each row; a ValueError in a bad one's place. Clips of a record have absolute paths."""
-    root = Path(source).resolve().parent
-    for i, (place, row) in enumerate(stage.rows(source)):
+def read_source(source: str, stage: Stage | None = None, limit: int | None = None) -> Iterator[tuple[str, Any]]:
+    """(place, record) of each row; a ValueError in a bad one's place. Clips of a record have absolute paths.
+
+    stage: one that reads other rows than those of a manifest.
+    """
+    root, raw = Path(source).resolve().parent, stage is not None and stage.raw
+    for i, (place, row) in enumerate(stage.rows(source) if stage else records(source, streaming=True)):
         if limit is not None and i >= limit:
             return
         try:
-            yield place, row if stage.raw and isinstance(row, dict) else _normal(row, root, place)
+            yield place, row if raw and isinstance(row, dict) else _normal(row, root, place)
         except ValueError as e:
             yield place, e
 

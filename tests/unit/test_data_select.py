@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from opd.cli import main
 from opd.data.clusters import cluster, draw, misalignment, weights
 
 TOPICS = {
@@ -66,3 +71,78 @@ def test_the_draw_follows_the_weights_and_keeps_the_budget() -> None:
     assert mean[2] == 0 and mean[1] / mean.sum() == pytest.approx(0.79, abs=0.02)  # a little used up on the way
     assert np.array_equal(chosen, draw(found, np.array([0.2, 0.8, 0.0]), seconds, 201.0, seed=0))
     assert len(draw(found, np.array([0.0, 1.0, 0.0]), seconds, 1e9, 0)) == 500
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, Path]:
+    """A corpus of three topics, and an evaluation that hears sums badly."""
+    corpus, _ = texts(300, 0)
+    records = [{"id": str(i), "messages": [{"role": "user", "content": t}]} for i, t in enumerate(corpus)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    asked, topic = texts(90, 1)
+    folder = tmp_path / "gap"
+    folder.mkdir()
+    lines = [
+        {
+            **{"id": str(i), "part": "test", "record": str(i), "question": f"user: {q}", "views": {}},
+            "misalignment": {"nats": 20.0 if t == 0 else 2.0, "tokens": 10},
+            "numbers": {"wer": 0.5 if t == 2 else 0.0},
+            "step": 0,
+        }
+        for i, (q, t) in enumerate(zip(asked, topic, strict=True))
+    ]
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "corpus.jsonl", folder
+
+
+def choose(world: tuple[Path, Path], *more: str) -> tuple[list[dict], dict, str]:
+    out = world[0].parent / "chosen.jsonl"
+    command = ["data", "select", str(world[0]), "--probe", str(world[1]), "--out", str(out)]
+    assert main([*command, "hours=0.05", "clusters=6", "dimensions=16", *more]) == 0
+    folder = out.with_suffix(".select")
+    found = json.loads((folder / "select.json").read_text())
+    return [json.loads(line) for line in out.read_text().splitlines()], found, (folder / "select.html").read_text()
+
+
+def is_sum(record: dict) -> bool:
+    return "plus" in record["messages"][0]["content"]
+
+
+def test_what_is_heard_badly_is_chosen(world: tuple[Path, Path]) -> None:
+    records, found, page = choose(world)
+    alike, _, _ = choose(world, "gamma=0", "drop_worst=0")
+    share = [sum(map(is_sum, rs)) / len(rs) for rs in (records, alike)]
+    assert share[0] > 0.9 and 0.2 < share[1] < 0.5
+    spoken = sum(0.4 * len(r["messages"][0]["content"].split()) for r in records)
+    # the words of a question count its role as well, as its transcript does
+    assert 0.9 * 180 < spoken + 0.4 * len(records) <= 180
+    assert found["total"]["texts"] == len(records) and found["total"]["of"] == 300
+    assert sum(c["chosen"] for c in found["clusters"]) == len(records)
+    assert sum(c["probability"] for c in found["clusters"]) == pytest.approx(1)
+    assert records[0]["weight"] > 1 and records[0]["cluster"].isdigit()
+    assert "<svg" in page and len(re.findall("<tr>", page)) == 7
+
+
+def test_clusters_whose_transcripts_are_not_to_be_believed_are_left_out(world: tuple[Path, Path]) -> None:
+    records, found, _ = choose(world, "gamma=0", "drop_worst=0.34")
+    out = [c for c in found["clusters"] if c["probability"] == 0]
+    assert len(out) == 2 and min(c["wer"] for c in out) >= max(c["wer"] for c in found["clusters"] if c not in out)
+    assert not {str(c["cluster"]) for c in out} & {r["cluster"] for r in records}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["clusters=400"], "300 usable records make no 400 clusters"),
+        (["hours=0.0001"], "hours: 0.0001 h hold no text"),
+        (["hourz=1"], "unknown key hourz (did you mean hours?)"),
+    ],
+)
+def test_mistakes_are_one_line(
+    world: tuple[Path, Path], capsys: pytest.CaptureFixture[str], change: list[str], message: str
+) -> None:
+    out = world[0].parent / "chosen.jsonl"
+    command = ["data", "select", str(world[0]), "--probe", str(world[1]), "--out", str(out), "hours=1", *change]
+    assert main(command) == 2 and message in capsys.readouterr().err and not out.exists()
+    (world[1] / "records.jsonl").write_text("")
+    assert main([*command[:-1], "clusters=6"]) == 2 and "run `opd eval` again" in capsys.readouterr().err

@@ -479,7 +479,7 @@ def test_every_stage_tells_its_settings(capsys: pytest.CaptureFixture[str]) -> N
             cli.main(["data", name, "--help"])
         told = capsys.readouterr().out
         assert all(f"\n  {key} " in told for key in stage_class(name).model_fields)
-    assert "folder_is      what the folder of a recording names (speaker|accent|group; default None)" in describe(
+    assert "folder_is        what the folder of a recording names (speaker|accent|group; default None)" in describe(
         "natural"
     )
     assert "(dict[str, str]; default {})" in describe("natural")
