@@ -35,6 +35,7 @@ class Facts:
     student: str = field(init=False)  # checkpoint folder or hub id
     family: Family = field(init=False)
     teacher: str = field(init=False)
+    teacher_ids: int | None = None  # its vocabulary; None: there is none, or it is the student
     tokenizer: Any = field(init=False)  # the teacher's
     routes: dict[str, Facts] = field(default_factory=dict)  # with teacher.kind routed: the same for each teacher
     max_model_len: int | None = None  # of the student's servers; None: there are none

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from opd import saved
+from opd import hub, saved
 from opd.augment import AugmentConfig
 from opd.settings import Section, UserError, override, read_yaml, validated
 from opd.verdict import EvalConfig
@@ -21,9 +21,14 @@ class RunConfig(Section):
     dir: str = Field(
         "", description="run folder, resumed by the same command; none: runs/<recipe>-<hash of the config>"
     )
-    stage: str = Field("xopd", description="name of what this run makes; its last evaluation carries it")
+    stage: str = Field("", description="name of what this run makes, in evaluations and reports; none: objective.name")
     seed: NonNegativeInt = 0
     overwrite: bool = Field(False, description="delete whatever run the folder holds and start anew")
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "" if value is None else value  # as an override says it: run.stage=
 
 
 class LoraConfig(Section):
@@ -52,7 +57,9 @@ class TeacherConfig(Section):
     kind: Literal["local", "server", "self", "routed"] | None = Field(
         None, description="none: server where the placement has teacher servers and the objective can use them"
     )
-    path: str = Field("", description="checkpoint folder or hub id of the text LLM; none: self, routed")
+    path: str = Field(
+        "", description="checkpoint folder or hub id of the text LLM; none: self, routed, or nothing asks it"
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     urls: list[str] = Field(
         [], description="servers that grade, or write a warm start's responses; empty: `opd launch` starts them"
@@ -254,7 +261,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     student: StudentConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig = TeacherConfig()
     data: DataConfig
     train: TrainConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -267,15 +274,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         o, source = self.objective, self.rollout.source
+        self.run.stage = self.run.stage or o.name
         if source not in SOURCES_OF[o.name]:
             wanted = " or ".join(SOURCES_OF[o.name])
             raise ValueError(f"objective.name {o.name} needs rollout.source {wanted}, found {source}")
         if o.reads_rows and self.teacher.kind == "server":
             remedy = {"kd": " unless objective.mu is 0", "salad": " unless objective.alpha is 0"}.get(o.name, "")
             remedy = " unless objective.top_k is set" if o.name in ("reverse_kl", "forward_kl", "jsd") else remedy
-            raise ValueError(
-                f"objective.name {o.name} reads full vocabulary rows{remedy}: teacher.kind must be local, found server"
-            )
+            kinds = "local" if o.name == "uld" else "local or self"
+            reads = f"objective.name {o.name} reads full vocabulary rows{remedy}"
+            raise ValueError(f"{reads}: teacher.kind must be {kinds}, found server")
         if o.top_k is not None and o.top_of is None:
             raise ValueError(f"objective.top_k is of reverse_kl, forward_kl and jsd, found objective.name {o.name}")
         if o.top_k is not None and o.name == "jsd" and o.beta == 1.0:
@@ -361,8 +369,8 @@ def _run_dir(recipe: Path, config: Config) -> str:
 def resolve_model(path: str, key: str) -> str:
     """A checkpoint folder as it is; RUN, RUN:best or RUN:40 become `model/` of that checkpoint; else a hub id.
 
-    Raises UserError, naming the setting `key`, when a run folder holds no such checkpoint, or a local-looking path
-    does not exist.
+    Raises UserError, naming the setting `key`, when a run folder holds no such checkpoint, a local-looking path does
+    not exist, or the hub has no model of a name without owner.
     """
     run, which = saved.split(path)
     if (run / "checkpoints").is_dir():
@@ -372,4 +380,7 @@ def resolve_model(path: str, key: str) -> str:
         return path
     if p.exists() or path.startswith((".", "/", "~", "runs/", "recipes/")) or path.count("/") > 1:
         raise UserError(f"{key} {path}: expected a checkpoint folder with config.json or a run folder, found neither")
+    if "/" not in path and (why := hub.refused(path)):
+        expected = "a checkpoint folder, a run folder or a hub id such as owner/name"
+        raise UserError(f"{key} {path}: expected {expected}; there is no such folder, and of the hub: {why}")
     return path

@@ -14,7 +14,7 @@ import torch
 from opd.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.config import Config, UserError
 from opd.family_check import AGREE, DIFFER
-from opd.layout import LOOPBACK, Place, free_port, starts_student
+from opd.layout import LOOPBACK, Place, free_port, needs_teacher, starts_student
 from opd.models.base import Family
 from opd.placement import Servers, node_of, placement_of
 from opd.probe import Mismatch, PlainStudent
@@ -173,6 +173,8 @@ def judge_push(stale: Mismatch, fresh: Mismatch, restored: Mismatch, config: Con
 
 def teacher_reads(facts: Facts) -> str:
     """The teacher prefers a record's own response to another's: it reads the transcript."""
+    if not needs_teacher(facts.config):
+        raise Skip("nothing in this run reads or asks a teacher")
     facts.probe = None  # its memory is the teacher's
     return each_teacher(prefers)(facts)
 

@@ -95,9 +95,18 @@ def starts_student(config: Config) -> bool:
     return not config.rollout.urls and (config.rollout.student_writes or evaluates(config))
 
 
+def asks_teacher(config: Config) -> str:
+    """What in the run reads the teacher or has it write, in words; empty: nothing does."""
+    if config.objective.asks_teacher:
+        return f"objective.name {config.objective.name} reads it"
+    if config.rollout.teacher_writes:
+        return f"with rollout.source {config.rollout.source} it writes responses"
+    return "evaluations ask it; without any (eval.test= eval.retention=) it need not be there" * evaluates(config)
+
+
 def needs_teacher(config: Config) -> bool:
     """Whether anything in the run reads or writes with the teacher: else it need not be there."""
-    return config.objective.asks_teacher or config.rollout.teacher_writes or evaluates(config)
+    return bool(asks_teacher(config))
 
 
 def asks_teacher_servers(config: Config) -> bool:

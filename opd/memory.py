@@ -320,14 +320,14 @@ def teacher_kv_bytes(shape: ModelShape, config: Config) -> int:
     return 2 * m.layers * m.kv_heads * m.head_dim * SIZES[config.teacher.dtype] * config.teacher.batch_tokens
 
 
-def frozen(config: Config, student: ModelShape, teacher: ModelShape) -> dict[str, tuple[int, bool]]:
+def frozen(config: Config, student: ModelShape, teacher: ModelShape | None) -> dict[str, tuple[int, bool]]:
     """Bytes of the weights that a rank holds beside the student's, by name, and whether the ranks share them.
 
-    `teacher`: what `teacher_shape` gave; the shapes of several local ones are looked up.
+    `teacher`: what `teacher_shape` gave, None without one; the shapes of several local ones are looked up.
     """
     found = {}
     for route, one in of_routes(config).items():
-        if one.teacher.kind == "local":
+        if one.teacher.kind == "local" and teacher is not None:
             shape = teacher_shape(one) if route else teacher
             found[f"local teacher {route}".strip()] = shape.count() * SIZES[one.teacher.dtype], one.teacher.shard
     if copies_start(config):
@@ -336,9 +336,9 @@ def frozen(config: Config, student: ModelShape, teacher: ModelShape) -> dict[str
 
 
 def learner_memory(
-    config: Config, zero: Zero, student: ModelShape, teacher: ModelShape, lengths: Lengths, ranks: int
+    config: Config, zero: Zero, student: ModelShape, teacher: ModelShape | None, lengths: Lengths, ranks: int
 ) -> LearnerMemory:
-    """All of one rank, at lengths that it must survive."""
+    """All of one rank, at lengths that it must survive. `teacher`: None where nothing asks one."""
     d = SIZES[config.student.dtype]
     with_gradient = trained(config, student)
     weights = [w.numel for w in student.weights] + adapters(config, student)
@@ -346,7 +346,7 @@ def learner_memory(
     live = gathered(zero, weights, d, ranks)
     n = config.rollout.n if config.rollout.student_writes else 1
     prompts = -(-config.train.prompts_per_step // ranks)
-    local = any(t.kind in ("local", "self") for t in config.teacher.each.values())
+    local = teacher if any(t.kind in ("local", "self") for t in config.teacher.each.values()) else None
     shard = any(t.shard and t.kind == "local" for t in config.teacher.each.values())
     for name, (size, cut) in frozen(config, student, teacher).items():
         where = out.host if cut and zero.offload_param else out.device
@@ -372,9 +372,7 @@ def learner_memory(
             always["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
         loss, reads = always | loss_bytes(student, config, mb), Bytes()
         if local and config.objective.reads_rows:
-            loss["teacher's, of the micro-batch"], reads = read_bytes(
-                teacher, student.decoder.vocab, config, lengths, mb
-            )
+            loss["teacher's, of the micro-batch"], reads = read_bytes(local, student.decoder.vocab, config, lengths, mb)
         backward = {**always, "largest gradient": max(with_gradient) * d, "a layer's backward": adds}
         return {"teacher reads": reads, "loss": loss, "backward": backward}
 
@@ -383,14 +381,17 @@ def learner_memory(
     for phase in ("loss", "backward"):
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
     reads = max((v["teacher reads"] for v in views), key=lambda b: sum(b.values()))
-    shared = gathered(replace(zero, stage=3), [w.numel for w in teacher.weights], SIZES[config.teacher.dtype], ranks)
-    gather = {"teacher's gathered parameters": shared} if local and shard else {}
+    gather = {}
+    if local and shard:
+        sizes = [w.numel for w in local.weights]
+        shared = gathered(replace(zero, stage=3), sizes, SIZES[config.teacher.dtype], ranks)
+        gather = {"teacher's gathered parameters": shared}
     if reads:
         out.phases["teacher reads"] = reads | gather
     if local and config.objective.asks_teacher and not config.objective.reads_rows:
         samples = prompts * n * len(views)
-        found = teacher_bytes(teacher, student.decoder.vocab, config, lengths, samples)
+        found = teacher_bytes(local, student.decoder.vocab, config, lengths, samples)
         out.phases["teacher scores"] = found | gather
     if local and config.rollout.teacher_writes and not asks_teacher_servers(config):
-        out.phases["teacher responds"] = {"keys and values": teacher_kv_bytes(teacher, config)} | gather
+        out.phases["teacher responds"] = {"keys and values": teacher_kv_bytes(local, config)} | gather
     return out

@@ -235,9 +235,10 @@ def _get(run: Run, section: str, key: str, default: Any) -> Any:
 
 def _lead(about: Exported, base: Parent) -> str:
     run = about.runs[-1]
-    teachers = ", ".join(t.name for t in _teachers(about.runs)) or NOT_RECORDED
+    teachers = ", ".join(t.name for t in _teachers(about.runs))
     what = f"A LoRA adapter for {base.name}" if about.adapter else f"{base.name}, trained further"
-    why = f"so that it answers spoken questions as a text LLM ({teachers}) answers their transcripts"
+    models = f"a text LLM ({teachers}) answers their transcripts" if teachers else "the responses of its data do"
+    why = f"so that it answers spoken questions as {models}"
     size = f"{about.parameters:,} parameters, as safetensors"
     return f"{what} {why}. {size}. Step {about.step} of the run {run.name} ({run.state})."
 
@@ -324,8 +325,9 @@ def _number(e: dict[str, Any] | None) -> str:
 
 def _limits(about: Exported, e: dict[str, Any] | None) -> str:
     run = about.runs[-1]
+    model = "teacher" if _teachers(about.runs) else "data"
     found = [
-        "It was trained to agree with its teacher, faults included; no answer was checked for truth, safety or bias."
+        f"It was trained to agree with its {model}, faults included; no answer was checked for truth, safety or bias."
     ]
     found.append(
         "What is measured above is all that is known of it; voices, noise, languages and tasks beyond those are not."

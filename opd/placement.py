@@ -137,7 +137,9 @@ def place(config: Config) -> None:
 
 
 def _place_teacher(config: Config, placement: Placement) -> None:
-    t, o, name = config.teacher, config.objective, config.launch.placement
+    from opd.layout import asks_teacher  # which imports this module
+
+    t, o, name, asked = config.teacher, config.objective, config.launch.placement, asks_teacher(config)
     if t.kind is None:
         serves = bool(placement.teacher or t.urls) and not o.reads_rows
         t.kind = "server" if serves else "local"
@@ -149,8 +151,8 @@ def _place_teacher(config: Config, placement: Placement) -> None:
                 raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
             if one.kind == "server" and o.reads_rows:
                 raise UserError(f"{where}: objective.name {o.name} reads full vocabulary rows, which no server gives")
-        if one.kind in ("local", "server") and not one.path:
-            raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM")
+        if one.kind in ("local", "server") and not one.path and asked:
+            raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM; {asked}")
         if one.kind == "self" and one.path not in ("", config.student.path):
             raise UserError(f"{where}: kind self is the student itself, found path {one.path}; set {where}.path=")
         if one.urls and one.kind in ("self", "routed"):
@@ -163,7 +165,7 @@ def _place_teacher(config: Config, placement: Placement) -> None:
         raise UserError("teacher.kind routed: expected teacher.routes, and path, urls and shard in each of them")
     if o.name == "uld" and t.kind != "local":
         raise UserError(f"objective.name uld is for one local teacher, found teacher.kind {t.kind}")
-    if t.kind == "server" and not t.urls and not placement_of(config).teacher:
+    if t.kind == "server" and asked and not t.urls and not placement_of(config).teacher:
         raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from opd.config import Config, UserError, load_config, resolve_model
-from opd.layout import starts_student, starts_teacher
+from opd.layout import needs_teacher, starts_student, starts_teacher
 from opd.memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
 from opd.placement import Placement, Servers, placement_of
 from opd.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, alike, server_memory
@@ -94,7 +94,7 @@ class Plan:
     placement: Placement
     machine: Machine
     student: ModelShape
-    teacher: ModelShape
+    teacher: ModelShape | None  # None: nothing in the run asks one
     longest: Lengths
     typical: Lengths
     zero: Zero
@@ -155,7 +155,10 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     from opd.learner import deepspeed_settings
 
     machine, placement = machine or Machine(), placement_of(config)
-    student, teacher = student_shape(config), teacher_shape(config)
+    student, teacher = student_shape(config), teacher_shape(config) if needs_teacher(config) else None
+    shapes: dict[Kind, ModelShape] = {"student": student}
+    if teacher is not None:
+        shapes["teacher"] = teacher
     longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
     response = machine.response_tokens or max(1, config.rollout.max_tokens // 2)
     if response > config.rollout.max_tokens:
@@ -169,11 +172,11 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
     kinds = _kinds(config, placement)
     on_gpus = placement.devices_per_node > 0
-    servers = alike(config, {"student": student, "teacher": teacher}, kinds, machine.bytes) if on_gpus else {}
+    servers = alike(config, shapes, kinds, machine.bytes) if on_gpus else {}
     uses = _devices(config, placement, machine, learner, servers) if on_gpus else []
     rollouts = sum(len(g.parts()) for g in kinds.get("student", []))
     pushed = push_bytes(config, student) if rollouts else 0
-    hosts = _hosts(config, placement, machine, learner, kinds, student, teacher, pushed)
+    hosts = _hosts(config, placement, machine, learner, kinds, shapes, pushed)
     transport = config.rollout.transport or "file"
     push_s = push_seconds(pushed, transport, machine.speeds.links[transport])
     plan = Plan(
@@ -269,8 +272,7 @@ def _hosts(
     machine: Machine,
     learner: LearnerMemory,
     kinds: dict[Kind, list[Servers]],
-    student: ModelShape,
-    teacher: ModelShape,
+    shapes: dict[Kind, ModelShape],
     pushed: int,
 ) -> list[Use]:
     """A node's own memory: what is offloaded, sleeping weights, pushed files; on a CPU everything."""
@@ -284,12 +286,13 @@ def _hosts(
             holds["learner ranks"] = ranks * (sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS)
         for kind, some in kinds.items():
             count = sum(len(g.parts()) for g in some if g.node == node)
-            shape = student if kind == "student" else teacher
             if on_cpu and count:
-                one = server_memory(config, shape, kind, 1, GIB, None).weights + PROCESS
+                one = server_memory(config, shapes[kind], kind, 1, GIB, None).weights + PROCESS
                 holds[f"{kind} servers"] = count * (one + config.rollout.server.kv_cache_gib * GIB)
             elif count and kind == "student" and config.rollout.sleep:
-                holds["weights of sleeping servers"] = count * server_memory(config, shape, kind, 1, GIB, None).weights
+                holds["weights of sleeping servers"] = (
+                    count * server_memory(config, shapes[kind], kind, 1, GIB, None).weights
+                )
         if ranks and config.rollout.transport == "file" and pushed:
             holds["weights on their way"] = pushed
         if holds:
@@ -309,7 +312,7 @@ def _time(plan: Plan, rollouts: int) -> StepTime:
         rollout, at_once = max(figures, default=(0.0, 0))
     serves = any(server.kind == "teacher" for server in plan.servers)
     devices = sum(len(g.devices) for g in plan.placement.teacher) if serves else ranks
-    teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds)
+    teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds) if plan.teacher else 0.0
     work = learner_flops(c, plan.student, plan.typical) / (ranks * speeds.flops(plan.student))
     return StepTime(rollout, teacher, work, plan.push_s if c.rollout.student_writes else 0.0, at_once)
 

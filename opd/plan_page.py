@@ -46,7 +46,8 @@ def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list
     """All tables as lines."""
     c = plan.config
     name = c.launch.placement or "no placement: all on this machine's CPU"
-    lines = [f"placement  {name}", *_model("student", plan.student), *_model("teacher", plan.teacher)]
+    lines = [f"placement  {name}", *_model("student", plan.student)]
+    lines += _model("teacher", plan.teacher) if plan.teacher else ["teacher    none: nothing in this run asks one"]
     lines += _lengths("longest", plan.longest) + _lengths("typical", plan.typical)
     lines += ["", *_learner(plan)]
     for server, groups in plan.servers.items():
@@ -182,6 +183,7 @@ def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: l
             "parameters": {p: s.count(p) for p in ("tower", "adapter", "llm", "fixed")},
         }
         for role, s in (("student", plan.student), ("teacher", plan.teacher))
+        if s is not None
     }
     servers = [
         {
@@ -233,7 +235,8 @@ def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
     c = plan.config
     offload = Path(c.train.deepspeed).with_name("zero3_offload.json")
     choices = [f"train.deepspeed={offload}"] if offload.is_file() else []
-    choices += ["teacher.shard=true"] if (c.teacher.kind == "local" or copies_start(c)) and not c.teacher.shard else []
+    local = (plan.teacher is not None and c.teacher.kind == "local") or copies_start(c)
+    choices += ["teacher.shard=true"] if local and not c.teacher.shard else []
     choices += ["student.lora={}"] if c.student.lora is None and "llm" in c.student.train else []
     largest = max(c.train.micro_batch_tokens, c.teacher.batch_tokens)
     shares = [[f"rollout.server.gpu_memory_utilization={s}"] for s in SHARES if plan.placement.shared]

@@ -16,9 +16,10 @@ from opd.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.clips import Room, check_share
 from opd.config import Config, UserError, resolve_model
 from opd.http import Server, check_model
-from opd.layout import copies_start, starts_student, starts_teacher, teacher_servers
+from opd.layout import copies_start, needs_teacher, starts_student, starts_teacher, teacher_servers
 from opd.placement import node_of, placement_of
 from opd.prompts import read_manifest, route_of
+from opd.read_settings import unread
 from opd.scoring import Scorer
 from opd.views import audio_paths
 
@@ -46,6 +47,7 @@ def checks() -> tuple[Check, ...]:
         Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
         Check("student", student, "name a whole checkpoint (`opd families`), or mend student.lora"),
         Check("teacher", each_teacher(teacher), "name a whole checkpoint of a text LLM"),
+        Check("settings", settings, "lower objective.top_k", both),
         Check("servers", servers, "start the servers of the recipe with its models, or take the URLs out", both),
         Check("manifests", manifests, "mend or remove the records that are named"),
         Check("versions", versions, "install what was tested: requirements/"),
@@ -96,9 +98,11 @@ def student(facts: Facts) -> str:
 
 
 def teacher(facts: Facts) -> str:
-    """The teacher is a whole checkpoint of a text LLM, with a tokenizer."""
+    """The teacher is a whole checkpoint of a text LLM. One that nothing asks is not looked at."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    if not needs_teacher(facts.config):
+        return "none: nothing in this run reads or asks one"
     if facts.config.teacher.kind == "self":
         facts.teacher = resolve_model(facts.config.student.path, "student.path")
         copied = "in a second copy" if copies_start(facts.config) else "adapters switched off"
@@ -111,8 +115,19 @@ def teacher(facts: Facts) -> str:
         raise UserError(f"teacher.path {path}: no loadable config: {str(e).splitlines()[0]}") from e
     if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"teacher.path {path}: expected a text LLM, found model_type {about.model_type!r}")
-    facts.teacher = path
-    return f"{facts.config.teacher.path}: {about.model_type}"
+    facts.teacher, facts.teacher_ids = path, about.vocab_size
+    return f"{facts.config.teacher.path}: {about.model_type}, {about.vocab_size} ids"
+
+
+def settings(facts: Facts) -> str:
+    """objective.top_k fits the vocabularies; what is set and yet not read is named."""
+    top, sizes = facts.config.objective.top_k, [("student", facts.family.vocab_size)]
+    sizes += [("teacher", f.teacher_ids) for f in (facts, *facts.routes.values()) if f.teacher_ids is not None]
+    whose, limit = min(sizes, key=lambda found: found[1])
+    if top is not None and top > limit:
+        raise UserError(f"objective.top_k {top}: expected at most {limit}, as many ids as the {whose}'s vocabulary has")
+    found = unread(facts.config)
+    return Warned("; ".join(found)) if found else "all that are set are read"
 
 
 def finished(config: Config) -> bool:
@@ -178,6 +193,8 @@ def tokenizers(facts: Facts) -> str:
     """The teacher has a tokenizer, and it is the student's."""
     from opd import vocabulary
 
+    if not needs_teacher(facts.config):
+        return "the student's alone"
     if facts.config.teacher.kind == "self":
         facts.tokenizer = facts.family.tokenizer
         return vocabulary.tokenizers(facts)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from opd.audio import BadAudio
 from opd.checks import Facts, Warned
 from opd.config import UserError
+from opd.layout import needs_teacher
 from opd.types import Message, Prompt
 from opd.views import joined, render
 
@@ -80,9 +81,8 @@ def texts(facts: Facts) -> list[str]:
 
 
 def templates(facts: Facts) -> str:
-    """Both chat templates hold the text view and a generation prompt that a reply can follow."""
-    family = facts.family
-    (_, _, ours), (_, tokenizer, theirs) = both = sides(facts)
+    """The chat templates hold the text view and a generation prompt that a reply can follow."""
+    both, other = sides(facts), facts.config.objective.name == "uld"
     for name, tok, ids_of in both:
         end_of_turn(name, tok, ids_of)
     different = None
@@ -90,17 +90,17 @@ def templates(facts: Facts) -> str:
     for prompt in records:
         view = render(prompt, "text")
         try:
-            heard, read = ours(view), theirs(view)
+            read = [ids_of(view) for _, _, ids_of in both]
         except BadAudio:  # it spells the placeholder: a bad record, which the clips' check counts
             continue
-        for name, tok, ids in (("student", family.tokenizer, heard), ("teacher", tokenizer, read)):
+        for (name, tok, _), ids in zip(both, read, strict=True):
             if lost := [t for t in _spoken(prompt) if _plain(t) not in _plain(tok.decode(ids))]:
                 raise UserError(f"{prompt.place}: the {name}'s chat template loses the transcript {lost[0][:80]!r}")
-        if different is None and heard != read and facts.config.objective.name != "uld":
-            different = difference(prompt, (family.tokenizer, heard), (tokenizer, read))
+        if different is None and read[0] != read[-1] and not other:
+            different = difference(prompt, (both[0][1], read[0]), (both[-1][1], read[-1]))
     if different is not None:
         return Warned(f"transcripts, generation prompt and end of turn are there; {different}")
-    alike = "" if facts.config.objective.name == "uld" else f"; {len(records)} text views alike in both"
+    alike = "" if other or len(both) == 1 else f"; {len(records)} text views alike in both"
     return f"transcripts, generation prompt and end of turn are there{alike}"
 
 
@@ -116,17 +116,20 @@ def difference(prompt: Prompt, student: tuple[Any, list[int]], teacher: tuple[An
 
 
 def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:
-    """Student and teacher: name, tokenizer, and ids of a chat of texts with the generation prompt."""
-    family, tokenizer = facts.family, facts.tokenizer
+    """Student and teacher, if there is one: name, tokenizer, and ids of a chat of texts with the generation prompt."""
+    family = facts.family
 
     def ours(chat: list[Message]) -> list[int]:
         return family.prompt_ids(chat, [])
 
     def theirs(chat: list[Message]) -> list[int]:
-        return text_prompt_ids(family, tokenizer, chat)
+        return text_prompt_ids(family, facts.tokenizer, chat)
 
+    student: tuple[str, Any, IdsOf] = ("student", family.tokenizer, ours)
+    if not needs_teacher(facts.config):
+        return [student]
     own = facts.config.teacher.kind == "self"
-    return [("student", family.tokenizer, ours), ("teacher", tokenizer, ours if own else theirs)]
+    return [student, ("teacher", facts.tokenizer, ours if own else theirs)]
 
 
 def end_of_turn(name: str, tokenizer: Any, ids_of: IdsOf) -> int:
@@ -151,7 +154,7 @@ def end_of_turn(name: str, tokenizer: Any, ids_of: IdsOf) -> int:
 
 def stop_ids(facts: Facts) -> str:
     """What ends the student's responses: known to both, allowed, and what both chat templates end a turn with."""
-    family = facts.family
+    family, both = facts.family, sides(facts)
     eos = [i for i in family.eos_ids if i is not None]
     if not eos:
         raise UserError(
@@ -159,20 +162,20 @@ def stop_ids(facts: Facts) -> str:
         )
     other = facts.config.objective.name == "uld"  # then the teacher's stop id is its tokenizer's own
     ours = names(family.tokenizer)
-    theirs = ours if other else names(facts.tokenizer)
+    theirs = ours if other else names(both[-1][1])
     shown = ", ".join(f"{i} {ours.get(i)!r}" for i in eos)
     for i in eos:
         if i not in ours or ours[i] != theirs.get(i):
             raise UserError(f"stop id {i} is {ours.get(i)!r} to the student and {theirs.get(i)!r} to the teacher")
     if banned := sorted(set(eos) & set(family.banned_ids)):
         raise UserError(f"stop id {banned[0]} {ours[banned[0]]!r} is banned: no response could end")
-    ends = {name: end_of_turn(name, tokenizer, ids_of) for name, tokenizer, ids_of in sides(facts)}
+    ends = {name: end_of_turn(name, tokenizer, ids_of) for name, tokenizer, ids_of in both}
     for name, end in ends.items():
         if end not in ([facts.tokenizer.eos_token_id] if other and name == "teacher" else eos):
             raise UserError(
                 f"the {name}'s chat template ends a turn with {end} {ours.get(end)!r}, generation stops at {shown}"
             )
-    return f"{shown}: both chat templates end turns so"
+    return f"{shown}: " + ("both chat templates end turns so" if len(both) > 1 else "its chat template ends turns so")
 
 
 def banned_ids(facts: Facts) -> str:

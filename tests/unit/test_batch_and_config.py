@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import HfApi
 
+from opd import hub
 from opd.batch import collate, make_batch, split
-from opd.config import Config, UserError, dump_config, load_config
+from opd.config import Config, UserError, dump_config, load_config, resolve_model
 from opd.learner import deepspeed_settings, learning_rate
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 
@@ -144,6 +147,36 @@ def test_mistakes_in_a_recipe_are_named(override: str, message: str) -> None:
     with pytest.raises(UserError) as e:
         config(override)
     assert message in str(e.value)
+
+
+def test_a_run_is_named_after_its_objective_unless_the_recipe_names_it(tmp_path: Path) -> None:
+    raw = yaml.safe_load(Path("recipes/tiny/2_xopd.yaml").read_text())
+    del raw["run"]["stage"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    assert load_config(tmp_path / "r.yaml").run.stage == "xopd"
+    assert load_config(tmp_path / "r.yaml", ["objective.name=reverse_kl"]).run.stage == "reverse_kl"
+    assert config("objective.name=reverse_kl").run.stage == "xopd"  # as the recipe says
+    assert config("objective.name=reverse_kl", "run.stage=").run.stage == "reverse_kl"
+
+
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def model_info(self: HfApi, name: str, timeout: float) -> object:
+        asked.append((name, timeout))
+        if name == "gpt2":
+            return object()
+        raise ConnectionError("no route\nat all")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    hub.refused.cache_clear()
+    expected = "student.path nope: expected a checkpoint folder, a run folder or a hub id such as owner/name; "
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{expected}there is no such folder, and of the hub: no route$"):
+            resolve_model("nope", "student.path")
+    assert resolve_model("gpt2", "teacher.path") == "gpt2" and resolve_model("a/b", "teacher.path") == "a/b"
+    assert asked == [("nope", 5.0), ("gpt2", 5.0)]  # once each, and no id with an owner
+    hub.refused.cache_clear()
 
 
 def test_numbers_that_yaml_reads_as_text() -> None:

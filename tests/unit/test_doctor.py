@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 ASKED = ("what is one plus two", "sort nine two five", "reverse cat dog red", "what is two plus five")
 ANSWERS = ("three.", "two five nine.", "red dog cat.", "seven.")
 CHEAP = [
-    "run folder", "DeepSpeed", "student", "teacher", "servers", "manifests", "versions", "tokenizers",
+    "run folder", "DeepSpeed", "student", "teacher", "settings", "servers", "manifests", "versions", "tokenizers",
     "chat templates", "clips", "stop ids", "banned ids", "placement", "memory",
 ]  # fmt: skip
 LIVE = ["student server", "prompt ids", "log-probs", "samples", "weight push", "teacher reads"]
@@ -84,6 +84,42 @@ def test_launch_goes_through_the_same_checks_and_stops_at_the_first_fault(world:
     (world / "0.wav").unlink()
     with pytest.raises(UserError, match="0.wav: no such audio file"):
         preflight.check(facts_of(world).config)
+
+
+def test_a_run_that_asks_no_teacher_is_checked_without_one(world: Path) -> None:
+    shutil.rmtree(world / "teacher")
+    facts = facts_of(world, "objective.name=sft", "rollout.source=dataset", "teacher.path=")
+    found = lines(facts)
+    assert list(found) == CHEAP and {line.outcome for line in found.values()} <= {"pass", "warn"}
+    assert found["teacher"].found == "none: nothing in this run reads or asks one"
+    assert found["stop ids"].found == "2 '<|im_end|>': its chat template ends turns so"
+    with pytest.raises(Skip, match="nothing in this run reads or asks a teacher"):
+        doctor_model.teacher_reads(facts)
+    file = world / "student/chat_template.jinja"  # the student's own is looked at nonetheless
+    file.write_text(file.read_text().replace("{% if add_generation_prompt %}", "{% if add_generation_prompt %}Well: "))
+    template = lines(facts_of(world, "objective.name=sft", "rollout.source=dataset", "teacher.path="))["chat templates"]
+    assert template.outcome == "FAIL" and "the student's chat template: a prompt" in template.found
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
+def test_more_best_ids_than_a_vocabulary_has_are_refused(world: Path, name: str) -> None:
+    asked = [f"objective.name={name}", "objective.advantage_clip="]
+    assert lines(facts_of(world, *asked, "objective.top_k=503"))["settings"].outcome == "pass"
+    found = lines(facts_of(world, *asked, "objective.top_k=504"))["settings"]
+    said = "objective.top_k 504: expected at most 503, as many ids as the student's vocabulary has"
+    assert (found.outcome, found.found) == ("FAIL", said)
+    edit(world / "teacher/config.json", vocab_size=400)
+    with pytest.raises(UserError, match="objective.top_k 503: expected at most 400, .* the teacher's vocabulary has"):
+        preflight.check(facts_of(world, *asked, "objective.top_k=503").config)
+
+
+def test_settings_that_are_not_read_are_named_and_allowed(world: Path) -> None:
+    found = lines(facts_of(world, "objective.name=reverse_kl", "objective.mu=0.9", "teacher.field=skill"))["settings"]
+    told = ["objective.advantage_clip is not read by reverse_kl", "objective.mu is not read by reverse_kl"]
+    assert found.outcome == "warn" and found.found.split("; ") == [
+        *told,
+        "teacher.field is not read by teacher.kind local",
+    ]
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------

@@ -192,6 +192,8 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     (line,) = capsys.readouterr().err.splitlines()
     assert "--response-tokens 25: expected at most rollout.max_tokens, which is 24" in line
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "--response-tokens", "24"]) == 0
+    assert main(["plan", RECIPE, "student.path=nope"]) == 2
+    assert "student.path nope: expected a checkpoint folder, a run folder or a hub id" in capsys.readouterr().err
     assert main(["plan", RECIPE, "student.path=recipes/tiny/student", "teacher.path=no/where"]) == 2
     assert "teacher.path no/where: no readable config.json" in capsys.readouterr().err
     assert main(["plan", RECIPE, "student.path=recipes/tiny/teacher", "student.family="]) == 2
@@ -210,3 +212,16 @@ def test_imports_no_torch() -> None:
     modules = "opd.plan, opd.plan_page, opd.memory, opd.server_memory, opd.step_time, opd.shapes"
     code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", ["", "recipes/tiny/teacher"])
+def test_a_teacher_that_nothing_asks_takes_no_place(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["student.path=recipes/tiny/student", "eval.test=", "eval.retention=", "objective.name=sft"]
+    given += ["rollout.source=dataset", f"teacher.path={path}"]
+    plan = estimate(config(given))
+    assert plan.teacher is None and plan.fits and not [k for k in plan.learner.device if "teacher" in k]
+    assert not [k for k in plan.learner.phases if "teacher" in k]
+    assert main(["plan", RECIPE, *given, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["models"]) == {"student"}
+    assert main(["plan", RECIPE, *given]) == 0
+    assert "teacher    none: nothing in this run asks one" in capsys.readouterr().out

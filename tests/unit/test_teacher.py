@@ -201,12 +201,41 @@ def test_where_the_teacher_is(overrides: list[str], kind: str, needed: bool, ask
     assert (needs_teacher(c), asks_teacher_servers(c), starts_teacher(c)) == (needed, asked, started)
 
 
+SFT = ["objective.name=sft", "rollout.source=dataset"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [SFT, [*SFT, "teacher.kind=server"], [*SFT, *PLACED], [*SFT, "eval.end=false"], DATASET + ROWLESS]
+    + [[*SFT, "teacher.kind=server", "launch.placement=recipes/placements/2gpu_1r_1l.yaml"]],
+)
+def test_a_run_that_asks_no_teacher_names_none(more: list[str]) -> None:
+    quiet = NONE_HELD_OUT if "eval.end=false" not in more else []
+    c = load_config("recipes/tiny/2_xopd.yaml", ["teacher.path=", *more, *quiet])
+    assert not needs_teacher(c) and not c.teacher.path and not starts_teacher(c)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ([], "; objective.name xopd reads it"),
+        ([*WARM, *ROWLESS], "; with rollout.source teacher it writes responses"),
+        ([*SFT, *HELD_OUT], r"; evaluations ask it; without any \(eval.test= eval.retention=\) it need not be there"),
+    ],
+)
+def test_a_teacher_is_demanded_with_the_reason(more: list[str], why: str) -> None:
+    with pytest.raises(
+        UserError, match=f"teacher.path is required: the checkpoint folder or hub id of the text LLM{why}"
+    ):
+        load_config("recipes/tiny/2_xopd.yaml", ["teacher.path=", *more])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["teacher.kind=server", "teacher.shard=true"], "is for a local teacher, found kind server"),
         (["teacher.kind=", "teacher.shard=true", *PLACED], "is for a local teacher, found kind server"),
-        ([*WARM, "teacher.kind=server"], "unless objective.mu is 0: teacher.kind must be local, found server"),
+        ([*WARM, "teacher.kind=server"], "unless objective.mu is 0: teacher.kind must be local or self, found server"),
     ],
 )
 def test_a_teacher_that_cannot_be(overrides: list[str], message: str) -> None:
