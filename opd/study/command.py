@@ -47,7 +47,7 @@ def main(
 
 def show(study: Study, wanted: list[Row]) -> None:
     """List what there is of every row, and what a study would run."""
-    counts = dict.fromkeys(("finished", *TO_RUN, "conflict"), 0)
+    counts = dict.fromkeys(("finished", *TO_RUN, "conflict", "open"), 0)
     for row in wanted:
         named = study.named(row)
         for run in named:
@@ -57,6 +57,7 @@ def show(study: Study, wanted: list[Row]) -> None:
             waits = f": {why}" if why and outcome.state != "finished" else ""
             print(f"{outcome.state:9} {run.name}{waits}")
         if open_ := study.count(row) - len(named):
+            counts["open"] += open_
             print(f"{'open':9} {row.id}: {open_} runs whose learning rate is not chosen yet")
     total = sum(map(study.count, wanted))
     print(f"{total} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n))
