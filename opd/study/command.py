@@ -22,11 +22,13 @@ def main(
 ) -> int:
     """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
 
-    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, where another study is at work,
-    and for a report of nothing.
+    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, for files that its runs would
+    miss, where another study is at work, and for a report of nothing.
     """
     study = Study(path)
     wanted = study.chosen_rows(only)
+    if not report_only:
+        study.check_files(wanted)
     if dry_run:
         show(study, wanted)
         return 0
