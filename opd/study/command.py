@@ -42,8 +42,7 @@ def main(
         if failed:
             print(f"failed: {', '.join(run.name for run in failed)}", flush=True)
             code = code or 1
-    for written in write(study):
-        print(f"wrote {written}", flush=True)
+    write(study, _say)
     return code
 
 
