@@ -22,11 +22,13 @@ def main(
 ) -> int:
     """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
 
-    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, where another study is at work,
-    and for a report of nothing.
+    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, for files that its runs would
+    miss, where another study is at work, and for a report of nothing.
     """
     study = Study(path)
     wanted = study.chosen_rows(only)
+    if not report_only:
+        study.check_files(wanted)
     if dry_run:
         show(study, wanted)
         return 0
@@ -40,14 +42,13 @@ def main(
         if failed:
             print(f"failed: {', '.join(run.name for run in failed)}", flush=True)
             code = code or 1
-    for written in write(study):
-        print(f"wrote {written}", flush=True)
+    write(study, _say)
     return code
 
 
 def show(study: Study, wanted: list[Row]) -> None:
     """List what there is of every row, and what a study would run."""
-    counts = dict.fromkeys(("finished", *TO_RUN, "conflict"), 0)
+    counts = dict.fromkeys(("finished", *TO_RUN, "conflict", "open"), 0)
     for row in wanted:
         named = study.named(row)
         for run in named:
@@ -57,6 +58,7 @@ def show(study: Study, wanted: list[Row]) -> None:
             waits = f": {why}" if why and outcome.state != "finished" else ""
             print(f"{outcome.state:9} {run.name}{waits}")
         if open_ := study.count(row) - len(named):
+            counts["open"] += open_
             print(f"{'open':9} {row.id}: {open_} runs whose learning rate is not chosen yet")
     total = sum(map(study.count, wanted))
     print(f"{total} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n))

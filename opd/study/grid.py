@@ -5,8 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-from opd.config import UserError
-from opd.study import runs
+from opd.config import Config, UserError
+from opd.study import files, runs
 from opd.study.runs import Outcome, Run
 from opd.study.select import Choice, choose, means
 from opd.study.spec import BASE, Row, StudySpec, read_study, rows
@@ -23,12 +23,14 @@ class Study:
         self.rows = {r.id: r for r in rows(self.spec, path)}
         self.teachers: dict[str, list[str]] = {}  # by row
         self.students: dict[str, str] = {}  # the untrained one of each world
+        self._configs: dict[str, tuple[Config, Config]] = {}  # by row: on the validation split, on the test split
         for row in self.rows.values():  # a mistake in a recipe shall come to light before the first run
             rate = row.rates[0] if row.rates else None
             start = runs.make(self.out, self.start(row), "report", 0, 1.0, {}, None) if row.start else None
             splits = (self.spec.selection.set, self.spec.report.set)
             select, report = (runs.config_of(runs.make(self.out, row, "report", 0, rate, s, start)) for s in splits)
             self._check_splits(row, select.eval, report.eval)
+            self._configs[row.id] = (select, report)
             self.teachers[row.id] = runs.graded_by(report)
             if not start and (found := report.student.path) != (expected := self.students.setdefault(row.world, found)):
                 raise UserError(f"{path}: worlds.{row.world}: expected a student.path for all rows, found {expected} "
@@ -41,11 +43,18 @@ class Study:
         names = {self.spec.selection.metric, *self.spec.selection.guard}
         for key, needed in (("retention", "retention" in names), ("test", bool(names - {"retention"}))):
             chosen_on, told = getattr(select, key), getattr(report, key)
-            if self.selects(row) and needed and (chosen_on is None or chosen_on == told):
+            if self.selects(row) and needed and (chosen_on is None or files.same(chosen_on, told)):
+                found = chosen_on if chosen_on == told else f"{chosen_on}, which is the file {told}"
                 raise UserError(
                     f"{self.path}: selection.set: row {row.id} expected an eval.{key} that is not the reported runs', "
-                    f"found {chosen_on}"
+                    f"found {found}"
                 )
+
+    def check_files(self, wanted: list[Row]) -> None:
+        """Raises UserError, naming row and key, when something that runs of these rows read is not there."""
+        for row in wanted:
+            for config in self._configs[row.id] if self.selects(row) else self._configs[row.id][1:]:
+                files.check(row.id, config, starts=row.start is not None)
 
     # ---- what is there ----------------------------------------------------------------------------------------------
 

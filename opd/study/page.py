@@ -7,59 +7,37 @@ from typing import Any
 
 from opd.report_page import STYLE, table, table_row
 from opd.report_plots import COLOURS, GREY, figure
-from opd.study.results import COLUMNS, cells, compared_with, differences, notes
 from opd.study.spec import BASE
+from opd.study.tables import Block, Heading, Notes, Plots, Table, Text, World, blocks
 
 STROKES, MARKERS = ("-", "--", ":"), ("o", "s", "^")  # a row beyond the colours has one of them again, drawn otherwise
-World = dict[str, Any]
+# many columns: a number and its interval may stand below each other, so that a laptop's screen shows them all
+WRAP = "body { max-width: 80rem; } .numbers td { white-space: normal; } .numbers th, .numbers td { padding: .3rem; }"
 
 
 def page(content: dict[str, Any]) -> str:
     """One HTML document from the content of study.json."""
-    body = [f"<h1>opd study</h1><p>{escape(content['study'])}, seeds {', '.join(map(str, content['seeds']))}</p>"]
-    for k, world in enumerate(content["worlds"]):
-        body += [f"<h2>{escape(world['name'])}</h2>", results(world)]
-        body += [*against(world, compared_with(content)), *charts(world, f"w{k}")]
-        body += ["<h3>Choice of the learning rate</h3>", sweeps(world)]
+    body = "".join(map(_html, blocks(content)))
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>opd study</title>'
-    head += f"<style>{STYLE} body {{ max-width: 80rem; }}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
+    head += f"<style>{STYLE}{WRAP}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{body}</main></body></html>\n'
 
 
-def results(world: World) -> str:
-    """The table of a world, what is wrong with it below."""
-    lines = [table_row(name, shown) for name, *shown in cells(world, "*")]
-    heads = ["row", "rate", *(c[0] for c in COLUMNS), "samples", "seconds"]
-    about = "Mean over seeds ± half of its 95 % confidence interval. " + " ".join(notes(world, "*"))
-    return table(heads, lines, about)
-
-
-def against(world: World, others: list[str]) -> list[str]:
-    """A table of differences to each of some rows, where there are any."""
-    found = []
-    for other in others:
-        heads, lines = differences(world, other)
-        if lines:
-            about = f"Differences to {other}, paired by seed, ± half of their 95 % confidence intervals."
-            found.append(table(heads, [table_row(name, shown) for name, *shown in lines], about))
-    return found
-
-
-def sweeps(world: World) -> str:
-    """Every learning rate that was tried, and what it gave on the validation split."""
-    lines, names = [], list[str]()
-    for r in world["rows"]:
-        for tried in r["sweep"]:
-            names = names or [k for k in tried if k not in ("rate", "excess", "passes")]
-            shown = [f"{tried['rate']:g}", *(f"{tried[n]:.3f}" for n in names)]
-            chosen = "chosen" if tried["rate"] == r["rate"] else ""
-            lines.append(table_row(r["name"], [*shown, "yes" if tried["passes"] else "no", chosen]))
-    if not lines:
-        return "<p>No row had rates to choose from, or none is chosen yet.</p>"
-    about = (
-        "Means over the selection seeds on the validation split; kept: whether the guard's metrics stay close enough "
-    )
-    return table(["row", "rate", *names, "kept", ""], lines, about + "to the untrained student's.")
+def _html(block: Block) -> str:
+    match block:
+        case Heading(level, text):
+            return f"<h{level}>{escape(text)}</h{level}>"
+        case Text(text, warning):
+            kind = ' class="warn"' if warning else ""
+            return f"<p{kind}>{escape(text)}</p>"
+        case Notes(found):
+            items = (f"<li><strong>{escape(first)}</strong>{escape(rest)}</li>" for first, rest in found)
+            return f"<ul>{''.join(items)}</ul>" if found else ""
+        case Table(heads, lines, about):
+            rows = [table_row(name, [c.replace("± ", "±\u00a0") for c in shown]) for name, *shown in lines]
+            return table(heads, rows, about)
+        case Plots(world, k):
+            return "".join(charts(world, f"w{k}"))
 
 
 # ---- plots --------------------------------------------------------------------------------------------------------

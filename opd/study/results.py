@@ -1,9 +1,11 @@
-"""study.json and study.md: what the run folders say, row by row. Rewritten from them at any time. Imports no torch."""
+"""study.json: what the run folders say, row by row. Rewritten from them at any time. Imports no torch."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,37 +17,51 @@ from opd.study.runs import Outcome, Run
 from opd.study.spec import BASE, Row
 from opd.study.stats import LEVEL, interval, paired
 
-# heading, metric, scale, digits
-COLUMNS = (
-    ("speech %", "accuracy/speech", 100, 1),
-    ("text %", "accuracy/text", 100, 1),
-    ("drop S %", "drop/speech", 1, 1),
-    ("drop T %", "drop/text", 1, 1),
-    ("M", "misalignment", 1, 2),
-    ("F", "forgetting", 1, 3),
-    ("retention %", "retention", 100, 1),
-    ("reverse KL", "reverse_kl/speech", 1, 2),
-    ("length", "length/speech", 1, 1),
-)
-COMPARED = ("accuracy/speech", "accuracy/text", "retention", "forgetting")  # of the tables of differences
-STAR = "\\*"  # in Markdown
 OF_TEACHER = ("accuracy/teacher", "drop/", "forgetting", "reverse_kl/")  # measured against the row's own teacher
-FEW = 5  # seeds below which a table warns of itself
 
 
-def write(study: Study) -> list[Path]:
-    """Write study.json, study.md and study.html; returns their paths. Raises UserError where that is not possible."""
-    from opd.study.page import page  # it reads this module, and draws
+def write(study: Study, say: Callable[[str], None]) -> None:
+    """Write study.json, study.md and study.html. Raises UserError where that is not possible.
+
+    Those that are there and hold a complete row which is not complete any more are moved aside first.
+    """
+    from opd.study.page import page  # it draws
+    from opd.study.tables import markdown
 
     content = summarise(study)
     texts = {"study.json": json.dumps(content, indent=2), "study.md": markdown(content), "study.html": page(content)}
     try:
         study.out.mkdir(parents=True, exist_ok=True)
+        lost = [row for row in _complete(study.out) if row not in _complete_rows(content)]
+        if lost:
+            say(f"kept the earlier tables as {_move_aside(study.out, list(texts))}: complete there, not any more: "
+                f"{', '.join(lost)}")  # fmt: skip
         for name, text in texts.items():
             write_atomic(study.out / name, text)
+            say(f"wrote {study.out / name}")
     except OSError as e:
         raise UserError(f"{study.out}: cannot write the study there ({e.strerror})") from e
-    return [study.out / name for name in texts]
+
+
+def _complete_rows(content: dict[str, Any]) -> list[str]:
+    return [f"{w['name']}/{r['name']}" for w in content["worlds"] for r in w["rows"] if r["complete"]]
+
+
+def _complete(out: Path) -> list[str]:
+    """The complete rows of the tables that are there; none where there are none, or none that can be read."""
+    try:
+        return _complete_rows(json.loads((out / "study.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _move_aside(out: Path, names: list[str]) -> str:
+    """Rename the files to study.before.N.*, N the first that is free; returns that pattern's path."""
+    number = next(n for n in itertools.count(1) if not any(out.glob(f"study.before.{n}.*")))
+    for path in (out / name for name in names):
+        if path.is_file():
+            path.rename(path.with_name(f"study.before.{number}{path.suffix}"))
+    return str(out / f"study.before.{number}.*")
 
 
 # ---- study.json -------------------------------------------------------------------------------------------------
@@ -93,7 +109,8 @@ def _row(study: Study, row: Row) -> dict[str, Any]:
         "rate": choice.rate if choice else None,
         "sweep": choice.sweep if choice else [],
         "notes": choice.notes if choice else [],
-        "metrics": _aggregates(study, done) if complete else {},
+        "metrics": _aggregates([study.outcome(r).evaluation for r in done], EVAL_METRICS) if complete else {},
+        "groups": _groups(study, done) if complete else {},
         "samples": fmean(t["samples"] for t in totals) if complete else None,
         "seconds": interval([t["seconds"] for t in totals]) if complete else None,
         "by_seed": {r.seed: _means(study.outcome(r).evaluation) for r in done},
@@ -157,16 +174,26 @@ def _means(evaluation: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _aggregates(study: Study, done: list[Run]) -> dict[str, Any]:
-    """By metric: the interval over seeds, and the mean standard error over records, which all rows share."""
-    found = {}
-    for name in EVAL_METRICS:
-        estimates = [study.outcome(r).evaluation.get(name) or {} for r in done]
+def _aggregates(found: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """By name of what all seeds measured: the interval over seeds, and the mean standard error over records, which all
+    rows share."""
+    aggregates = {}
+    for name in names:
+        estimates = [f.get(name) or {} for f in found]
         if all(e.get("mean") is not None for e in estimates):
             errors = [e["stderr"] for e in estimates if e.get("stderr") is not None]
             over_records = fmean(errors) if errors else None
-            found[name] = {**interval([e["mean"] for e in estimates]), "stderr_records": over_records}
-    return found
+            aggregates[name] = {**interval([e["mean"] for e in estimates]), "stderr_records": over_records}
+    return aggregates
+
+
+def _groups(study: Study, done: list[Run]) -> dict[str, dict[str, Any]]:
+    """Accuracy by view and by the group that records name, as `_aggregates` has it."""
+    by_view: dict[str, Any] = {}
+    for view in ("speech", "text"):
+        found = [(study.outcome(r).evaluation.get("groups") or {}).get(view) or {} for r in done]
+        by_view[view] = _aggregates(found, sorted(set().union(*found)))
+    return by_view
 
 
 def _differences(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -221,97 +248,5 @@ def _run(study: Study, run: Run) -> dict[str, Any]:
         "samples": o.samples,
         "seconds": o.seconds,
         "wall": o.wall,
-        "evaluation": {k: v for k, v in o.evaluation.items() if k in EVAL_METRICS},
+        "evaluation": {k: v for k, v in o.evaluation.items() if k in (*EVAL_METRICS, "groups")},
     }
-
-
-# ---- study.md ---------------------------------------------------------------------------------------------------
-
-
-def markdown(content: dict[str, Any]) -> str:
-    """The tables of study.json for people."""
-    seeds = content["seeds"]
-    lines = [
-        f"# Study: {content['study']}",
-        "",
-        f"Test split, seeds {', '.join(map(str, seeds))}: mean over seeds ± half of its 95 % confidence interval (t). "
-        "Speech, text and retention are accuracies; drop S and T are percent below the teacher's typed accuracy; M, F "
-        "and reverse KL nats per token; length is tokens of a spoken question's answer. Samples are responses learnt "
-        "from, seconds those of all training steps on this machine, the stages before included.",
-    ]
-    if len(seeds) < FEW:
-        lines += ["", f"**{len(seeds)} seeds are few: the intervals are wide, and rely on a normal distribution.**"]
-    for world in content["worlds"]:
-        lines += ["", f"## {world['name']}", "", *_table(world), "", *(f"- {n}" for n in notes(world, STAR, "**"))]
-        for other in compared_with(content):
-            lines += _against(world, other)
-    return "\n".join(lines) + "\n"
-
-
-def _table(world: dict[str, Any]) -> list[str]:
-    heads = ["row", "rate", *(c[0] for c in COLUMNS), "samples", "seconds"]
-    return _markdown(heads, cells(world, STAR))
-
-
-def _markdown(heads: list[str], lines: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *("| " + " | ".join(x) + " |" for x in lines)]
-
-
-def compared_with(content: dict[str, Any]) -> list[str]:
-    """The rows that the others are compared with."""
-    return list(dict.fromkeys(filter(None, (BASE, content["reference"]))))
-
-
-def cells(world: dict[str, Any], star: str) -> list[list[str]]:
-    """The text of a world's table, row by row; `star` marks a row that is not matched."""
-    lines = []
-    for r in world["rows"]:
-        rate = "–" if r["rate"] is None else f"{r['rate']:g}"
-        if not r["complete"]:
-            lines.append([f"{r['name']} (incomplete)", rate, *["–"] * (len(COLUMNS) + 2)])
-            continue
-        mark = "" if r["matched"] is not False else f" {star}"
-        shown = [r["name"] + mark, rate, *(_cell(r["metrics"].get(m), s, d) for _, m, s, d in COLUMNS)]
-        trained = r["name"] != BASE
-        lines.append(shown + ([f"{r['samples']:.0f}", _cell(r["seconds"], 1, 0)] if trained else ["0", "0"]))
-    return lines
-
-
-def _cell(found: dict[str, Any] | None, scale: float, digits: int, sign: str = "") -> str:
-    if found is None:
-        return "–"
-    mean = f"{scale * found['mean']:{sign}.{digits}f}"
-    return mean if found["half"] is None else f"{mean} ± {scale * found['half']:.{digits}f}"
-
-
-def notes(world: dict[str, Any], star: str, strong: str = "") -> list[str]:
-    """What a reader of a world's table has to know, a sentence each."""
-    found = [f"{strong}{r['name']} is incomplete{strong}: {r['state']}." for r in world["rows"] if not r["complete"]]
-    if any(r["matched"] is False for r in world["rows"]):
-        found.append(f"{star} not matched: most rows learn from {world['samples']:.0f} samples, this one does not.")
-    found += [f"{r['name']}: {note}." for r in world["rows"] for note in r["notes"]]
-    speech = next((r["metrics"].get("accuracy/speech") for r in world["rows"] if r["complete"]), None)
-    if speech and speech["stderr_records"] is not None:
-        error = 100 * speech["stderr_records"]
-        found.append(
-            f"The questions are a sample too: they add about ± {error:.1f} (standard error of the first row's speech) "
-            "to every row alike, less to differences between rows."
-        )
-    return found
-
-
-def differences(world: dict[str, Any], other: str) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of a world's table of differences to another row; no rows where none is complete."""
-    columns = [c for c in COLUMNS if c[1] in COMPARED]
-    lines = []
-    for r in world["rows"]:
-        if (found := r["differences"].get(other)) is not None:
-            lines.append([r["name"], *(_cell(found.get(m), s, d, "+") for _, m, s, d in columns)])
-    return [f"row - {other}", *(c[0] for c in columns)], lines
-
-
-def _against(world: dict[str, Any], other: str) -> list[str]:
-    heads, lines = differences(world, other)
-    if not lines:
-        return []
-    return ["", f"Differences to {other}, paired by seed:", "", *_markdown(heads, lines)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from opd.config import UserError
 from opd.study.spec import SelectionSpec
+from opd.verdict import BETTER
 
 Means = dict[str, float]
+HAIR = 1e-9  # of tolerance: 0.96 - 0.94 is more than 0.02 in binary
 
 
 @dataclass
@@ -33,11 +36,6 @@ def means(evaluations: list[dict[str, Any]], names: list[str], where: str) -> Me
     return found
 
 
-def less_is_better(metric: str) -> bool:
-    """Of all metrics of an evaluation, only accuracies and retention grow as a student gets better."""
-    return not metric.startswith(("accuracy/", "retention"))
-
-
 def choose(spec: SelectionSpec, base: Means, sweep: dict[float, Means], failed: list[float]) -> Choice:
     """The rate with the best metric among those whose guarded metrics stay close enough to `base`.
 
@@ -49,17 +47,20 @@ def choose(spec: SelectionSpec, base: Means, sweep: dict[float, Means], failed: 
     for rate in sorted(sweep):
         excess = {g: _worse(g, base[g], sweep[rate][g]) - allowed for g, allowed in spec.guard.items()}
         worst = max(excess.values(), default=0.0)
-        # a hair of tolerance: 0.96 - 0.94 is more than 0.02 in binary
-        lines.append({"rate": rate, **sweep[rate], "excess": worst, "passes": worst <= 1e-9})
+        lines.append({"rate": rate, **sweep[rate], "excess": worst, "passes": worst <= HAIR})
     passing = [line for line in lines if line["passes"]]
     notes = []
     if passing:
-        sign = -1 if less_is_better(spec.metric) else 1
-        best = max(passing, key=lambda line: sign * line[spec.metric])
+        best, tied = _best(passing, lambda line: BETTER[spec.metric] * line[spec.metric])
+        on = spec.metric
     else:
-        best = min(lines, key=lambda line: line["excess"])
+        best, tied = _best(lines, lambda line: -line["excess"])
+        on = "what they lose"
         allowed = ", ".join(f"{g} by {v:g}" for g, v in spec.guard.items())
         notes.append(f"no learning rate keeps what the guard asks ({allowed}): the one that loses least")
+    if tied:
+        equal = ", ".join(f"{line['rate']:g}" for line in [best, *tied])
+        notes.append(f"the rates {equal} tie on {on}: the smallest of them is taken")
     rates = sorted([*sweep, *failed])
     if passing and len(rates) > 1 and best["rate"] in (rates[0], rates[-1]):
         notes.append(f"the chosen rate is the {'smallest' if best['rate'] == rates[0] else 'largest'} that was tried")
@@ -68,5 +69,12 @@ def choose(spec: SelectionSpec, base: Means, sweep: dict[float, Means], failed: 
     return Choice(best["rate"], lines, notes)
 
 
+def _best(lines: list[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> tuple[dict[str, Any], list[Any]]:
+    """The first of the lines with the highest score, and the others that have it too."""
+    most = max(map(score, lines))
+    first, *others = [line for line in lines if score(line) >= most - HAIR]
+    return first, others
+
+
 def _worse(metric: str, base: float, value: float) -> float:
-    return value - base if less_is_better(metric) else base - value
+    return BETTER[metric] * (base - value)

@@ -17,8 +17,8 @@ from pydantic import (
 )
 
 from opd.config import UserError
-from opd.metrics import EVAL_METRICS
 from opd.settings import Section, read_yaml, validated
+from opd.verdict import BETTER
 
 BASE = "base"  # the row of the untrained student
 LATER = 1000  # between the seeds of a pipeline's stages
@@ -41,12 +41,6 @@ def _distinct(values: list[Any]) -> list[Any]:
     if len({f"{v:g}" if isinstance(v, float) else str(v) for v in values}) < len(values):
         raise ValueError("expected each value once" + ", in six digits" * any(isinstance(v, float) for v in values))
     return values
-
-
-def _columns(names: list[str]) -> list[str]:
-    if unknown := [n for n in names if n not in EVAL_METRICS]:
-        raise ValueError(f"expected metrics of an evaluation ({', '.join(EVAL_METRICS)}), found {unknown[0]}")
-    return names
 
 
 Overrides = Annotated[dict[str, Any], AfterValidator(_keys)]
@@ -129,10 +123,11 @@ def read_study(path: Path) -> StudySpec:
     if not path.is_file():
         raise UserError(f"{path}: no such study file")
     spec = validated(StudySpec, read_yaml(path), path)
-    for name in (spec.selection.metric, *spec.selection.guard):
-        if name not in EVAL_METRICS:
-            known = ", ".join(EVAL_METRICS)
-            raise UserError(f"{path}: selection: expected a metric of an evaluation ({known}), found {name}")
+    for key, names in (("metric", [spec.selection.metric]), ("guard", [*spec.selection.guard])):
+        if unknown := [name for name in names if name not in BETTER]:
+            known = ", ".join(BETTER)
+            raise UserError(f"{path}: selection.{key}: expected a metric that has a better direction ({known}), "
+                            f"found {unknown[0]}")  # fmt: skip
     if shared := set(spec.selection.seeds) & set(spec.report.seeds):
         raise UserError(f"{path}: selection.seeds: seed {min(shared)} is also one of report.seeds; choose another")
     for name, method in spec.methods.items():

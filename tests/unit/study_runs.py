@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from report_runs import evaluation, step
 
@@ -15,7 +16,7 @@ from opd.study.runs import Run, config_of
 
 ROOT = Path(__file__).parents[2]
 XOPD, KD = str(ROOT / "recipes/tiny/2_xopd.yaml"), str(ROOT / "recipes/tiny/1_warmstart.yaml")
-Numbers = dict[str, float]
+Numbers = dict[str, Any]  # means by metric; `groups` as an evaluation has them
 
 
 def study_file(tmp_path: Path, **changes: Any) -> Path:
@@ -38,6 +39,15 @@ def study_file(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
     return path
+
+
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run there, beside the manifests and models that the small study and its recipes name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.jsonl", "r.jsonl", "v.jsonl", "rv.jsonl", "data/tiny/train.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
 
 class Ended:
@@ -72,6 +82,10 @@ class FakeLauncher:
         return [r.name for r in self.started]
 
 
+def _estimate(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"mean": value, "stderr": 0.01, "n": 50}
+
+
 def leave(run: Run, found: Numbers | None, responses: int = 128) -> None:
     """The run folder of a finished run with these means, or of a failed one: steps of 2 s each."""
     config = config_of(run)
@@ -83,7 +97,7 @@ def leave(run: Run, found: Numbers | None, responses: int = 128) -> None:
     if found is None:
         return
     stage, at = ("base", 0) if run.rate is None else (config.run.stage, steps)
-    lines = [evaluation(stage, at, **{k: {"mean": v, "stderr": 0.01, "n": 50} for k, v in found.items()})]
+    lines = [evaluation(stage, at, **{k: _estimate(v) for k, v in found.items()})]
     if config.eval.every and run.rate is not None:
         lines[0]["first"] = {"accuracy/speech": {"mean": 0.35, "stderr": 0.1, "n": 5}}
         lines.insert(0, evaluation(stage, steps // 2, 0.3, interim=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_runs import KD, XOPD, FakeLauncher, leave, study_file
+from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 
 from opd.config import UserError, load_config
 from opd.servers import Command
@@ -26,7 +26,8 @@ KD_BEST = 4e-4
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace(tmp_path, monkeypatch)
     monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
 
 
@@ -196,7 +197,7 @@ def test_a_dry_run_lists_and_starts_nothing(tmp_path: Path, capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "missing   well/kd/select/lr_0.0001/seed_100\n" in out
     assert "open      well/both-lambda-0: 2 runs whose learning rate is not chosen yet" in out
-    assert out.endswith("11 runs: 5 missing\n")
+    assert out.endswith("\n11 runs: 5 missing, 6 open\n")
     run(path, launcher)
     capsys.readouterr()
     run(path, launcher, dry_run=True)
@@ -327,7 +328,17 @@ def test_where_none_passes_the_least_loss_is_taken_and_said() -> None:
 def test_a_rate_at_the_end_of_the_sweep_is_noted() -> None:
     spec = SelectionSpec(seeds=[100], guard={})
     assert "the largest that was tried" in choose(spec, BASE, sweep((0.5, 1, 1), (0.6, 1, 1)), []).notes[0]
-    assert "the smallest" in choose(spec, BASE, sweep((0.5, 1, 1), (0.5, 1, 1)), []).notes[0]  # a tie
+    assert "the smallest that was tried" in choose(spec, BASE, sweep((0.6, 1, 1), (0.5, 1, 1)), []).notes[0]
+
+
+def test_a_tie_goes_to_the_smaller_rate_and_is_said() -> None:
+    spec = SelectionSpec(seeds=[100], guard={"retention": 0.05})
+    found = choose(spec, BASE, sweep((0.5, 1, 1), (0.6, 1, 1), (0.1 * 6, 1, 1), (0.6, 1, 0.5)), [])
+    assert found.rate == 2e-4  # the guard rules the last one out; 0.1 * 6 is more than 0.6 in binary
+    assert found.notes == ["the rates 0.0002, 0.0004 tie on accuracy/speech: the smallest of them is taken"]
+    lost = choose(spec, BASE, sweep((0.5, 1, 0.5), (0.6, 1, 0.5)), [])
+    assert lost.rate == 1e-4
+    assert lost.notes[1] == "the rates 0.0001, 0.0002 tie on what they lose: the smallest of them is taken"
 
 
 def test_less_of_a_divergence_is_better() -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_runs import KD, XOPD, study_file
+from study_runs import KD, XOPD, FakeLauncher, study_file, workplace
 
 from opd.cli import main as opd
 from opd.config import UserError
+from opd.study.command import main
 from opd.study.grid import Study
 from opd.study.spec import as_arguments
 
@@ -63,7 +64,13 @@ ROOT = Path(__file__).parents[2]
         ({"reference": "both"}, r"reference: expected one of the rows .*both-lambda-0, .*found both"),
         ({"report": {"seeds": [0, 100]}}, r"selection.seeds: seed 100 is also one of report.seeds"),
         ({"report": {"seeds": [0, 0]}}, r"report.seeds: expected each value once"),
-        ({"selection": {"seeds": [100], "metric": "accuracy"}}, r"expected a metric of an evaluation .*found accuracy"),
+        ({"selection": {"seeds": [100], "metric": "accuracy"}}, r"selection.metric: expected .*found accuracy"),
+        (
+            {"selection": {"seeds": [100], "metric": "length/speech"}},
+            r"selection.metric: expected a metric that has a better direction \(accuracy/speech, accuracy/text, "
+            r"retention, misalignment, forgetting, reverse_kl/speech, reverse_kl/text\), found length/speech",
+        ),
+        ({"selection": {"seeds": [100], "guard": {"length/text": 1}}}, r"selection.guard: .*found length/text"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(
@@ -73,6 +80,76 @@ def test_a_mistake_in_the_file_is_named(
         Study(study_file(tmp_path, **changes))
     assert opd(["study", str(study_file(tmp_path, **changes)), "--dry-run"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("spelt", ["./t.jsonl", "x/../t.jsonl", "{here}/t.jsonl", "linked.jsonl", "folder/t.jsonl"])
+def test_one_manifest_spelt_differently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelt: str) -> None:
+    workplace(tmp_path, monkeypatch)
+    (tmp_path / "linked.jsonl").symlink_to("t.jsonl")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    selection = {"seeds": [100], "set": {"eval.test": spelt.format(here=tmp_path), "eval.retention": "rv.jsonl"}}
+    with pytest.raises(UserError, match=r"selection.set: row well/base .*found .*t?.jsonl, which is the file t.jsonl"):
+        Study(study_file(tmp_path, selection=selection))
+
+
+def test_manifests_on_a_hub_are_told_apart_by_name(tmp_path: Path) -> None:
+    def selection(name: str) -> dict[str, Any]:
+        return {"seeds": [100], "set": {"eval.test": name, "eval.retention": "rv.jsonl"}}
+
+    report = {"seeds": [0], "set": {"eval.test": "hub:a/b:test"}}
+    Study(study_file(tmp_path, selection=selection("hub:a/b:validation"), report=report))
+    with pytest.raises(UserError, match=r"an eval.test that is not the reported runs', found hub:a/b:test$"):
+        Study(study_file(tmp_path, selection=selection("hub:a/b:test"), report=report))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"report": {"seeds": [0], "set": {"eval.test": "tset.jsonl"}}},
+            "row well/base: eval.test tset.jsonl: no such",
+        ),
+        (
+            {"selection": {"seeds": [100], "set": {"eval.test": "v.jsonl", "eval.retention": "vr.jsonl"}}},
+            "row well/base: eval.retention vr.jsonl: no such manifest",
+        ),
+        (
+            {"methods": {"a": {"recipe": KD}, "b": {"from": "a", "recipe": XOPD, "set": {"data.train": "tr.jsonl"}}}},
+            "row well/b: data.train tr.jsonl: no such manifest",
+        ),
+        (
+            {"worlds": {"well": {"student.path": "runs/none"}}},
+            "row well/base: student.path runs/none: expected a check",
+        ),
+        (
+            {"methods": {"kd": {"recipe": KD, "set": {"teacher.path": "./none"}}}, "reference": None},
+            "row well/kd: teacher.path ./none: expected a checkpoint folder",
+        ),
+    ],
+)
+def test_what_runs_would_miss_is_named_before_the_first(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    workplace(tmp_path, monkeypatch)
+    path, launcher = study_file(tmp_path, **{"reference": None} | changes), FakeLauncher(lambda _: {})
+    with pytest.raises(UserError, match=f"^{message}"):
+        main(path, [], None, False, False, launcher)
+    assert not launcher.names and not (tmp_path / "out").exists()
+    assert opd(["study", str(path), "--dry-run"]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and not told.out
+
+
+def test_rows_that_are_not_asked_for_may_miss_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace(tmp_path, monkeypatch)
+    own = {"teacher.path": "./none"}
+    path = study_file(tmp_path, methods={"kd": {"recipe": KD}, "b": {"recipe": KD, "set": own}})
+    assert opd(["study", str(path), "--dry-run", "--only", "well/kd"]) == 0
+    assert opd(["study", str(path), "--dry-run"]) == 2
 
 
 def test_a_key_twice_is_refused(tmp_path: Path) -> None:

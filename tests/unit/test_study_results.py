@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 from report_runs import Page
-from study_runs import KD, XOPD, FakeLauncher, leave, study_file
+from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 
 from opd.study.command import main
 from opd.study.grid import Study
 from opd.study.page import charts
-from opd.study.results import markdown, summarise
+from opd.study.results import summarise
 from opd.study.runs import Run
 from opd.study.stats import interval, paired, t_quantile
+from opd.study.tables import Table, Text, blocks, markdown
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,8 @@ def numbers(run: Run) -> dict[str, float]:
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace(tmp_path, monkeypatch)
     monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
 
 
@@ -92,7 +96,7 @@ def test_the_table_by_hand(path: Path) -> None:
         assert f"Differences to {other}, paired by seed" in page
     for label in ("accuracy, speech", "accuracy, text", "step", "seconds of training", "forgetting F, nats per token"):
         assert f">{label}</text>" in page
-    assert "+22.0 ± 5.0" in page and "http" not in page and "<script" not in page
+    assert "+22.0 ±\u00a05.0" in page and "http" not in page and "<script" not in page
     for words in ("0.4 at step 0, 0.35 at step 6.", "0.4 at second 0, 0.35 at second 12."):  # from base's
         assert f"accuracy, speech of both: {words}" in page
     assert page.count("<svg") == 3 and "both" in " ".join(Page(page).text)
@@ -124,8 +128,8 @@ def test_samples_that_differ_from_most_are_marked(path: Path) -> None:
     launcher = FakeLauncher(lambda r: {"accuracy/speech": 0.5, "accuracy/text": 0.9, "retention": 1.0})
     main(path, [], None, False, False, launcher)
     table = (path.parent / "out/study.md").read_text()
-    assert "| more \\* |" in table and "| same |" in table
-    assert "\\* not matched: most rows learn from 512 samples" in table
+    assert "| more † |" in table and "| same |" in table
+    assert "† not matched: most rows learn from 512 samples" in table
 
 
 def test_the_curve_of_a_pipeline_goes_on_where_the_last_stage_ended(path: Path) -> None:
@@ -179,3 +183,92 @@ def test_what_is_not_there_has_no_number(path: Path) -> None:
     text = markdown(content)
     assert "| kd (incomplete) | 0.0001 | – | – |" in text and "0.5" not in text.split("##", 1)[1].replace("0.0001", "")
     assert {r["state"] for r in content["runs"]} == {"finished", "missing"}
+
+
+def test_both_pages_say_the_same(path: Path) -> None:
+    rows = {"kd": {"recipe": KD, "rates": [1e-4, 2e-4]}, "more": {"recipe": KD, "set": {"train.steps": 6}}}
+    common = {"train.steps": 4, "eval.test": "t.jsonl", "eval.retention": "r.jsonl"}
+    study_file(path.parent, methods=rows, common=common, report={"seeds": [0, 1]})
+    launcher = FakeLauncher(lambda r: None if r.name == "well/more/report/lr_0.0001/seed_1" else SAME)
+    assert main(path, [], None, False, False, launcher) == 1
+    text, page = ((path.parent / f"out/study.{kind}").read_text() for kind in ("md", "html"))
+    shown = html.unescape(re.sub("<[^>]*>", "", page)).replace("\u00a0", " ")
+    found = list(blocks(json.loads((path.parent / "out/study.json").read_text())))
+    tables = [b for b in found if isinstance(b, Table)]
+    assert [t.heads[0] for t in tables] == ["row", "row - base", "row", "row"]
+    for table in tables:
+        assert table.about in text and table.about in shown
+        for line in [table.heads, *table.lines]:
+            assert f"| {' | '.join(line)} |" in text and "".join(line) in shown
+    # whose absence from one of the two this test is for
+    assert tables[-1].heads[:2] == ["row", "rate"] and [x[:2] for x in tables[-1].lines] == [
+        ["kd", "0.0001"],
+        ["kd", "0.0002"],
+    ]
+    assert "| kd | 0.0001 | 0.500 | 0.900 | 1.000 | yes | chosen |" in text
+    few = "2 seeds are few: the intervals are wide, and rely on a normal distribution."
+    assert f"**{few}**" in text and f'<p class="warn">{few}</p>' in page
+    (about,) = [b.text for b in found if isinstance(b, Text) and b.text.startswith("Test split, seeds 0, 1: ")]
+    assert "drop S and T are percent below" in about and about in text and about in shown
+    assert "**more is incomplete**: 1 of 2" in text and "<strong>more is incomplete</strong>: 1 of 2" in page
+    # all columns can be seen: cells wrap, and what is still too wide scrolls
+    assert page.count("<table") == page.count('<div class="scroll"><table') == len(tables)
+    assert ".numbers td { white-space: normal; }" in page
+
+
+SAME = {"accuracy/speech": 0.5, "accuracy/text": 0.9, "retention": 1.0}
+
+
+def test_accuracy_by_group_by_hand(path: Path) -> None:
+    def measure(run: Run) -> dict[str, Any]:
+        days, sums = 0.2 + 0.1 * run.seed, None if (run.row.name, run.seed) == ("kd", 1) else 0.75
+        speech = {"days | weeks": {"mean": days, "stderr": 0.02}, "sums": {"mean": sums, "stderr": None}}
+        return numbers(run) | {"groups": {"speech": speech, "text": {"sums": {"mean": 1.0, "stderr": 0.0}}}}
+
+    main(path, [], None, False, False, FakeLauncher(measure))
+    content = json.loads((path.parent / "out/study.json").read_text())
+    base, kd, _ = content["worlds"][0]["rows"]
+    # 0.2, 0.3, 0.4: s = 0.1
+    days = base["groups"]["speech"]["days | weeks"]
+    assert days["mean"] == pytest.approx(0.3) and days["n"] == 3 and days["stderr_records"] == pytest.approx(0.02)
+    assert days["half"] == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert base["groups"]["text"] == {"sums": {"mean": 1.0, "half": 0.0, "n": 3, "stderr_records": 0.0}}
+    assert set(kd["groups"]["speech"]) == {"days | weeks"}  # a seed lacks the other
+    lines = (path.parent / "out/study.md").read_text().splitlines()
+    at = lines.index("Spoken accuracy by group, %, ± half of its 95 % confidence interval.")
+    assert lines[at + 2 : at + 6] == [
+        "| row | days \\| weeks | sums |",
+        "|---|---|---|",
+        "| base | 30.0 ± 24.8 | 75.0 ± 0.0 |",
+        "| kd | 30.0 ± 24.8 | – |",
+    ]
+    assert '<th scope="col">days | weeks</th>' in (path.parent / "out/study.html").read_text()
+
+
+def test_records_without_groups_have_no_table_of_them(path: Path) -> None:
+    everything = {"groups": {"speech": {"all": {"mean": 0.5, "stderr": 0.1}}}}
+    main(path, [], None, False, False, FakeLauncher(lambda r: numbers(r) | everything))
+    assert "by group" not in (path.parent / "out/study.md").read_text()
+
+
+def test_tables_that_would_lose_a_row_are_kept(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = path.parent / "out"
+    main(path, [], None, False, False, FakeLauncher(numbers))
+    earlier = {kind: (out / f"study.{kind}").read_text() for kind in ("json", "md", "html")}
+    capsys.readouterr()
+    whole = path.read_text()
+    path.write_text(whole.replace("train.steps: 4", "train.steps: 5"))
+    for _ in range(2):  # what is kept is not lost the next time, nor kept twice
+        assert main(path, [], None, False, False, FakeLauncher(numbers)) == 1
+    told = capsys.readouterr().out
+    rows = "well/kd, well/both"  # base takes one step, whatever train.steps says
+    kept = f"kept the earlier tables as {out}/study.before.1.*: complete there, not any more: {rows}\n"
+    assert told.count("kept the earlier tables") == 1 and kept in told
+    assert {kind: (out / f"study.before.1.{kind}").read_text() for kind in earlier} == earlier
+    assert "(incomplete)" in (out / "study.md").read_text() and not list(out.glob("study.before.2.*"))
+    path.write_text(whole)  # the first one again: nothing is lost, nothing moved
+    assert main(path, [], None, False, False, FakeLauncher(numbers)) == 0
+    assert (out / "study.md").read_text() == earlier["md"] and not list(out.glob("study.before.2.*"))
+    path.write_text(whole.replace("train.steps: 4", "train.steps: 6"))
+    assert main(path, [], None, False, False, FakeLauncher(numbers)) == 1
+    assert (out / "study.before.2.md").read_text() == (out / "study.before.1.md").read_text() == earlier["md"]

@@ -1,0 +1,200 @@
+"""What study.md and study.html say, from the content of study.json: one text, which each of the two spells its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from opd.study.spec import BASE
+
+# heading, metric, scale, digits
+COLUMNS = (
+    ("speech %", "accuracy/speech", 100, 1),
+    ("text %", "accuracy/text", 100, 1),
+    ("drop S %", "drop/speech", 1, 1),
+    ("drop T %", "drop/text", 1, 1),
+    ("M", "misalignment", 1, 2),
+    ("F", "forgetting", 1, 3),
+    ("retention %", "retention", 100, 1),
+    ("reverse KL", "reverse_kl/speech", 1, 2),
+    ("length", "length/speech", 1, 1),
+)
+COMPARED = ("accuracy/speech", "accuracy/text", "retention", "forgetting")  # of the tables of differences
+STAR = "†"  # marks a row that is not matched; it means nothing in Markdown
+FEW = 5  # seeds below which a table warns of itself
+World = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Of level 1, 2 or 3."""
+
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; a warning is set off from others."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Sentences of equal rank, each with words in front that are set in bold, or none."""
+
+    notes: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, and what it shows."""
+
+    heads: list[str]
+    lines: list[list[str]]
+    about: str
+
+
+@dataclass(frozen=True)
+class Plots:
+    """The plots of the k-th world, which Markdown goes without."""
+
+    world: World
+    k: int
+
+
+Block = Heading | Text | Notes | Table | Plots
+
+
+def blocks(content: dict[str, Any]) -> Iterator[Block]:
+    """All that is said of a study, in order."""
+    seeds = content["seeds"]
+    yield Heading(1, f"Study: {content['study']}")
+    yield Text(
+        f"Test split, seeds {', '.join(map(str, seeds))}: mean over seeds ± half of its 95 % confidence interval (t). "
+        "Speech, text and retention are accuracies; drop S and T are percent below the teacher's typed accuracy; M, F "
+        "and reverse KL nats per token; length is tokens of a spoken question's answer. Samples are responses learnt "
+        "from, seconds those of all training steps on this machine, the stages before included."
+    )
+    if len(seeds) < FEW:
+        yield Text(f"{len(seeds)} seeds are few: the intervals are wide, and rely on a normal distribution.", True)
+    for k, world in enumerate(content["worlds"]):
+        yield Heading(2, world["name"])
+        heads = ["row", "rate", *(c[0] for c in COLUMNS), "samples", "seconds"]
+        yield Table(heads, cells(world), "Means over seeds ± half of their 95 % confidence intervals.")
+        yield Notes(notes(world))
+        for other in dict.fromkeys(filter(None, (BASE, content["reference"]))):
+            yield from differences(world, other)
+        yield from groups(world)
+        yield Plots(world, k)
+        yield Heading(3, "Choice of the learning rate")
+        yield sweeps(world)
+
+
+def cells(world: World) -> list[list[str]]:
+    """The text of a world's table, row by row."""
+    lines = []
+    for r in world["rows"]:
+        rate = "–" if r["rate"] is None else f"{r['rate']:g}"
+        if not r["complete"]:
+            lines.append([f"{r['name']} (incomplete)", rate, *["–"] * (len(COLUMNS) + 2)])
+            continue
+        mark = "" if r["matched"] is not False else f" {STAR}"
+        shown = [r["name"] + mark, rate, *(_cell(r["metrics"].get(m), s, d) for _, m, s, d in COLUMNS)]
+        trained = r["name"] != BASE
+        lines.append(shown + ([f"{r['samples']:.0f}", _cell(r["seconds"], 1, 0)] if trained else ["0", "0"]))
+    return lines
+
+
+def _cell(found: dict[str, Any] | None, scale: float, digits: int, sign: str = "") -> str:
+    if found is None:
+        return "–"
+    mean = f"{scale * found['mean']:{sign}.{digits}f}"
+    return mean if found["half"] is None else f"{mean} ± {scale * found['half']:.{digits}f}"
+
+
+def notes(world: World) -> list[tuple[str, str]]:
+    """What a reader of a world's table has to know, a sentence each."""
+    found = [(f"{r['name']} is incomplete", f": {r['state']}.") for r in world["rows"] if not r["complete"]]
+    if any(r["matched"] is False for r in world["rows"]):
+        usual = f"most rows learn from {world['samples']:.0f} samples"
+        found.append(("", f"{STAR} not matched: {usual}, this one does not."))
+    found += [("", f"{r['name']}: {note}.") for r in world["rows"] for note in r["notes"]]
+    speech = next((r["metrics"].get("accuracy/speech") for r in world["rows"] if r["complete"]), None)
+    if speech and speech["stderr_records"] is not None:
+        error = 100 * speech["stderr_records"]
+        shared = f"they add about ± {error:.1f} (standard error of the first row's speech)"
+        found.append(
+            ("", f"The questions are a sample too: {shared} to every row alike, less to differences between rows.")
+        )
+    return found
+
+
+def differences(world: World, other: str) -> Iterator[Table]:
+    """A world's table of differences to another row, where there are any."""
+    columns = [c for c in COLUMNS if c[1] in COMPARED]
+    lines = []
+    for r in world["rows"]:
+        if (found := r["differences"].get(other)) is not None:
+            lines.append([r["name"], *(_cell(found.get(m), s, d, "+") for _, m, s, d in columns)])
+    if lines:
+        about = f"Differences to {other}, paired by seed, ± half of their 95 % confidence intervals."
+        yield Table([f"row - {other}", *(c[0] for c in columns)], lines, about)
+
+
+def groups(world: World) -> Iterator[Table]:
+    """Spoken accuracy by the group that records name, where they name any."""
+    rows = [r for r in world["rows"] if r["complete"]]
+    names = sorted({g for r in rows for g in r["groups"].get("speech", {})})
+    if names not in ([], ["all"]):  # all: of records that name none
+        lines = [[r["name"], *(_cell(r["groups"]["speech"].get(g), 100, 1) for g in names)] for r in rows]
+        yield Table(["row", *names], lines, "Spoken accuracy by group, %, ± half of its 95 % confidence interval.")
+
+
+def sweeps(world: World) -> Table | Text:
+    """Every learning rate that was tried, and what it gave on the validation split."""
+    lines, names = [], list[str]()
+    for r in world["rows"]:
+        for tried in r["sweep"]:
+            names = names or [k for k in tried if k not in ("rate", "excess", "passes")]
+            shown = [f"{tried['rate']:g}", *(f"{tried[n]:.3f}" for n in names)]
+            chosen = "chosen" if tried["rate"] == r["rate"] else ""
+            lines.append([r["name"], *shown, "yes" if tried["passes"] else "no", chosen])
+    if not lines:
+        return Text("No row had rates to choose from, or none is chosen yet.")
+    about = (
+        "Means over the selection seeds on the validation split; kept: whether the guard's metrics stay close enough "
+        "to the untrained student's."
+    )
+    return Table(["row", "rate", *names, "kept", ""], lines, about)
+
+
+# ---- study.md -----------------------------------------------------------------------------------------------------
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """study.md."""
+    parts = (_markdown(block) for block in blocks(content))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(level, text):
+            return f"{'#' * level} {text}"
+        case Text(text, warning):
+            return f"**{text}**" if warning else text
+        case Notes(found):
+            return "\n".join(f"- **{first}**{rest}" if first else f"- {rest}" for first, rest in found)
+        case Table(heads, lines, about):
+            rows = [_line(heads), "|---" * len(heads) + "|", *map(_line, lines)]
+            return "\n".join([about, "", *rows])
+        case Plots():
+            return ""
+
+
+def _line(shown: list[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in shown) + " |"
