@@ -140,7 +140,7 @@ def test_every_shipped_file_parses() -> None:
         ("objective.name=kd", "needs rollout.source teacher or dataset, found student"),
         ("train.prompts_per_step=1", "at least launch.processes (2)"),
         ("steps", "expected key.path=value"),
-        ("run.stage.x=1", "stage is a value, not a section"),
+        ("run.seed.x=1", "seed is a value, not a section"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(override: str, message: str) -> None:
@@ -151,12 +151,12 @@ def test_mistakes_in_a_recipe_are_named(override: str, message: str) -> None:
 
 def test_a_run_is_named_after_its_objective_unless_the_recipe_names_it(tmp_path: Path) -> None:
     raw = yaml.safe_load(Path("recipes/tiny/2_xopd.yaml").read_text())
-    del raw["run"]["stage"]
+    raw["run"]["stage"] = "second"
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
-    assert load_config(tmp_path / "r.yaml").run.stage == "xopd"
-    assert load_config(tmp_path / "r.yaml", ["objective.name=reverse_kl"]).run.stage == "reverse_kl"
-    assert config("objective.name=reverse_kl").run.stage == "xopd"  # as the recipe says
-    assert config("objective.name=reverse_kl", "run.stage=").run.stage == "reverse_kl"
+    assert load_config(tmp_path / "r.yaml", ["objective.name=reverse_kl"]).run.stage == "second"
+    assert load_config(tmp_path / "r.yaml", ["objective.name=reverse_kl", "run.stage="]).run.stage == "reverse_kl"
+    assert config("objective.name=reverse_kl").run.stage == "reverse_kl"
+    assert config("objective.name=xopd").run.stage == "xopd"
 
 
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
