@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, opd
+from conftest import STUDENT, TEACHER, opd, serving_student
 
 from opd import audio
 from opd.batch import collate, make_samples
@@ -37,6 +38,13 @@ def overrides(data: Path, **more: Any) -> list[str]:
 
 def with_urls(data: Path, student_url: str, teacher_url: str, **more: Any) -> list[str]:
     return overrides(data, **{"rollout.urls": [student_url], "teacher.urls": [teacher_url]}, **more)
+
+
+@pytest.fixture(scope="module")
+def student_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of its own: other tests push weights to the one that they share."""
+    with serving_student(data, tmp_path_factory.mktemp("student")) as url:
+        yield url
 
 
 class Spy(Gap):
