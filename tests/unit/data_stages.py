@@ -80,6 +80,19 @@ class Unready(Tone):
         raise Unavailable("no such voice")
 
 
+def questions(path: Path, count: int) -> str:
+    rows = [{"id": f"q{i}", "messages": [{"role": "user", "content": f"what is {i}"}]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def made(log: Path) -> list[str]:
+    """Ids made since the last call."""
+    ids = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return sorted(ids)
+
+
 STAGES = {"ask": Ask, "tone": Tone, "unready": Unready}
 
 
