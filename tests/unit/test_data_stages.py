@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,11 +40,14 @@ def command(source: str, out: Path, stage: str, *more: str) -> list[str]:
 def start(args: list[str], limit: int | None = None) -> subprocess.Popen[str]:
     """A process of its own group; `limit`: bytes that a file may have, as on a disk that is full from there on."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(UNIT), str(UNIT.parents[1])])}
-    small: Callable[[], None] | None = None
-    if limit is not None:
-        small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job, and so its children, ignore
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(args, env=env, process_group=0, preexec_fn=small, **pipe)  # type: ignore[call-overload]
+    return subprocess.Popen(args, env=env, process_group=0, preexec_fn=prepare, **pipe)  # type: ignore[call-overload]
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
@@ -157,7 +159,10 @@ def test_interrupt_does_not_wait_for_a_slow_endpoint(tmp_path: Path, monkeypatch
     finish(start(command(source, out, "ask", f"log={log}", "--limit", "3")))
     assert made(log) == ["q0", "q1", "q2"]
     process = start(command(source, out, "ask", "sleep_s=300"))
-    time.sleep(2)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.stage/aside-0").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)  # by now it has asked
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
