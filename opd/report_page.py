@@ -89,9 +89,14 @@ def page(pipelines: list[Pipeline], report: dict[str, Any]) -> str:
         _settings(runs, report),
     ]
     title = f"opd report: {', '.join(p.name for p in pipelines)}"
+    return document(title, "".join(body))
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole page in the style of the reports, with more CSS where one needs it."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    head += f"<style>{STYLE}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
+    head += f"<style>{STYLE}{style}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{body}</main></body></html>\n'
 
 
 # ---- headline ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.card import SHOWN, Sheet
-from opd.report_page import STYLE, table, table_row
+from opd.report_page import document, table, table_row
 from opd.report_plots import COLOURS, figure
 
 BINS = 40
@@ -91,9 +91,7 @@ def page(content: dict[str, Any], sheets: Sequence[Sheet]) -> str:
         "<h2>How it was made</h2>",
         *(_made(name, split) for name, split in splits.items()),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(content["title"])}'
-    head += f"</title><style>{STYLE}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
+    return document(content["title"], "".join(body))
 
 
 def _warnings(content: dict[str, Any]) -> list[str]:

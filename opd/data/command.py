@@ -31,11 +31,6 @@ def stage_class(name: str) -> type[Stage]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def make_stage(name: str, settings: dict[str, Any], source: str) -> Stage:
-    """A stage with these settings. Raises UserError that names `source` and the setting at fault."""
-    return validated(stage_class(name), settings, source)
-
-
 def settings_of(section: type[S], config: Path | None, overrides: list[str], command: str) -> S:
     """Settings from a YAML file, if any, and key=value. Raises UserError that names file or command, and key."""
     raw: dict[str, Any] = read_yaml(config) if config else {}

@@ -15,7 +15,7 @@ from opd.clips import ClipLoader
 from opd.config import load_config
 from opd.metrics import write_atomic
 from opd.prompts import PromptStream, read_manifest
-from opd.report_page import STYLE
+from opd.report_page import document
 from opd.settings import UserError
 from opd.types import Prompt
 from opd.views import audio_paths, transcript
@@ -78,5 +78,4 @@ def _page(recipe: str, manifest: str, changed: bool, rows: list[str]) -> str:
         "" if changed else "<p class='note'>The recipe sets no data.augment: training hears the clips as they are.</p>"
     )
     head = f"<h1>What training hears</h1><p>{escape(recipe)}, {escape(manifest)}</p>{note}"
-    top = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>What training hears</title><style>{STYLE}"
-    return f"{top}</style></head><body>{head}{''.join(rows)}</body></html>"
+    return document("What training hears", head + "".join(rows))

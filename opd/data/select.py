@@ -18,7 +18,7 @@ from opd.data.runner import read_source
 from opd.data.stage import Record, audio_parts
 from opd.gap.records import read_records
 from opd.metrics import write_atomic
-from opd.report_page import STYLE, table, table_row
+from opd.report_page import document, table, table_row
 from opd.report_plots import BLUE, figure
 from opd.settings import Section, UserError
 
@@ -171,7 +171,5 @@ def _page(rows: list[Row], total: dict[str, Any], source: str) -> str:
     ]
     told = f"{total['texts']} of {total['of']} texts of {escape(source)}, about {total['hours']:.2f} hours of speech."
     plot = figure("clusters", "Misalignment and probability of every cluster.", draw, (7.0, 4.0))
-    style = f"<style>{STYLE}</style>"
-    top = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>What to speak</title>{style}</head>"
-    page = f"<h1>What to speak</h1><p>{told}</p>{plot}{table(head, body, 'Likeliest first, with texts of each.')}"
-    return f"{top}<body>{page}</body></html>\n"
+    rows_told = table(head, body, "Likeliest first, with texts of each.")
+    return document("What to speak", f"<h1>What to speak</h1><p>{told}</p>{plot}{rows_told}")

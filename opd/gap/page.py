@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from opd.metrics import Estimate
-from opd.report_page import STYLE, table, table_row
+from opd.report_page import document, table, table_row
 
 TITLES = {
     "accuracy/speech": "accuracy, spoken",
@@ -170,6 +170,4 @@ def columns(rows: list[list[str]]) -> str:
 
 
 def _document(name: str, body: list[str]) -> str:
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    head += f"<style>{STYLE} body {{ max-width: 80rem; }}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
+    return document(name, "".join(body), " body { max-width: 80rem; }")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from opd.report_page import STYLE, table, table_row
+from opd.report_page import document, table, table_row
 from opd.report_plots import COLOURS, GREY, figure
 from opd.study.spec import BASE
 from opd.study.tables import Block, Heading, Notes, Plots, Table, Text, World, blocks
@@ -18,9 +18,7 @@ WRAP = "body { max-width: 80rem; } .numbers td { white-space: normal; } .numbers
 def page(content: dict[str, Any]) -> str:
     """One HTML document from the content of study.json."""
     body = "".join(map(_html, blocks(content)))
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>opd study</title>'
-    head += f"<style>{STYLE}{WRAP}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{body}</main></body></html>\n'
+    return document("opd study", body, WRAP)
 
 
 def _html(block: Block) -> str:

@@ -15,12 +15,13 @@ from conftest import STUDENT, TEACHER, config_of, opd, serving
 from tiny_whisper import MOST_TOKENS, write_tiny_whisper
 
 from opd.audio import load
-from opd.data.command import make_stage
+from opd.data.command import stage_class
 from opd.data.runner import Summary, run_stage
 from opd.layout import Place
 from opd.models import family_of
 from opd.prompts import read_manifest
 from opd.servers import teacher_server
+from opd.settings import validated
 from opd.teacher import ServerTeacher
 
 ANY = 1e9  # a word error rate that nothing exceeds
@@ -44,7 +45,7 @@ def whisper_url(data: Path, whisper: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def run(name: str, source: Path, out: Path, **settings: Any) -> tuple[Summary, list[dict[str, Any]]]:
-    summary = run_stage(make_stage(name, settings, "test"), str(source), out)
+    summary = run_stage(validated(stage_class(name), settings, "test"), str(source), out)
     return summary, [json.loads(line) for line in out.read_text().splitlines()]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fake_openai import Call, FakeOpenAI, Reply, said, serving, tone
 
-from opd.data.command import make_stage
+from opd.data.command import stage_class
 from opd.data.runner import Summary, run_stage
-from opd.settings import UserError
+from opd.settings import UserError, validated
 
 TEXTS = ["Compute 3^5 + 2.", "List 3 rivers, e.g. in the UK", "Who wrote {Faust}?"]
 
@@ -23,7 +23,9 @@ def texts(folder: Path) -> str:
 
 
 def run(name: str, fake: FakeOpenAI, source: str, folder: Path, **settings: Any) -> tuple[Summary, list[Any]]:
-    stage = make_stage(name, {"endpoint": {"url": fake.url, "model": "chat", "retries": 1}, **settings}, "test")
+    stage = validated(
+        stage_class(name), {"endpoint": {"url": fake.url, "model": "chat", "retries": 1}, **settings}, "test"
+    )
     summary = run_stage(stage, source, folder / f"{name}.jsonl")
     return summary, [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
@@ -88,7 +90,9 @@ def test_as_long_as_allowed(tmp_path):
 
 def test_a_template_without_a_place_for_the_question():
     with pytest.raises(UserError, match=r"template: expected \{text\} in it"):
-        make_stage("rewrite", {"endpoint": {"url": "http://x/v1", "model": "m"}, "template": "Say it."}, "test")
+        validated(
+            stage_class("rewrite"), {"endpoint": {"url": "http://x/v1", "model": "m"}, "template": "Say it."}, "test"
+        )
 
 
 def spoken(folder: Path) -> str:

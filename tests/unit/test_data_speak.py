@@ -15,18 +15,18 @@ from fake_openai import Call, FakeOpenAI, Reply, serving, tone
 from opd.audio import load
 from opd.data import espeak
 from opd.data.clip_store import ClipStore
-from opd.data.command import make_stage
+from opd.data.command import stage_class
 from opd.data.errors import Drop
 from opd.data.loudness import lufs, true_peak
 from opd.data.runner import Summary, run_stage
 from opd.prompts import read_manifest
-from opd.settings import UserError
+from opd.settings import UserError, validated
 
 TEXTS = ["what is seven plus nine", "who wrote Faust", "name three rivers", "how far is the moon"]
 
 
 def stage(**settings: Any) -> Any:
-    return make_stage("speak", settings, "test")
+    return validated(stage_class("speak"), settings, "test")
 
 
 def asking(fake: FakeOpenAI, **more: Any) -> dict[str, Any]:

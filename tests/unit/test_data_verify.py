@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fake_openai import FakeOpenAI, Reply, serving, tone
 
-from opd.data.command import make_stage
+from opd.data.command import stage_class
 from opd.data.runner import Summary, run_stage
-from opd.settings import UserError
+from opd.settings import UserError, validated
 
 SAID = ["What's 12 plus thirty-one?", "Name the colour of the sky, please", "Who wrote Faust and when did he write it"]
 
@@ -32,7 +32,9 @@ def hearing(folder: Path, *heard: Any) -> FakeOpenAI:
 
 
 def verify(fake: FakeOpenAI, source: str, folder: Path, **settings: Any) -> tuple[Summary, list[Any]]:
-    stage = make_stage("verify", {"asr": {"url": fake.url, "model": "whisper", "retries": 1}, **settings}, "test")
+    stage = validated(
+        stage_class("verify"), {"asr": {"url": fake.url, "model": "whisper", "retries": 1}, **settings}, "test"
+    )
     summary = run_stage(stage, source, folder / "out.jsonl")
     return summary, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
@@ -143,11 +145,13 @@ def test_busy_then_down(tmp_path):
 )
 def test_settings_that_cannot_be(tmp_path, settings, told):
     with pytest.raises(UserError, match=told):
-        make_stage("verify", settings, "test").check()
+        validated(stage_class("verify"), settings, "test").check()
 
 
 def test_a_folder_that_holds_no_recogniser(tmp_path):
     source = manifest(tmp_path)
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="cannot be loaded as a speech recogniser"):
-        run_stage(make_stage("verify", {"asr": str(tmp_path / "model")}, "test"), source, tmp_path / "out.jsonl")
+        run_stage(
+            validated(stage_class("verify"), {"asr": str(tmp_path / "model")}, "test"), source, tmp_path / "out.jsonl"
+        )
