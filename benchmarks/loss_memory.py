@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.nn import functional
 
-from opd.batch import MicroBatch
-from opd.config import ObjectiveConfig
-from opd.divergences import EXCLUDED
-from opd.objectives import OBJECTIVES, Tokens
-from opd.token_loss import TokenLoss, chunks, summed_loss
+from opd.config.objective import ObjectiveConfig
+from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import OBJECTIVES, Tokens
+from opd.objectives.micro_batch import MicroBatch
+from opd.objectives.token_loss import TokenLoss, chunks, summed_loss
 
 RESPONSE = 512  # tokens
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}

@@ -72,11 +72,12 @@ def reference(recipe: str, student: str, steps: int) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2AudioForConditionalGeneration
 
-    from opd.clips import ClipLoader
-    from opd.config import load_config
-    from opd.models import family_of
-    from opd.prompts import PromptStream, read_manifest
-    from opd.views import audio_paths, render
+    from opd.config.load import load_config
+    from opd.models.load import family_of
+    from opd.prompts.clips import ClipLoader
+    from opd.prompts.manifest import read_manifest
+    from opd.prompts.stream import PromptStream
+    from opd.types import audio_paths, render
 
     config = load_config(recipe, [f"student.path={student}"])
     family = family_of(student)

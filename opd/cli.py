@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 from opd import __version__
-from opd.config import UserError, load_config
+from opd.config.load import load_config
 from opd.data.arguments import add_data
+from opd.settings import UserError
+from opd.train import __main__
 
 # libraries that are not of the core, and the extra that brings them
 EXTRA_OF = dict.fromkeys(
@@ -158,9 +160,9 @@ def _eval_commands(commands) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from opd import plan_page
-    from opd.plan import Machine
-    from opd.step_time import Speeds
+    from opd.plan import page as plan_page
+    from opd.plan.estimate import Machine
+    from opd.plan.step_time import Speeds
 
     names = ("memory", "host_memory", "bandwidth", "tflops", "memory_bandwidth", "clip_seconds")
     for name in (*names, "gpus", "nodes", "prompt_tokens", "response_tokens"):
@@ -191,7 +193,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from opd import preflight
+    from opd.doctor import preflight
 
     for line in preflight.check(load_config(args.recipe, args.overrides)):
         print(line)
@@ -199,19 +201,18 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from opd import doctor
+    from opd.doctor import command as doctor
 
     return doctor.main(args.recipe, args.overrides, not args.no_server, args.json)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from opd import train
 
-    return train.main([args.recipe, *args.overrides])
+    return __main__.main([args.recipe, *args.overrides])
 
 
 def _families(args: argparse.Namespace) -> int:
-    from opd import family_check
+    from opd.doctor import families as family_check
 
     return family_check.check(args.names, args.keep) if args.check else family_check.show(args.names)
 
@@ -225,7 +226,7 @@ def _study(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from opd.export import export
+    from opd.report.export import export
 
     for line in export(args.run_folder, args.out, args.checkpoint, args.merge, args.overwrite):
         print(line)
@@ -234,20 +235,20 @@ def _export(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from opd import launch
-    from opd.gap import command
+    from opd.evaluate import command
 
     return launch.main(lambda: command.main(args.recipe, args.overrides, args.out, not args.no_teacher, args.plain))
 
 
 def _benchmark(args: argparse.Namespace) -> int:
     from opd import launch
-    from opd.lmms import command
+    from opd.evaluate.benchmark import command
 
     return launch.main(lambda: command.main(args.recipe, args.benchmark, args.overrides, args.out, args.plain))
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from opd.gap import compare
+    from opd.evaluate import compare
 
     if args.seed < 0:
         raise UserError(f"--seed: expected 0 or more, found {args.seed}")
@@ -255,7 +256,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from opd.report import write_report
+    from opd.report.command import write_report
 
     for path in write_report(args.runs, args.out or args.runs[-1]):
         print(f"wrote {path}")

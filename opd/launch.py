@@ -10,21 +10,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from opd import __version__, preflight, run_folder
-from opd.cluster import Alone, Cluster, End
-from opd.config import Config, UserError, compared, dump_config, load_config, resolve_model
-from opd.layout import Layout, layout
-from opd.metrics import MetricsLog, read_lines
-from opd.placement import node_of, placement_of
-from opd.report import write_report
-from opd.saved import split
-from opd.servers import Command, learner, servers
-from opd.supervise import supervise
-from opd.supervisor import sweep
-
-
-class RunFailed(RuntimeError):
-    """A server or the learner ended badly: the message names it, the cause and the log."""
+from opd import __version__
+from opd.config.load import compared, dump_config, load_config, resolve_model
+from opd.config.placement import node_of, placement_of
+from opd.config.schema import Config
+from opd.doctor import preflight
+from opd.inference.transfer_folder import sweep
+from opd.processes.cluster import Alone, Cluster, End
+from opd.processes.commands import Command, learner, servers
+from opd.processes.layout import Layout, layout
+from opd.processes.supervise import RunFailed, supervise
+from opd.report.command import write_report
+from opd.settings import UserError
+from opd.storage import run_folder
+from opd.storage.checkpoints import split
+from opd.storage.json_lines import read_lines
+from opd.storage.metrics import MetricsLog
 
 
 def main(run: Callable[[], int]) -> int:

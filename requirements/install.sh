@@ -79,13 +79,14 @@ fi
 
 # torchvision's published wheel is linked against CUDA torch too: every Python process here gets what it misses.
 site=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-echo 'import opd.torchvision_cpu' >"$site/opd_torchvision_cpu.pth"
+cp requirements/torchvision_cpu.py "$site/opd_torchvision_cpu.py"
+echo 'import opd_torchvision_cpu' >"$site/opd_torchvision_cpu.pth"
 "$py" -c 'import torchvision' || die "torchvision does not load beside CPU torch"
 
 # Kept in the environment: what an earlier torch compiled, or a killed build left behind, is not there.
 say "DeepSpeed's communication extension (about half a minute)"
 rm -rf "$venv/torch_extensions"
-PATH="$PWD/$venv/bin:$PATH" DS_ACCELERATOR=cpu timeout 900 "$py" -m opd.extensions >"$probe/log" 2>&1 ||
+PATH="$PWD/$venv/bin:$PATH" DS_ACCELERATOR=cpu timeout 900 "$py" -m opd.train.extensions >"$probe/log" 2>&1 ||
     die "DeepSpeed could not compile its extension within 15 minutes: $(tail -n 20 "$probe/log")"
 
 torch_is_cpu || die "a CUDA build of torch got into $venv: remove $venv and run make setup again"

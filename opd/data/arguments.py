@@ -92,7 +92,7 @@ def add_data(commands) -> None:
 
 def _select(args: argparse.Namespace) -> int:
     from opd.data.command import settings_of
-    from opd.data.select import Selection, select
+    from opd.data.select.command import Selection, select
 
     settings = settings_of(Selection, args.config, args.overrides, "opd data select")
     for path in select(args.source, args.probe, args.out, settings):
@@ -101,7 +101,7 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from opd.data.card import write_card
+    from opd.data.card.command import write_card
 
     about = {k: v for k in ("title", "license", "language") if (v := getattr(args, k))}
     for path in write_card(args.manifests, args.out, args.allow_leaks, about):

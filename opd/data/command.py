@@ -13,18 +13,18 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from opd.data.runner import run_stage
-from opd.data.stage import Stage
+from opd.data.engine.runner import run_stage
+from opd.data.engine.stage import Stage
 from opd.settings import S, Section, UserError, override, read_yaml, validated
 
 STAGES = {
-    "prompts": "opd.data.prompts:Prompts",
-    "natural": "opd.data.natural:Natural",
-    "rewrite": "opd.data.rewrite:Rewrite",
-    "speak": "opd.data.speak:Speak",
-    "verify": "opd.data.verify:Verify",
-    "respond": "opd.data.respond:Respond",
-    "benchmark": "opd.data.benchmark:LoadBenchmark",
+    "prompts": "opd.data.stages.prompts:Prompts",
+    "natural": "opd.data.stages.natural:Natural",
+    "rewrite": "opd.data.stages.rewrite:Rewrite",
+    "speak": "opd.data.stages.speak:Speak",
+    "verify": "opd.data.stages.verify:Verify",
+    "respond": "opd.data.stages.respond:Respond",
+    "benchmark": "opd.data.stages.benchmark:LoadBenchmark",
 }
 say = partial(print, flush=True)
 
@@ -99,7 +99,7 @@ def describe(name: str) -> str:
 
 
 def _selection() -> type[Section]:
-    from opd.data.select import Selection
+    from opd.data.select.command import Selection
 
     return Selection
 

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from opd import audio
-from opd.augment import Augmenter
-from opd.clips import ClipLoader
-from opd.config import load_config
-from opd.metrics import write_atomic
-from opd.prompts import PromptStream, read_manifest
-from opd.report_page import document
+from opd import types
+from opd.config.load import load_config
+from opd.prompts import audio
+from opd.prompts.augment import Augmenter
+from opd.prompts.clips import ClipLoader
+from opd.prompts.manifest import read_manifest
+from opd.prompts.stream import PromptStream
+from opd.report.html import document
 from opd.settings import UserError
-from opd.types import Prompt
-from opd.views import audio_paths, transcript
+from opd.storage.json_lines import write_atomic
+from opd.types import Prompt, audio_paths, transcript
 
 RATE = 16000  # Hz, of every family so far
 
@@ -38,7 +39,7 @@ def main(recipe: str, overrides: list[str], out: Path, count: int, epochs: int) 
     for prompt in PromptStream(prompts, min(count, len(prompts)), config.run.seed).batch(0):
         try:
             rows.append(_record(prompt, loader, augmenter, config.data.max_audio_seconds, epochs))
-        except audio.BadAudio as e:
+        except types.BadAudio as e:
             rows.append(f"<h2>{escape(prompt.id)}</h2><p class='warn'>{escape(str(e))}</p>")
     try:
         write_atomic(out, _page(recipe, config.data.train, config.data.augment.active, rows))

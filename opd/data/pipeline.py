@@ -7,16 +7,15 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt, model_validator
 
-from opd.data.endpoint import Endpoint
-from opd.data.errors import Unavailable
-from opd.data.natural import Natural
-from opd.data.prompts import Prompts
-from opd.data.respond import Respond
-from opd.data.rewrite import Rewrite
-from opd.data.runner import Summary, run_stage
-from opd.data.speak import Speak
-from opd.data.stage import Stage
-from opd.data.verify import Verify
+from opd.data.engine.runner import Summary, run_stage
+from opd.data.engine.stage import Stage
+from opd.data.stages.natural import Natural
+from opd.data.stages.prompts import Prompts
+from opd.data.stages.respond import Respond
+from opd.data.stages.rewrite import Rewrite
+from opd.data.stages.speak import Speak
+from opd.data.stages.verify import Verify
+from opd.endpoint import Endpoint, Unavailable
 from opd.settings import Section, UserError
 
 

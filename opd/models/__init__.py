@@ -1,25 +1,3 @@
-"""Speech LLM families. opd/families.py says which there are, without importing torch."""
+"""Speech LLM families. opd/models/registry.py says which there are, without importing torch."""
 
 from __future__ import annotations
-
-from importlib import import_module
-
-from opd.families import family_entry
-from opd.models.base import Family
-
-
-def family_of(path: str, name: str | None = None) -> Family:
-    """The family of a checkpoint, by its name, else by the `model_type` of its config.
-
-    Raises UserError when it is not one of ours.
-    """
-    from opd.config import UserError
-
-    entry = family_entry(path, name)
-    module, _, klass = entry.family.partition(":")
-    try:
-        family: Family = getattr(import_module(module), klass)(path)
-    except (OSError, ValueError) as e:
-        raise UserError(f"student.path {path}: not a loadable {entry.name} checkpoint: {str(e).splitlines()[0]}") from e
-    family.entry = entry
-    return family

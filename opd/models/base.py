@@ -6,7 +6,7 @@ Shape legend in opd/types.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,16 +14,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from opd.audio import BadAudio
-from opd.config import LoraConfig, UserError
-from opd.divergences import EXCLUDED
-from opd.families import Entry
-from opd.models.lora import adapters, inject
-from opd.sharding import inside
-from opd.token_loss import TokenLoss, summed_loss
-from opd.types import Message
+from opd.models.registry import Entry
+from opd.settings import UserError
+from opd.types import BadAudio, Message
 
 Part = Literal["tower", "adapter", "llm", "fixed"]  # fixed: never trained, such as a vision tower
 
@@ -210,171 +204,3 @@ class Family(ABC):
             expanded += [i] * (next(lengths) if i == self.audio_id else 1)
         assert next(lengths, None) is None, "the chat template dropped an audio part"
         return expanded
-
-
-class SpeechLM(nn.Module):
-    """The trainable module: tower, adapter, LLM and head behind one `forward`, so that ZeRO sees every call.
-
-    Whatever part of the audio path is frozen runs once per clip (`encode`) and is handed back in; the rest runs in
-    the training pass.
-    """
-
-    def __init__(
-        self, hf: nn.Module, family: Family, train: list[str], lora: LoraConfig | None = None, seed: int = 0
-    ) -> None:
-        """`train`: the parts that are not frozen; with `lora` low-rank adapters stand for the LLM's own weights."""
-        super().__init__()
-        self.hf, self.family = hf, family
-        self.tower_trained, self.adapter_trained = "tower" in train, "adapter" in train
-        if lora is not None:
-            inject(hf, family, lora, seed)
-        whole = set(train) - ({"llm"} if lora else set())  # what is trained in full
-        for name, p in hf.named_parameters():
-            p.requires_grad_(family.part_of(name) in whole and "embed_positions" not in name)
-        for adapter in adapters(hf):
-            adapter.weight.requires_grad_(True)
-        self.frozen = [prefix.rstrip(".") for prefix, part in family.parts.items() if part not in train]
-        banned = torch.zeros(family.vocab_size, dtype=torch.bool)
-        banned[family.banned_ids] = True
-        self.register_buffer("banned", banned, persistent=False)
-
-    def train(self, mode: bool = True) -> SpeechLM:
-        """As any module's, but what is frozen stays in evaluation mode: no dropout, no moving batch statistics."""
-        super().train(mode)
-        for name in self.frozen:
-            self.hf.get_submodule(name).eval()
-        for module in self.hf.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
-    def forward(
-        self,
-        features: dict[str, Tensor] | None = None,
-        loss: TokenLoss | None = None,
-        mask: Any = None,
-        at: Tensor | None = None,
-        generate: dict[str, Any] | None = None,
-        run: Callable[[], Any] | None = None,
-        **text: Any,
-    ) -> Any:
-        """`encode` without text; else `response_logits`, with `at` `states`, with `loss` and `mask` `response_loss`.
-
-        `generate`: arguments of transformers' `generate`, whose tokens are given back. `run`: what it returns, called
-        where the output layer is whole and `project` may be used.
-        """
-        if generate is not None:
-            return self._generate(generate)
-        if run is not None:
-            return inside(self.hf.lm_head, run)
-        if not text:
-            return self.encode(features)
-        if at is not None:
-            return self.states(at, features=features, **text)
-        if loss is None:
-            return self.response_logits(features=features, **text)
-        return self.response_loss(loss, mask, features=features, **text)
-
-    def encode(self, features: dict[str, Tensor] | None) -> list[Tensor]:
-        """What is frozen of the audio path, per clip: [S, H], or [S, tower width] when the adapter is trained."""
-        assert features is not None
-        with torch.no_grad():
-            audio = self.family.run_tower(self.hf, features)
-            return audio if self.adapter_trained else self.family.run_adapter(self.hf, audio)
-
-    def response_logits(self, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
-        """Logits [B, T, V] of the response tokens in float32, banned ids at EXCLUDED.
-
-        row [B], positions [B, T]: see opd.batch.MicroBatch; the others as in `hidden`.
-        """
-        hidden = self.hidden(**inputs)[row[:, None], positions]
-        head: Any = self.hf.lm_head
-        return self.finished(head(hidden))
-
-    def states(self, at: Tensor, whole: bool = False, **inputs: Any) -> Tensor:
-        """Hidden states [N, H] at the places `at` [N, 2] (row, position); `whole`: their logits [N, V], `finished`."""
-        found = self.hidden(**inputs)[at[:, 0], at[:, 1]]
-        head: Any = self.hf.lm_head
-        return self.finished(head(found)) if whole else found
-
-    def project(self, states: Tensor) -> Tensor:
-        """Logits [n, V] of hidden states [n, H], `finished`; the output layer must be whole here."""
-        head: Any = self.hf.lm_head
-        return self.finished(linear(states, head.weight, head.bias))
-
-    def response_loss(self, loss: TokenLoss, mask: Tensor, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
-        """`loss` of the response tokens where `mask` [B, T] is 1, a scalar, without their logits as a whole."""
-        at = self.states(places(row, positions, mask), **inputs)
-        head: Any = self.hf.lm_head
-        parts = loss.parts(self.family.vocab_size)
-
-        def run(at: Tensor) -> Tensor:
-            if loss.previews:
-                with torch.no_grad():
-                    loss.preview(lambda p: self.project(at[p]), parts)
-            return summed_loss(at, head, lambda raw, part: loss(self.finished(raw), part), parts)
-
-        return inside(head, run, at)
-
-    def _generate(self, arguments: dict[str, Any]) -> Tensor:
-        from transformers import GenerationConfig
-
-        hf: Any = self.hf
-        own, hf.generation_config = hf.generation_config, GenerationConfig()  # it would fill in what is not said
-        try:
-            return hf.generate(**arguments)
-        finally:
-            hf.generation_config = own
-
-    def finished(self, logits: Tensor) -> Tensor:
-        """Output layer's logits [..., V] -> the model's own in float32, banned ids at EXCLUDED."""
-        return self.family.scaled(logits).float().masked_fill(self.banned, EXCLUDED)  # type: ignore[arg-type]
-
-    def hidden(
-        self,
-        ids: Tensor,
-        position_ids: Tensor,
-        attends: Tensor,
-        audio: list[Tensor] | None = None,
-        features: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Last hidden states [R, L, H].
-
-        ids, position_ids [R, L]; attends [R, 1, L, L]: see opd.batch.MicroBatch.
-        audio: what `encode` gave for the clips of `ids` in the order of their placeholders; or, with a trained tower,
-        `features` of the clips, `audio` None. In training a micro-batch without any clip passes a dummy one, so that
-        every rank runs the same modules; it then counts for nothing.
-        """
-        embed: Any = self.hf.get_input_embeddings
-        embeds = embed()(ids)
-        if features is not None:
-            audio = self.family.run_tower(self.hf, features)
-        if (self.tower_trained or self.adapter_trained) and audio is not None:
-            audio = self.family.run_adapter(self.hf, audio)
-        if audio is not None:
-            heard = torch.cat(audio).to(embeds.dtype)
-            where = ids == self.family.audio_id
-            count = int(where.sum())
-            if count == 0:
-                embeds = embeds + 0.0 * heard.sum()
-            else:
-                assert count == len(heard), f"{count} audio placeholders, {len(heard)} audio embeddings"
-                embeds = embeds.masked_scatter(where[..., None], heard)
-        bias = torch.zeros(attends.shape, dtype=embeds.dtype, device=embeds.device)
-        bias = bias.masked_fill(~attends, torch.finfo(embeds.dtype).min)
-        return self.family.run_llm(self.hf, embeds, position_ids, bias)
-
-
-def at_responses(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
-    """What `SpeechLM.states` takes, of what `response_logits` does: `at` for row [B] and positions [B, T]."""
-    given = dict(inputs)
-    return given | {"at": places(given.pop("row"), given.pop("positions"), mask)}
-
-
-def places(row: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """Where the logits of a micro-batch's response tokens are read, one response after another: [N, 2].
-
-    row [B], positions [B, T], mask [B, T]: see opd.batch.MicroBatch.
-    """
-    real = mask.bool()
-    return torch.stack([row[:, None].expand_as(real)[real], positions[real]], 1)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from opd.config import UserError
 from opd.models.base import Family
 from opd.models.omni import pad_mels
+from opd.settings import UserError
 
 
 class GraniteSpeech(Family):
@@ -68,7 +68,7 @@ def one_by_one(module: Any, inputs: list[Tensor], run: Callable[[Tensor], Tensor
     """
     import torch
 
-    from opd.batch import all_reduce
+    from opd.models.sharding import all_reduce
 
     most = len(inputs)
     if any(hasattr(p, "ds_id") for p in module.parameters()):

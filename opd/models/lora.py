@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from opd.config import LoraConfig, UserError
+from opd.config.schema import LoraConfig
+from opd.settings import UserError
 
 if TYPE_CHECKING:
     from opd.models.base import Family

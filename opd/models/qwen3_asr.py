@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.config import UserError
 from opd.models.base import Family
 from opd.models.omni import convolved, pad_mels
+from opd.settings import UserError
 
 
 class Qwen3Asr(Family):

@@ -18,8 +18,8 @@ from opd.models.tiny_builders import BUILDERS, LLM
 
 def build(name: str, folder: Path, seed: int = 0) -> None:
     """Write `folder/student`, a random student of a family, and `folder/teacher`, a random text LLM beside it."""
-    from opd.checkpoint import buffers, write_model
-    from opd.models import family_of
+    from opd.models.files import buffers, write_model
+    from opd.models.load import family_of
 
     student, teacher = folder / "student", folder / "teacher"
     student.mkdir(parents=True, exist_ok=True)

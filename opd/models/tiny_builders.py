@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd.families import FAMILIES
+from opd.models.registry import FAMILIES
 
 SENTENCES = ["what is three plus four? the answer is seven.", "set a timer for ten minutes", "who wrote this?"] * 5
 LLM = {

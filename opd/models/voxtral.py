@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.config import UserError
 from opd.models.whisper import Windowed
+from opd.settings import UserError
 from opd.types import Message
 
 MISTRAL = ("params.json", "tekken.json")

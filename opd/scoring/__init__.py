@@ -2,7 +2,8 @@
 
 from opd.scoring.answers import MATCHES, check_answer, choice_of, correct, key_of, number_of
 from opd.scoring.judge import Judge, verdict
-from opd.scoring.scorer import Grade, Scorer, ScoringConfig
+from opd.scoring.scorer import Scorer, ScoringConfig
+from opd.scoring.voicebench import Grade
 
 __all__ = [
     "MATCHES",

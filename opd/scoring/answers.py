@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import get_args
 
-from opd.scoring import official
+from opd.scoring import voicebench as official
 from opd.types import Match, Prompt
 
 MATCHES: tuple[str, ...] = get_args(Match)

@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
-from opd.data.endpoint import Endpoint
-from opd.data.errors import Failed
-from opd.scoring.official import Grade, criteria, qa_prompt, rating_prompt, system_message
-from opd.types import Prompt
-from opd.views import render, transcript
+from opd.endpoint import Endpoint, Failed
+from opd.scoring.voicebench import Grade, criteria, qa_prompt, rating_prompt, system_message
+from opd.types import Prompt, render, transcript
 
 T = TypeVar("T")
 SCALE = 5  # of a rating, from 1; VoiceBench's own overall score takes a rating for r / 5

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import Field, NonNegativeFloat
 
-from opd.scoring import judge, official
+from opd.scoring import judge
+from opd.scoring import voicebench as official
 from opd.scoring.answers import NO_ANSWER, check_answer, correct
 from opd.scoring.judge import Judge, asked_last
-from opd.scoring.official import NEEDS, Grade
+from opd.scoring.voicebench import NEEDS, Grade
 from opd.settings import Section, UserError
 from opd.types import Match, Prompt
 

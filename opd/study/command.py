@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opd import run_folder
-from opd.config import UserError
+from opd.settings import UserError
+from opd.storage import run_folder
 from opd.study.grid import Study
 from opd.study.results import write
 from opd.study.schedule import TO_RUN, Launcher, Subprocesses, run_all

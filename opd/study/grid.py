@@ -5,12 +5,14 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-from opd.config import Config, UserError
-from opd.study import files, runs
+from opd.config.evaluation import EvalConfig
+from opd.config.schema import Config
+from opd.settings import UserError
+from opd.study import inputs as files
+from opd.study import runs
 from opd.study.runs import Outcome, Run
 from opd.study.select import Choice, choose, means
 from opd.study.spec import BASE, Row, StudySpec, read_study, rows
-from opd.verdict import EvalConfig
 
 
 class Study:

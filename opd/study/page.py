@@ -5,8 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from opd.report_page import document, table, table_row
-from opd.report_plots import COLOURS, GREY, figure
+from opd.report.html import COLOURS, GREY, document, figure, table, table_row
 from opd.study.spec import BASE
 from opd.study.tables import Block, Heading, Notes, Plots, Table, Text, World, blocks
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from opd.config import UserError
-from opd.metrics import EVAL_METRICS, write_atomic
+from opd.settings import UserError
+from opd.storage.json_lines import write_atomic
+from opd.storage.metrics import EVAL_METRICS
 from opd.study.grid import Study
 from opd.study.runs import Outcome, Run
 from opd.study.spec import BASE, Row

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from opd import run_folder
-from opd.config import Config, UserError, load_config
-from opd.report import Run as Folder
-from opd.report import read_run
-from opd.saved import checkpoints
+from opd.config import resume
+from opd.config.load import load_config
+from opd.config.schema import Config
+from opd.report.runs import Run as Folder
+from opd.report.runs import read_run
+from opd.settings import UserError
+from opd.storage.checkpoints import checkpoints
 from opd.study.spec import BASE, LATER, Row, as_arguments
 
 SEED = "{seed}"
@@ -110,8 +112,8 @@ def outcome(run: Run) -> Outcome:
     """What the run's folder holds. Raises UserError for a recipe that is wrong or a file that cannot be read."""
     config = config_of(run)
     try:
-        verdict = run_folder.check(config)
-    except run_folder.Taken as e:
+        verdict = resume.check(config)
+    except resume.Taken as e:
         # a study owns run.dir and run.overwrite: another way out than for a single run
         reason, other, _ = str(e).partition("; choose another run.dir")
         return Outcome("conflict", f"{reason}; move that folder away" if other else reason)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from opd.config import UserError
-from opd.servers import Command
+from opd.processes.commands import Command
+from opd.processes.guard import Process, stop_all
+from opd.processes.supervise import Signals
+from opd.settings import UserError
 from opd.study.grid import Study
 from opd.study.runs import Run
 from opd.study.spec import Row
-from opd.supervise import Signals
-from opd.supervisor import Process, stop_all
 
 POLL_S = 0.25
 TAIL = 4  # lines of a failed run's log that are shown

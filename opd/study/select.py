@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from opd.config import UserError
+from opd.config.evaluation import BETTER
+from opd.settings import UserError
 from opd.study.spec import SelectionSpec
-from opd.verdict import BETTER
 
 Means = dict[str, float]
 HAIR = 1e-9  # of tolerance: 0.96 - 0.94 is more than 0.02 in binary

@@ -16,9 +16,8 @@ from pydantic import (
     field_validator,
 )
 
-from opd.config import UserError
-from opd.settings import Section, read_yaml, validated
-from opd.verdict import BETTER
+from opd.config.evaluation import BETTER
+from opd.settings import Section, UserError, read_yaml, validated
 
 BASE = "base"  # the row of the untrained student
 LATER = 1000  # between the seeds of a pipeline's stages

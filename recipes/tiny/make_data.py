@@ -30,7 +30,7 @@ from rich.progress import track
 from speech import RATE, Clip, Synthesizer, speak
 from world import REPEAT_TASK, SPEAKER_TASK, SPLITS, Question, Split, questions
 
-from opd.data import espeak
+from opd.data.stages import espeak
 from opd.settings import UserError
 
 HERE = Path(__file__).resolve().parent

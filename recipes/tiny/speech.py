@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torchaudio.transforms import Resample
 
-from opd.data import espeak
+from opd.data.stages import espeak
 
 RATE = 16000  # Hz, of everything that leaves this file
 MAX_SECONDS = 3.0

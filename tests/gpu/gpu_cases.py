@@ -110,7 +110,7 @@ def check_peak(r: dict[str, Any]) -> None:
 
 
 def check_flops(r: dict[str, Any]) -> None:
-    """The formula of opd/step_time.py is near what torch counted in the step."""
+    """The formula of opd/plan/step_time.py is near what torch counted in the step."""
     assert abs(r["flops"] / r["flops_counted"] - 1) < FLOPS, (r["flops"] / r["flops_counted"], r)
 
 

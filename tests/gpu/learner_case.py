@@ -22,19 +22,22 @@ import torch.distributed as dist
 from gpu_cases import Case
 from torch.utils.flop_counter import FlopCounterMode
 
-from opd import extensions
-from opd.batch import collate, make_batch, make_samples
-from opd.config import Config, load_config
-from opd.layout import free_port
-from opd.learner import Learner, deepspeed_settings
-from opd.memory import Lengths
-from opd.models import family_of
-from opd.models.base import Family, SpeechLM
-from opd.objectives import xopd
-from opd.plan import Machine, Plan, estimate
-from opd.run_folder import package_versions
-from opd.step_time import learner_flops
-from opd.train import _init_distributed
+from opd.config.deepspeed import deepspeed_settings
+from opd.config.load import load_config
+from opd.config.schema import Config
+from opd.inference.ports import free_port
+from opd.models.base import Family
+from opd.models.load import family_of
+from opd.models.speech_lm import SpeechLM
+from opd.objectives.losses import xopd
+from opd.plan.estimate import Machine, Plan, estimate
+from opd.plan.learner_memory import Lengths
+from opd.plan.step_time import learner_flops
+from opd.storage.run_folder import package_versions
+from opd.train import extensions
+from opd.train.__main__ import _init_distributed
+from opd.train.batch import collate, make_batch, make_samples
+from opd.train.learner import Learner
 from opd.types import VIEWS, Batch, Prompt, Rollout, Sample, ScoredRollout
 
 # Dense bfloat16 TFLOPS on the makers' data sheets, by a part of the device's name; the first that fits.

@@ -27,10 +27,10 @@ def write_student(
     import torch
     from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
 
-    from opd.checkpoint import buffers, write_model
-    from opd.models import family_of
+    from opd.models.files import buffers, write_model
+    from opd.models.load import family_of
     from opd.models.tiny_builders import BUILDERS
-    from opd.shapes import shipped
+    from opd.plan.shapes import shipped
 
     wanted = {"text": text or {}, "audio": audio or {}, "seed": seed}
     mark = folder / "random.json"

@@ -9,7 +9,7 @@ import sys
 READ = """
 import json, sys, torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
-from opd.ipc_handle import decode
+from opd.inference.ipc_handle import decode
 (handle,) = json.load(sys.stdin).values()
 print(json.dumps(rebuild_cuda_tensor(*decode(handle)).cpu().tolist()))
 """
@@ -18,7 +18,7 @@ print(json.dumps(rebuild_cuda_tensor(*decode(handle)).cpu().tolist()))
 def test_another_process_reads_what_was_exported() -> None:
     import torch
 
-    from opd.transports import export
+    from opd.inference.transports import export
 
     flat = torch.arange(200, dtype=torch.uint8, device="cuda")
     told = json.dumps(export(flat))

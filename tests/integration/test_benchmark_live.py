@@ -13,18 +13,19 @@ from typing import Any
 import local_benchmarks
 import numpy as np
 import pytest
-from conftest import STUDENT, config_of, opd
 from datasets import Audio, Dataset
+from live import STUDENT, config_of, opd
 
-from opd import audio
-from opd.clips import Room
-from opd.config import UserError
-from opd.data.journal import Journal
-from opd.gap.records import model
-from opd.http import ServerError
-from opd.lmms.settings import Benchmark, JudgeConfig, read
-from opd.models import family_of
-from opd.rollout import VllmSampler, decode
+from opd.evaluate.benchmark.settings import Benchmark, JudgeConfig, read
+from opd.evaluate.records import model
+from opd.inference.client import ServerError
+from opd.models.context_limit import Room
+from opd.models.load import family_of
+from opd.prompts import audio
+from opd.rollout.sampler import VllmSampler
+from opd.rollout.sources import decode
+from opd.settings import UserError
+from opd.storage.journal import Journal
 from opd.types import Prompt
 
 RECIPE, FEW, ALL, TOKENS = "recipes/tiny/2_xopd.yaml", 6, 8, 24
@@ -120,7 +121,7 @@ def test_values_are_those_worked_by_hand(ran: Any) -> None:
 
 def student(benchmark: Path, data: Path, url: str, kept: Path, *overrides: str) -> Any:
     """The model that lmms-eval is given, with the records of tiny_own."""
-    from opd.lmms.student import Student
+    from opd.evaluate.benchmark.student import Student
 
     config = config_of("2_xopd", data, kept, f"student.path={STUDENT}", f'rollout.urls=["{url}"]')
     found = Student(
@@ -172,7 +173,7 @@ def test_sampling_follows_the_seed(benchmark: Path, data: Path, student_url: str
 
 def test_a_judge_that_fails_ends_it(benchmark: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """lmms-eval would score 0: its tasks and verifiers catch every Exception."""
-    from opd.lmms import judging
+    from opd.evaluate.benchmark import judging
 
     tasks = loaded(monkeypatch, tmp_path, ["tiny_sdqa"], benchmark, None)
     with pytest.raises(UserError, match="task tiny_sdqa: its gpt4_score needs a judge and the benchmark has none"):
@@ -227,7 +228,7 @@ def loaded(
     monkeypatch: pytest.MonkeyPatch, folder: Path, names: list[str], benchmark: Path | None, judge: JudgeConfig | None
 ) -> Any:
     """Tasks of lmms-eval as the worker has them, undone after the test."""
-    from opd.lmms import judging, scoring
+    from opd.evaluate.benchmark import judging, scoring
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
     judging.install(judge, folder / "judge.jsonl")

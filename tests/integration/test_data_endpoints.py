@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import STUDENT, TEACHER, config_of, opd, serving
+from live import STUDENT, TEACHER, config_of, opd, serving
 from safetensors.torch import load_file
 from tiny_whisper import MOST_TOKENS, write_tiny_whisper
 
-from opd.audio import load
 from opd.data.command import stage_class
-from opd.data.runner import Summary, run_stage
-from opd.layout import Place
-from opd.models import family_of
-from opd.prompts import read_manifest
-from opd.servers import teacher_server
+from opd.data.engine.runner import Summary, run_stage
+from opd.models.load import family_of
+from opd.processes.commands import teacher_server
+from opd.processes.layout import Place
+from opd.prompts.audio import load
+from opd.prompts.manifest import read_manifest
 from opd.settings import UserError, validated
-from opd.teacher import ServerTeacher
+from opd.teachers.server import ServerTeacher
 
 ANY = 1e9  # a word error rate that nothing exceeds
 

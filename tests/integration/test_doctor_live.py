@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import STUDENT, config_of, recipe
+from live import STUDENT, config_of, recipe
 
 from opd.cli import main
-from opd.models import family_of
-from opd.probe import PlainStudent
-from opd.weight_sync import WeightSync
+from opd.doctor.probe import PlainStudent
+from opd.inference.weight_sync import WeightSync
+from opd.models.load import family_of
 
 LIVE = ["student server", "prompt ids", "log-probs", "samples", "weight push", "teacher reads"]
 

@@ -11,20 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT, TEACHER, opd, serving_student
+from live import STUDENT, TEACHER, opd, serving_student
 
-from opd import audio
-from opd.batch import collate, make_samples
-from opd.clips import Room
-from opd.divergences import divergence
-from opd.gap.records import eval_config, read_items
-from opd.gap.worker import Gap
-from opd.metrics import ratio_stderr
-from opd.models import family_of
-from opd.probe import PlainStudent
-from opd.teacher import LocalTeacher
-from opd.types import Rollout, ScoredRollout, View
-from opd.views import audio_paths
+from opd.doctor.probe import PlainStudent
+from opd.evaluate.records import eval_config, read_items
+from opd.evaluate.worker import Gap
+from opd.models.context_limit import Room
+from opd.models.load import family_of
+from opd.objectives.divergences import divergence
+from opd.prompts import audio
+from opd.scoring.statistics import ratio_stderr
+from opd.teachers.local import LocalTeacher
+from opd.train.batch import collate, make_samples
+from opd.types import Rollout, ScoredRollout, View, audio_paths
 
 RECORDS = 12
 SAMPLES = 4  # of each record, for the estimate against the exact divergence

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from opd.families import FAMILIES
-from opd.family_check import PUSHES, TOLERANCES, describe, judge, prove
+from opd.doctor.families import PUSHES, TOLERANCES, describe, judge, prove
+from opd.models.registry import FAMILIES
 
 
 @pytest.mark.integration

@@ -24,9 +24,9 @@ from gpu_cases import (
 )
 from random_student import write_student
 
-from opd.config import load_config
-from opd.layout import layout
-from opd.servers import learner, student_server
+from opd.config.load import load_config
+from opd.processes.commands import learner, student_server
+from opd.processes.layout import layout
 
 # The output layer has the share of the LLM that it has in the 7B: a tenth.
 TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}

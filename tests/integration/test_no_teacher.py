@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import STUDENT, opd, recipe
+from live import STUDENT, opd, recipe
 
 
 def test_a_run_that_asks_no_teacher_has_none(data: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from opd import shapes
-from opd.config import load_config
-from opd.learner import deepspeed_settings
-from opd.memory import SIZES, Zero, states, trained
+from opd.config.deepspeed import deepspeed_settings
+from opd.config.load import load_config
+from opd.plan import shapes
+from opd.plan.learner_memory import SIZES, Zero, states, trained
 
 ROOT = Path(__file__).parents[2]
 BUCKET = {"reduce_bucket_size": 50000, "stage3_param_persistence_threshold": 10000}

@@ -10,20 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT, config_of
+from live import STUDENT, config_of, sample, worst
 
-from opd.batch import make_samples
-from opd.clips import ClipLoader
-from opd.config import UserError
-from opd.divergences import EXCLUDED
-from opd.http import Server, ServerError, check_model
-from opd.models import family_of
-from opd.probe import PlainStudent
-from opd.prompts import read_manifest
-from opd.rollout import VllmSampler
-from opd.teacher import LocalTeacher, ServerTeacher
-from opd.types import Prompt, Rollout
-from opd.weight_sync import WeightSync
+from opd.doctor.probe import PlainStudent
+from opd.inference.client import Server, ServerError, check_model
+from opd.inference.weight_sync import WeightSync
+from opd.models.load import family_of
+from opd.objectives.divergences import EXCLUDED
+from opd.prompts.clips import ClipLoader
+from opd.prompts.manifest import read_manifest
+from opd.settings import UserError
+from opd.teachers.local import LocalTeacher
+from opd.teachers.server import ServerTeacher
+from opd.train.batch import make_samples
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +38,6 @@ def setup(data: Path, student_url: str, tmp_path_factory: pytest.TempPathFactory
     sync = WeightSync(local.sampler.servers, family, config, 0)
     yield local, local.sampler, sync, prompts, clips
     sync.close()
-
-
-def sample(sampler: VllmSampler, prompts: list[Prompt], clips: dict[str, np.ndarray], view: str) -> list[Rollout]:
-    return sampler.sample([(p, view, f"test/{i}") for i, p in enumerate(prompts)], clips, 4, 1.0)
-
-
-def worst(local: PlainStudent, rollouts: list[Rollout]) -> float:
-    return local.mismatch(rollouts).greatest
 
 
 @pytest.mark.parametrize("view", ["speech", "text"])
@@ -93,10 +84,10 @@ def test_skipped_cache_reset_is_detected(setup) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trim", "module"), [("1", "opd.vllm_models"), ("0", "vllm.model_executor.models.qwen2_audio")]
+    ("trim", "module"), [("1", "opd.inference.trimmed_models"), ("0", "vllm.model_executor.models.qwen2_audio")]
 )
 def test_whose_tower_the_server_runs(trim: str, module: str) -> None:
-    code = "import vllm, opd.vllm_plugin as p; p.register(); models = vllm.ModelRegistry.models; "
+    code = "import vllm, opd.inference.plugin as p; p.register(); models = vllm.ModelRegistry.models; "
     code += "print(models['Qwen2AudioForConditionalGeneration'].module_name)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "OPD_TRIM_AUDIO": trim}, capture_output=True, text=True

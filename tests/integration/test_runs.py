@@ -16,11 +16,11 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
-from conftest import ROOT, STUDENT, opd, recipe
+from live import ROOT, STUDENT, opd, recipe
 
-from opd.audio import resample
 from opd.cli import main
-from opd.config import resolve_model
+from opd.config.load import resolve_model
+from opd.prompts.audio import resample
 
 
 def lines(run: Path, name: str = "metrics") -> list[dict]:
@@ -146,7 +146,7 @@ def _kill_learner_after(step: int, run: Path, path: str, overrides: list[str]) -
             break
         time.sleep(0.02)
     started = [p for p in processes_of(run) if "opd.train" in p.cmdline()]
-    ranks = [p for p in started if not {"accelerate.commands.launch", "opd.supervisor"} & set(p.cmdline())]
+    ranks = [p for p in started if not {"accelerate.commands.launch", "opd.processes.guard"} & set(p.cmdline())]
     os.kill(ranks[-1].pid, signal.SIGKILL)
     _, err = launcher.communicate(timeout=120)
     assert launcher.returncode == 1 and "the learner ended" in err, err
@@ -373,9 +373,10 @@ def test_held_out_records_must_all_be_good(data: Path, tmp_path: Path, capsys) -
 
 
 def test_bad_record_in_mid_run_is_skipped_and_listed(tmp_path: Path, data: Path) -> None:
-    from opd.clips import ClipLoader
-    from opd.config import UserError, load_config
-    from opd.prompts import read_manifest
+    from opd.config.load import load_config
+    from opd.prompts.clips import ClipLoader
+    from opd.prompts.manifest import read_manifest
+    from opd.settings import UserError
 
     folder = tmp_path / "data"
     shutil.copytree(data, folder)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, STUDENT, recipe
+from live import ROOT, STUDENT, recipe
 
 HOSTS = ["10.77.0.1", "10.77.0.2"]
 PLACEMENT = "{nodes: 2, rollout: [{node: 0}], learner: [{node: 0}, {node: 1}]}"
@@ -102,7 +102,7 @@ class Hosts:
         """Kill a process of a host by what its command line holds."""
         for p in psutil.Process(self.launchers[node].pid).children(recursive=True):
             line = p.cmdline()
-            if "opd.supervisor" not in line and all(any(w in a for a in line) for w in words):
+            if "opd.processes.guard" not in line and all(any(w in a for a in line) for w in words):
                 found = p  # the last: the launchers of ranks have the ranks' words in theirs
         found.kill()
 

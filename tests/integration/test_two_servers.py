@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STUDENT, config_of, serving_student
-from test_rollout_and_sync import sample, worst
+from live import STUDENT, config_of, sample, serving_student, worst
 
-import opd.rollout
-from opd.clips import ClipLoader
-from opd.models import family_of
-from opd.probe import PlainStudent
-from opd.prompts import read_manifest
-from opd.weight_sync import WeightSync
+import opd.rollout.sources
+from opd.doctor.probe import PlainStudent
+from opd.inference.weight_sync import WeightSync
+from opd.models.load import family_of
+from opd.prompts.clips import ClipLoader
+from opd.prompts.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def test_two_servers_follow_the_learner(
     local = PlainStudent(config, family, chosen, clips)
     sampler, sync = local.sampler, WeightSync(local.sampler.servers, family, config, 0)
     used: list[str] = []
-    post_all = opd.rollout.post_all
+    post_all = opd.rollout.sources.post_all
 
     def watched(*args: Any) -> Any:
         answers = post_all(*args)

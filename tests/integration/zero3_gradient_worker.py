@@ -19,15 +19,19 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import plain_losses
 
-from opd import extensions, token_loss
-from opd.batch import collate, make_batch, make_samples
-from opd.config import Config, load_config
-from opd.divergences import EXCLUDED
-from opd.learner import Learner
-from opd.models import base, family_of
-from opd.models.base import Family, SpeechLM
+from opd.config.load import load_config
+from opd.config.schema import Config
+from opd.models import base
+from opd.models.base import Family
+from opd.models.load import family_of
+from opd.models.speech_lm import SpeechLM
 from opd.models.tiny import build
-from opd.token_loss import Rows
+from opd.objectives import token_loss
+from opd.objectives.divergences import EXCLUDED
+from opd.objectives.token_loss import Rows
+from opd.train import extensions
+from opd.train.batch import collate, make_batch, make_samples
+from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 
 ON, MIXED = "rollout.source=student", ["rollout.source=mix", "train.prompts_per_step=4"]

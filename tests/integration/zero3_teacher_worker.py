@@ -14,15 +14,17 @@ import torch
 import torch.distributed as dist
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from opd import extensions
-from opd.batch import collate, make_batch, make_samples
-from opd.config import Config, load_config
-from opd.learner import Learner
-from opd.models import family_of
-from opd.models.base import Family, SpeechLM
-from opd.starting import SelfTeacher, StartingStudent
-from opd.teacher import LocalTeacher
-from opd.teachers import make_start
+from opd.config.load import load_config
+from opd.config.schema import Config
+from opd.models.base import Family
+from opd.models.load import family_of
+from opd.models.speech_lm import SpeechLM
+from opd.teachers.local import LocalTeacher
+from opd.teachers.reference import SelfTeacher, StartingStudent
+from opd.teachers.registry import make_start
+from opd.train import extensions
+from opd.train.batch import collate, make_batch, make_samples
+from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 ALL = slice(None)
@@ -98,7 +100,7 @@ def at_the_start(student: str, rank: int, *more: str) -> dict[str, object]:
     config = load_config("recipes/tiny/2_xopd.yaml", [*small, *itself, *moves, *more])
     family, cpu = family_of(student), torch.device("cpu")
     learner = Learner(config, family, student)
-    start = make_start(config, family, cpu, learner)
+    start = make_start(config, family, cpu, (learner.model, learner.call))
     learner.reference = start
     assert start is not None
     teacher = SelfTeacher(config, family, start)

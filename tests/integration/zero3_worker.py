@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from opd import extensions
-from opd.batch import collate, make_batch, make_samples
-from opd.config import load_config
-from opd.learner import Learner
-from opd.models import family_of
-from opd.models.base import SpeechLM
-from opd.objectives import xopd
+from opd.config.load import load_config
+from opd.models.load import family_of
+from opd.models.speech_lm import SpeechLM
+from opd.objectives.losses import xopd
+from opd.train import extensions
+from opd.train.batch import collate, make_batch, make_samples
+from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 
 

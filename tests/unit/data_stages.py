@@ -14,9 +14,9 @@ import numpy as np
 
 from opd import cli
 from opd.data import arguments, command
-from opd.data.clip_store import ClipStore
-from opd.data.errors import Drop, Failed, Unavailable
-from opd.data.stage import Record, Stage, Work
+from opd.data.engine.clip_store import ClipStore
+from opd.data.engine.stage import Drop, Record, Stage, Work
+from opd.endpoint import Failed, Unavailable
 
 
 class Ask(Stage):

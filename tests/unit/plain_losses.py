@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd.config import ObjectiveConfig
-from opd.divergences import TAIL
+from opd.config.objective import ObjectiveConfig
+from opd.objectives.divergences import TAIL
 
 
 @dataclass

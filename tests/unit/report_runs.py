@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from opd.report import Pipeline, write_report
+from opd.report.command import write_report
+from opd.report.pipelines import Pipeline
 
 EVIL = "<script>alert('x')</script>\"&"
 

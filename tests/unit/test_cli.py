@@ -14,9 +14,9 @@ import pytest
 
 from opd import __version__
 from opd.cli import EXTRA_OF, main
-from opd.config import load_config
-from opd.layout import layout
-from opd.servers import Command
+from opd.config.load import load_config
+from opd.processes.commands import Command
+from opd.processes.layout import layout
 
 HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "accelerate")
 COMMANDS = ("launch", "check", "doctor", "train", "eval", "benchmark", "compare", "report")
@@ -148,7 +148,7 @@ def test_shell_can_be_pasted(tmp_path: Path) -> None:
 def test_a_finished_run_starts_nothing(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("opd.preflight.finished", lambda config: True)
+    monkeypatch.setattr("opd.doctor.preflight.finished", lambda config: True)
     assert main(["launch", str(recipe)]) == 0
     assert "this run is finished" in capsys.readouterr().out
     assert not (recipe.parent / "run").exists()
@@ -164,8 +164,8 @@ def test_wrong_usage_exits_2(args: list[str], capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("command", ["launch", "check"])
 def test_ctrl_c_exits_130(command: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.preflight.finished", _raise(KeyboardInterrupt()))
-    monkeypatch.setattr("opd.preflight.check", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr("opd.doctor.preflight.finished", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr("opd.doctor.preflight.check", _raise(KeyboardInterrupt()))
     assert main([command, str(recipe)]) == 130
 
 
@@ -179,16 +179,16 @@ def test_a_library_of_an_extra_is_named_with_the_extra(
     for library, extra in EXTRA_OF.items():
         name = distributions.get(library, library.replace("_", "-"))
         assert any(d.startswith(f"{name}>=") for d in extras[extra]), library
-    monkeypatch.setattr("opd.preflight.check", _raise(ModuleNotFoundError("none", name="sklearn.metrics")))
+    monkeypatch.setattr("opd.doctor.preflight.check", _raise(ModuleNotFoundError("none", name="sklearn.metrics")))
     assert main(["check", str(recipe)]) == 2
     assert capsys.readouterr().err == "opd: error: sklearn is not installed: pip install 'opd[data]'\n"
-    monkeypatch.setattr("opd.preflight.check", _raise(ModuleNotFoundError("none", name="torch")))
+    monkeypatch.setattr("opd.doctor.preflight.check", _raise(ModuleNotFoundError("none", name="torch")))
     with pytest.raises(ModuleNotFoundError):
         main(["check", str(recipe)])
 
 
 def test_other_errors_keep_their_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.preflight.check", _raise(RuntimeError("a defect of ours")))
+    monkeypatch.setattr("opd.doctor.preflight.check", _raise(RuntimeError("a defect of ours")))
     for command in ("launch", "check"):
         with pytest.raises(RuntimeError, match="a defect of ours"):
             main([command, str(recipe)])

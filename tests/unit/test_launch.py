@@ -14,10 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from opd import run_folder
-from opd.config import Config, UserError, load_config
-from opd.display import Display, LiveDisplay, describe_evaluation, describe_step
-from opd.supervise import STARTED, cause
+from opd.config.load import load_config
+from opd.config.schema import Config
+from opd.processes.display import Display, LiveDisplay, describe_evaluation, describe_step
+from opd.processes.logs import STARTED, cause
+from opd.settings import UserError
+from opd.storage import run_folder
 
 RECIPE = """
 run: {{dir: {dir}/run, seed: 5}}
@@ -168,11 +170,11 @@ WORKS = "open(sys.argv[1], 'w').close(); time.sleep({seconds}); sys.exit({code})
 LAUNCHER = """
 import sys
 from pathlib import Path
-from opd.cluster import Alone
+from opd.processes.cluster import Alone
 from opd.config import load_config
-from opd.layout import free_port
-from opd.servers import Command
-from opd.supervise import supervise
+from opd.processes.layout import free_port
+from opd.processes.commands import Command
+from opd.processes.supervise import supervise
 recipe, server, learner, ready = sys.argv[1:]
 port = free_port()
 student = Command("student", [sys.executable, "-c", server, str(port)], {}, f"http://127.0.0.1:{port}")
@@ -212,7 +214,7 @@ class Run:
         (found,) = (
             p
             for p in self.left()
-            if any(argument in a for a in p.cmdline()) and guard == ("opd.supervisor" in p.cmdline())
+            if any(argument in a for a in p.cmdline()) and guard == ("opd.processes.guard" in p.cmdline())
         )
         return found
 

@@ -1,0 +1,212 @@
+"""From a YAML file and overrides to a checked recipe, and back. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from opd.config import load as hub
+from opd.config.objective import SETTINGS_OF, SHARED, ObjectiveConfig
+from opd.config.placement import Placement, _devices, placement_of
+from opd.config.schema import Config
+from opd.settings import UserError, override, read_yaml, validated
+from opd.storage import checkpoints as saved
+
+
+def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), teacher: bool = True) -> Config:
+    """Read a YAML recipe and apply dotted overrides such as `optim.lr=1e-4`.
+
+    What the recipe leaves to its placement is filled in. `teacher`: False where nothing asks it. Raises UserError that
+    names the file and key, what was expected and what was found.
+    """
+    from opd.config.load import place
+
+    path = Path(recipe)
+    if not path.is_file():
+        raise UserError(
+            f"{recipe}: " + ("expected a recipe file, found none" if path.exists() else "no such recipe file")
+        )
+    raw = read_yaml(path)
+    for item in overrides:
+        override(raw, item)
+    config = validated(Config, raw, recipe)
+    place(config, teacher)
+    if not config.run.dir:
+        config.run.dir = _run_dir(path, config)
+    return config
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """Plain dict of a config, in the spelling of a recipe."""
+    return config.model_dump(by_alias=True)
+
+
+# What may differ between a run and its resumption.
+NOT_COMPARED: tuple[str, ...] = (
+    "run.dir",
+    "run.overwrite",
+    "rollout.urls",
+    "rollout.transport",
+    "rollout.sleep",
+    "teacher.urls",
+    "teacher.shard",
+    "launch",
+    "metrics",
+    "train.keep_checkpoints",
+    "eval.warn",
+)
+
+
+def compared(dumped: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run the run that it is: a dumped config as {dotted key: value}, without NOT_COMPARED."""
+    flat = _flat(dumped)
+    of_routes = [k for k in flat if k.startswith("teacher.routes.") and k.endswith((".urls", ".shard"))]
+    flat = {k: v for k, v in flat.items() if k not in of_routes}
+    return {k: v for k, v in flat.items() if not any(k == n or k.startswith(f"{n}.") for n in NOT_COMPARED)}
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _run_dir(recipe: Path, config: Config) -> str:
+    """A folder for this recipe under these settings: the same command finds it again, another one does not."""
+    content = json.dumps(compared(dump_config(config)), sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return f"runs/{recipe.resolve().parent.name}-{recipe.stem}-{digest}"
+
+
+def resolve_model(path: str, key: str) -> str:
+    """A checkpoint folder as it is; RUN, RUN:best or RUN:40 become `model/` of that checkpoint; else a hub id.
+
+    Raises UserError, naming the setting `key`, when a run folder holds no such checkpoint, a local-looking path does
+    not exist, or the hub has no model of a name without owner.
+    """
+    run, which = saved.split(path)
+    if (run / "checkpoints").is_dir():
+        return str(saved.find(run, which, f"{key} {path}") / "model")
+    p = Path(path)
+    if (p / "config.json").is_file():
+        return path
+    if p.exists() or path.startswith((".", "/", "~", "runs/", "recipes/")) or path.count("/") > 1:
+        raise UserError(f"{key} {path}: expected a checkpoint folder with config.json or a run folder, found neither")
+    if "/" not in path and (why := hub.refused(path)):
+        expected = "a checkpoint folder, a run folder or a hub id such as owner/name"
+        raise UserError(f"{key} {path}: expected {expected}; there is no such folder, and of the hub: {why}")
+    return path
+
+
+SECONDS = 5.0  # for an answer
+
+
+@cache
+def refused(name: str) -> str:
+    """Why the hub has no model of this name for us, asked once and without retries; empty: it has, or its cache here.
+
+    A model's id is owner/name; a few old ones, such as gpt2, have no owner, and a mistyped folder looks like them.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=SECONDS)
+    except Exception as e:  # no such model, no such name, no network: it cannot be loaded in any case
+        return str(e).strip().partition("\n")[0] or type(e).__name__
+    return ""
+
+
+def place(config: Config, teacher: bool = True) -> None:
+    """Fill in what a recipe leaves to its placement: teacher.kind, rollout.transport and .sleep, launch.processes.
+
+    teacher: False where nothing asks the recipe's teacher, which then needs no path.
+
+    Raises UserError where the two contradict each other.
+    """
+    placement, name = placement_of(config), config.launch.placement
+    _place_teacher(config, placement, teacher)
+    if config.rollout.transport is None:
+        config.rollout.transport = placement.transport
+    if config.rollout.sleep is None:
+        config.rollout.sleep = placement.shared
+    _check_devices(config, placement)
+    if config.launch.processes not in (None, placement.ranks):
+        raise UserError(f"launch.processes {config.launch.processes}: {name} has {placement.ranks} learner ranks")
+    config.launch.processes = placement.ranks
+    if config.train.prompts_per_step < placement.ranks:
+        raise UserError(
+            f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
+            f"launch.processes ({placement.ranks}): every learner process needs a prompt"
+        )
+
+
+def _place_teacher(config: Config, placement: Placement, teacher: bool) -> None:
+    from opd.config.needs import asks_teacher  # which imports this module
+
+    t, o, name = config.teacher, config.objective, config.launch.placement
+    asked = asks_teacher(config) if teacher else ""
+    if t.kind is None:
+        serves = bool(placement.teacher or t.urls) and not o.reads_rows
+        t.kind = "server" if serves else "local"
+    for key, one in t.each.items():
+        where = f"teacher.routes.{key}" if key else "teacher"
+        if key:
+            one.kind = one.kind or ("server" if one.urls else "local")
+            if one.kind == "server" and not one.urls:
+                raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
+            if one.kind == "server" and o.reads_rows:
+                raise UserError(f"{where}: objective.name {o.name} reads full vocabulary rows, which no server gives")
+        if one.kind in ("local", "server") and not one.path and asked:
+            raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM; {asked}")
+        if one.kind == "self" and one.path not in ("", config.student.path):
+            raise UserError(f"{where}: kind self is the student itself, found path {one.path}; set {where}.path=")
+        if one.urls and one.kind in ("self", "routed"):
+            raise UserError(f"{where}: kind {one.kind} asks no server of its own, found urls; set {where}.urls=[]")
+        if one.routes and one.kind != "routed" or one.kind == "routed" and key:
+            raise UserError(f"{where}.routes: expected with teacher.kind routed alone, found kind {one.kind}")
+        if one.shard and one.kind == "server" and o.reference == 0:
+            raise UserError(f"{where}.shard: true is for a local teacher, found kind server; set teacher.kind=local")
+    if t.kind == "routed" and (not t.routes or t.path or t.urls or (t.shard and o.reference == 0)):
+        raise UserError("teacher.kind routed: expected teacher.routes, and path, urls and shard in each of them")
+    if o.name == "uld" and t.kind != "local":
+        raise UserError(f"objective.name uld is for one local teacher, found teacher.kind {t.kind}")
+    if t.kind == "server" and asked and not t.urls and not placement_of(config).teacher:
+        raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
+
+
+def _check_devices(config: Config, placement: Placement) -> None:
+    """Refuse what the servers' or learner's devices cannot do. Servers named by URL may be anywhere."""
+    named = bool(config.rollout.urls)
+    where = config.launch.placement or "without launch.placement everything is on the CPU"
+    if config.rollout.sleep and not named and not _devices(placement.rollout):
+        raise UserError(f"rollout.sleep true: {where}: vLLM has no sleep mode on a CPU; set rollout.sleep=false")
+    if config.rollout.transport != placement.transport and (config.launch.placement or not named):
+        chosen = placement.model_dump(exclude_unset=True) | {"transport": config.rollout.transport}
+        validated(Placement, chosen, f"rollout.transport {config.rollout.transport}: {where}")
+
+
+def unread(config: Config) -> list[str]:
+    """Settings that are not at their defaults and that nothing in this recipe reads: which, and by what, in words.
+
+    They are allowed: a study's rows share overrides.
+    """
+    o, t, r = config.objective, config.teacher, config.rollout
+    idle: dict[str, str] = {k: o.name for k in ObjectiveConfig.model_fields if k not in (*SHARED, *SETTINGS_OF[o.name])}
+    if o.name == "kd" and not o.reads_rows:
+        idle["tau"] = "kd with objective.mu 0"
+    if o.name == "uld" and not o.hybrid:
+        idle["beta"] = "uld without objective.hybrid"
+    found = [
+        f"objective.{k} is not read by {by}"
+        for k, by in idle.items()
+        if getattr(o, k) != ObjectiveConfig.model_fields[k].default
+    ]
+    if t.kind != "routed" and t.field != type(t).model_fields["field"].default:
+        found.append(f"teacher.field is not read by teacher.kind {t.kind}")
+    if r.source != "mix" and r.student_share != type(r).model_fields["student_share"].default:
+        found.append(f"rollout.student_share is not read by rollout.source {r.source}")
+    return found

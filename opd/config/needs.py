@@ -1,0 +1,77 @@
+"""What a run needs, from its recipe alone: which servers, which teacher, which copies. Imports no torch."""
+
+from __future__ import annotations
+
+from opd.config.placement import placement_of
+from opd.config.schema import Config
+
+
+def evaluates(config: Config) -> bool:
+    """Whether the run evaluates at its start, in training or at its end."""
+    e = config.eval
+    return bool((e.test or e.retention) and (e.start or e.every or e.end))
+
+
+def starts_student(config: Config) -> bool:
+    """Whether the launcher starts the student's servers: they are needed, and the recipe names no running ones."""
+    return not config.rollout.urls and (config.rollout.student_writes or evaluates(config))
+
+
+def asks_teacher(config: Config) -> str:
+    """What in the run reads the teacher or has it write, in words; empty: nothing does."""
+    if config.objective.asks_teacher:
+        return f"objective.name {config.objective.name} reads it"
+    if config.rollout.teacher_writes:
+        return f"with rollout.source {config.rollout.source} it writes responses"
+    return "evaluations ask it; without any (eval.test= eval.retention=) it need not be there" * evaluates(config)
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether anything in the run reads or writes with the teacher: else it need not be there."""
+    return bool(asks_teacher(config))
+
+
+def asks_teacher_servers(config: Config) -> bool:
+    """Whether teacher servers work in this run: they grade, or they write a warm start's responses."""
+    if config.teacher.kind == "server":
+        return needs_teacher(config)
+    if config.teacher.kind != "local" or config.objective.name == "uld":  # another tokenizer's ids would be no answer
+        return False
+    return config.rollout.teacher_writes and bool(config.teacher.urls or placement_of(config).teacher)
+
+
+def teacher_servers(config: Config) -> list[tuple[str, str, str]]:
+    """Teacher servers that the recipe names and the run asks: setting, URL, and the model that they hold."""
+    if config.teacher.kind == "routed":
+        named = [(f"teacher.routes.{k}.urls", t) for k, t in config.teacher.routes.items()] * needs_teacher(config)
+    else:
+        named = [("teacher.urls", config.teacher)] * asks_teacher_servers(config)
+    return [(key, url, t.path) for key, t in named for url in t.urls]
+
+
+def uses_start(config: Config) -> bool:
+    """Whether the student as it was at the start is asked: as a teacher, or as the reference."""
+    teaches = any(t.kind == "self" for t in config.teacher.each.values())
+    return config.objective.reference > 0 or (teaches and needs_teacher(config))
+
+
+def copies_start(config: Config) -> bool:
+    """Whether that takes a second copy of the student.
+
+    With student.lora the learner's own weights without adapters are the start, unless the reference hears and
+    something of the audio path is trained in full.
+    """
+    if not uses_start(config) or config.student.lora is None:
+        return uses_start(config)
+    moved = list(config.student.train) != ["llm"]
+    return config.objective.reference > 0 and config.objective.lambda_ < 1 and moved
+
+
+def shards_start(config: Config) -> bool:
+    """Whether the ranks share that copy."""
+    return config.teacher.shard or any(t.shard and t.kind == "self" for t in config.teacher.each.values())
+
+
+def starts_teacher(config: Config) -> bool:
+    """Whether the launcher starts teacher servers: they are asked, and the recipe names no running ones."""
+    return not config.teacher.urls and asks_teacher_servers(config)

@@ -1,0 +1,89 @@
+"""Whether a run folder belongs to a recipe: new, resumed, finished, or taken. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd.config.load import compared, dump_config
+from opd.config.schema import Config
+from opd.settings import UserError
+from opd.storage.checkpoints import checkpoints
+from opd.storage.run_folder import git_commit, package_versions
+
+# What a run makes once its config.yaml is there.
+MADE = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "launches.jsonl", "checkpoints")
+
+
+class Taken(UserError):
+    """The run folder holds something else: not even a status may be written there."""
+
+
+def check(config: Config) -> str:
+    """What starting this recipe in its run folder would do: "new", "resume" or "finished".
+
+    Raises Taken when the folder holds a run of another configuration, naming the keys that differ, or files that
+    a new run would delete though no run wrote them.
+    """
+    folder = Path(config.run.dir)
+    stored = folder / "config.yaml"
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # permissions do not tell: some file systems take no files
+    except OSError as e:
+        raise Taken(f"run.dir {folder}: expected a folder that can be written ({there} is none)") from e
+    if config.run.overwrite:
+        return "new"
+    if not stored.is_file():
+        made = [
+            n for n in MADE if n != "launches.jsonl"
+        ]  # a launch that ended before its learner began leaves that one
+        foreign = [n for n in made if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
+        if foreign:
+            raise Taken(
+                f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run; "
+                "choose another run.dir, or set run.overwrite=true to delete them"
+            )
+        return "new"
+    try:
+        before = yaml.safe_load(stored.read_text())["config"]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
+        raise Taken(f"{stored}: not readable as a run's config; move the folder away") from e
+    old, new = compared(before), compared(dump_config(config))
+    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if differing:
+        shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
+        raise Taken(
+            f"run.dir {folder}: holds a run of another configuration: {shown}; "
+            "choose another run.dir, or set run.overwrite=true to delete that run"
+        )
+    if _status(folder).get("phase") == "finished":
+        return "finished"
+    return "resume" if checkpoints(folder) else "new"
+
+
+def prepare(config: Config) -> None:
+    """Make the folder ready for `check`'s verdict; a new run writes its resolved config first."""
+    folder = Path(config.run.dir)
+    if check(config) == "new":
+        for name in ("status.json", *MADE):
+            target = folder / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        (folder / "checkpoints").mkdir(parents=True)
+        content = {"config": dump_config(config), "versions": package_versions(), "git_commit": git_commit()}
+        aside = folder / "config.yaml.new"
+        aside.write_text(yaml.safe_dump(content, sort_keys=False))
+        aside.replace(folder / "config.yaml")
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,235 @@
+"""Recipes: every key that there is, files with dotted overrides, run folders as models. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from opd.config.augment import AugmentConfig
+from opd.config.evaluation import EvalConfig
+from opd.config.objective import SOURCES_OF, ObjectiveConfig
+from opd.settings import Section
+
+
+class RunConfig(Section):
+    """The run folder, its seed, and what the run makes."""
+
+    dir: str = Field(
+        "", description="run folder, resumed by the same command; none: runs/<recipe>-<hash of the config>"
+    )
+    stage: str = Field("", description="name of what this run makes, in evaluations and reports; none: objective.name")
+    seed: NonNegativeInt = 0
+    overwrite: bool = Field(False, description="delete whatever run the folder holds and start anew")
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "" if value is None else value  # as an override says it: run.stage=
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on the LLM's linear layers (LoRA, arXiv 2106.09685), through PEFT."""
+
+    r: PositiveInt = Field(16, description="rank of the update")
+    alpha: PositiveFloat = Field(32.0, description="the update is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into an adapter, in training")
+    targets: list[str] = Field([], description="names of linear layers; none: all of the LLM's but its output layer")
+
+
+class StudentConfig(Section):
+    """The speech LLM and which of its parts are trained."""
+
+    path: str = Field(description="checkpoint folder, hub id, or a run: RUN (its newest checkpoint), RUN:best, RUN:40")
+    family: str | None = Field(None, description="see `opd families`; none: by the checkpoint's config.json")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    lora: LoraConfig | None = Field(None, description="train adapters instead of the LLM's own weights")
+
+
+class TeacherConfig(Section):
+    """The text LLM that grades, and where it runs."""
+
+    kind: Literal["local", "server", "self", "routed"] | None = Field(
+        None, description="none: server where the placement has teacher servers and the objective can use them"
+    )
+    path: str = Field(
+        "", description="checkpoint folder or hub id of the text LLM; none: self, routed, or nothing asks it"
+    )
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    urls: list[str] = Field(
+        [], description="servers that grade, or write a warm start's responses; empty: `opd launch` starts them"
+    )
+    shard: bool = Field(False, description="local, self: ZeRO-3 over the learner's ranks instead of a copy on each")
+    batch_tokens: PositiveInt = Field(16384, description="local, self: padded tokens in one forward pass")
+    field: str = Field("group", description="routed: of a record, names its route")
+    routes: dict[str, TeacherConfig] = Field({}, description='routed: value of the field -> teacher; "*": any other')
+
+    @property
+    def each(self) -> dict[str, TeacherConfig]:
+        """The teachers that it stands for, by route: itself, unless it is routed."""
+        return self.routes if self.kind == "routed" else {"": self}
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "" if value is None else value  # as an override says it: teacher.path=
+
+
+class DataConfig(Section):
+    """The training manifest and how much of it may be bad."""
+
+    train: str = Field(description="manifest (JSONL, or anything `datasets` reads as JSON or Parquet)")
+    max_audio_seconds: PositiveFloat = 30.0
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="the run fails when more of the records are bad")
+    check: NonNegativeInt = Field(256, description="records decoded before training starts; 0 decodes all")
+    weight: str | None = Field(
+        None, description="number of the records that weighs them in the loss, such as `weight` of `opd data verify`"
+    )
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ServerConfig(Section):
+    """How the launcher starts a vLLM server; ignored when URLs are given."""
+
+    max_model_len: PositiveInt = Field(2048, description="tokens of a prompt and its response")
+    max_num_seqs: PositiveInt = 256
+    kv_cache_gib: PositiveInt = Field(1, description="VLLM_CPU_KVCACHE_SPACE, CPU only")
+    threads: NonNegativeInt = Field(0, description="OpenMP threads of the server, CPU only; 0: all cores")
+    trim_audio: bool = Field(True, description="run the audio tower over the clips only, not their fixed window")
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="share of a GPU that a server takes; none: as the placement, else 0.9"
+    )
+    args: list[str] = Field([], description="further arguments of the vLLM server")
+
+
+class RolloutConfig(Section):
+    """Where responses come from, how they are sampled, how new weights get there."""
+
+    source: Literal["student", "teacher", "dataset", "mix"] = "student"
+    student_share: float = Field(0.5, gt=0, lt=1, description="mix: share of prompts that the student answers")
+    n: PositiveInt = Field(4, description="responses per prompt and view (source: student)")
+    temperature: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 512
+    urls: list[str] = Field([], description="base URLs of running servers; empty: the launcher starts one")
+    timeout_s: PositiveFloat = 300.0
+    concurrency: PositiveInt = 256
+    max_mismatch: PositiveFloat = Field(0.5, description="mean |learner - sampler| log-prob that stops the run")
+    transport: Literal["file", "nccl", "ipc"] | None = Field(
+        None, description="carries new weights to the servers; none: as the placement has it, file without one"
+    )
+    sleep: bool | None = Field(
+        None, description="servers sleep while the learner works; none: where they share its device"
+    )
+    transfer_dir: str = Field("/dev/shm", description="file: folder that learner and servers share, for new weights")
+    server: ServerConfig = ServerConfig()
+
+    @property
+    def student_writes(self) -> bool:
+        """Whether the student samples responses while it learns: every step then pushes its weights."""
+        return self.source in ("student", "mix")
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher writes responses."""
+        return self.source in ("teacher", "mix")
+
+
+class OptimConfig(Section):
+    """AdamW, its learning-rate schedule, gradient clipping."""
+
+    lr: PositiveFloat = 2e-6
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr_share: float = Field(0.1, ge=0, le=1, description="of lr, at the last step")
+    grad_clip: PositiveFloat = 1.0
+
+
+class TrainConfig(Section):
+    """Steps, batches, memory, checkpoints."""
+
+    steps: PositiveInt
+    prompts_per_step: PositiveInt = 256
+    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward and backward pass")
+    gradient_checkpointing: bool = True
+    deepspeed: str = Field("deepspeed_configs/zero3.json", description="ZeRO stage, offload and buckets only")
+    checkpoint_every: PositiveInt = 50
+    keep_checkpoints: PositiveInt = 2
+    samples_per_step: NonNegativeInt = Field(2, description="rollouts per view and step written to samples.jsonl")
+    timeout_s: PositiveInt = Field(1800, description="a collective that waits longer ends the run")
+
+
+class LaunchConfig(Section):
+    """What `opd launch` starts, and where (opd/config/placement.py)."""
+
+    placement: str | None = Field(
+        None, description="YAML of recipes/placements; none: all on this machine, without GPUs"
+    )
+    hosts: list[str] = Field([], description="address of each node of the placement, under which the others reach it")
+    node: NonNegativeInt | None = Field(None, description="which node this is; none: OPD_NODE or SLURM_NODEID says")
+    port: PositiveInt | None = Field(
+        None, le=65000, description="first of the ports taken; none: free ones, 8100 on several nodes"
+    )
+    launcher: Literal["accelerate", "deepspeed"] = Field("accelerate", description="starts the learner processes")
+    lost_after_s: PositiveFloat = Field(60.0, description="a node that is silent for longer ends the run everywhere")
+    processes: PositiveInt | None = Field(
+        None, description="learner processes of all nodes; none: as the placement, else 2"
+    )
+    threads: NonNegativeInt = Field(0, description="OpenMP threads of a learner process, CPU only; 0: share the cores")
+    health_timeout_s: PositiveInt = 600
+
+
+class MetricsConfig(Section):
+    """Where numbers go besides metrics.jsonl."""
+
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="beside metrics.jsonl")
+    project: str = "opd"
+
+
+class Config(Section):
+    """A recipe. Every key is here; unknown ones are refused."""
+
+    run: RunConfig = RunConfig()
+    student: StudentConfig
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig
+    train: TrainConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    launch: LaunchConfig = LaunchConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        o, source = self.objective, self.rollout.source
+        self.run.stage = self.run.stage or o.name
+        if source not in SOURCES_OF[o.name]:
+            wanted = " or ".join(SOURCES_OF[o.name])
+            raise ValueError(f"objective.name {o.name} needs rollout.source {wanted}, found {source}")
+        if o.reads_rows and self.teacher.kind == "server":
+            remedy = {"kd": " unless objective.mu is 0", "salad": " unless objective.alpha is 0"}.get(o.name, "")
+            remedy = " unless objective.top_k is set" if o.name in ("reverse_kl", "forward_kl", "jsd") else remedy
+            kinds = "local" if o.name == "uld" else "local or self"
+            reads = f"objective.name {o.name} reads full vocabulary rows{remedy}"
+            raise ValueError(f"{reads}: teacher.kind must be {kinds}, found server")
+        if o.top_k is not None and o.top_of is None:
+            raise ValueError(f"objective.top_k is of reverse_kl, forward_kl and jsd, found objective.name {o.name}")
+        if o.top_k is not None and o.name == "jsd" and o.beta == 1.0:
+            raise ValueError("objective.beta 1 with top_k is infinite: the teacher has no mass on other ids")
+        if o.reference > 0 and not self.rollout.student_writes:
+            raise ValueError(f"objective.reference is for on-policy responses: rollout.source student, found {source}")
+        if not self.rollout.urls and self.rollout.server.max_model_len <= self.rollout.max_tokens:
+            raise ValueError(
+                f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be more than "
+                f"rollout.max_tokens ({self.rollout.max_tokens}): no prompt would fit beside a response"
+            )
+        self.eval.check()
+        if self.student.lora is not None and "llm" not in self.student.train:
+            raise ValueError(f"student.lora adapts the LLM: student.train must hold llm, found {self.student.train}")
+        return self

@@ -1,0 +1,207 @@
+"""What a manifest holds, counted: the numbers of its card, leaks between splits, shared speakers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd.data.engine.stage import audio_parts
+from opd.data.stages.near_duplicates import NearTexts, normal
+from opd.prompts.manifest import parse_record, records
+from opd.settings import UserError
+from opd.storage.digests import canonical, digest
+from opd.types import Prompt, render
+
+SHOWN = 20  # of what is listed by frequency
+NEAR = 0.8  # Jaccard similarity of 3-word shingles
+
+
+@dataclass
+class Sheet:
+    """What is in one manifest."""
+
+    path: Path
+    name: str  # of the split
+    records: int = 0
+    bad: list[str] = field(default_factory=list)  # place and reason
+    seconds: list[float] = field(default_factory=list)  # of each clip
+    unreadable: list[str] = field(default_factory=list)  # record and clip
+    words: list[int] = field(default_factory=list)  # of each question
+    vocabulary: Counter[str] = field(default_factory=Counter)
+    speakers: Counter[str] = field(default_factory=Counter)  # records of each
+    spoken: dict[str, float] = field(default_factory=dict)  # seconds of each
+    groups: Counter[str] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
+    wer: list[float] = field(default_factory=list)
+    texts: dict[bytes, list[str]] = field(default_factory=dict)  # digest of a question: the records that ask it
+    clips: dict[str, list[str]] = field(default_factory=dict)  # digest of a clip: the records that have it
+    near: list[str] = field(default_factory=list)  # records close to an earlier one
+    leaks: list[list[str]] = field(default_factory=list)  # those of earlier sheets, and the record close to them
+
+    def add(self, prompt: Prompt, row: dict[str, Any]) -> list[str]:
+        """Count a record; the words of its question."""
+        name = prompt.place if row.get("id") is None else f"{prompt.place} ({prompt.id})"
+        question = normal(_question(prompt)).split()
+        self.records += 1
+        self.words.append(len(question))
+        self.vocabulary.update(question)
+        self.fields.update(row.keys())
+        self.groups.update([prompt.group] if prompt.group else [])
+        if question:
+            self.texts.setdefault(hashlib.sha256(" ".join(question).encode()).digest(), []).append(name)
+        wer = row.get("wer")
+        if isinstance(wer, int | float) and not isinstance(wer, bool):
+            self.wer.append(float(wer))
+        seconds = sum(self._hear(part["path"], name) for part in audio_parts({"messages": list(prompt.messages)}))
+        if speaker := next((row[k] for k in ("speaker", "voice") if row.get(k) is not None), None):
+            speaker = speaker if isinstance(speaker, str) else canonical(speaker).decode()
+            self.speakers[speaker] += 1
+            self.spoken[speaker] = self.spoken.get(speaker, 0.0) + seconds
+        return question
+
+    def _hear(self, path: str, name: str) -> float:
+        """Seconds of a clip, by its header."""
+        import soundfile
+
+        try:
+            found = soundfile.info(path)
+        except (soundfile.LibsndfileError, OSError):
+            self.unreadable.append(f"{name}: {path}")
+            return 0.0
+        self.clips.setdefault(digest(path), []).append(name)
+        self.seconds.append(found.frames / found.samplerate)
+        return self.seconds[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, as card.json has them."""
+        return {
+            "manifest": str(self.path),
+            "records": self.records,
+            "bad": self.bad,
+            "clips": {
+                "count": len(self.seconds),
+                "hours": sum(self.seconds) / 3600,
+                "unreadable": self.unreadable,
+                "seconds": spread(self.seconds),
+            },
+            "words": spread(self.words),
+            "vocabulary": {
+                "types": len(self.vocabulary),
+                "tokens": self.vocabulary.total(),
+                "most_frequent": dict(self.vocabulary.most_common(SHOWN)),
+            },
+            "speakers": {n: {"records": k, "hours": self.spoken[n] / 3600} for n, k in self.speakers.most_common()},
+            "groups": dict(self.groups.most_common()),
+            "fields": dict(self.fields.most_common()),
+            "wer": spread(self.wer),
+            "duplicates": {
+                "same_question": [names for names in self.texts.values() if len(names) > 1],
+                "same_clip": [names for names in self.clips.values() if len(names) > 1],
+                "near": self.near,
+            },
+            "made": made(self.path),
+        }
+
+
+def leaks(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
+    """What more than one manifest has: {"what": question, near-identical question or clip, "records": [name, …]}."""
+    found = []
+    for what in ("texts", "clips"):
+        where: dict[Any, list[list[str]]] = {}
+        for sheet in sheets:
+            for key, names in getattr(sheet, what).items():
+                where.setdefault(key, []).append(names)
+        kind = "question" if what == "texts" else "clip"
+        found += [{"what": kind, "records": sum(names, [])} for names in where.values() if len(names) > 1]
+        if what == "texts":
+            found += [{"what": "near-identical question", "records": near} for s in sheets for near in s.leaks]
+    return found
+
+
+def shared_speakers(sheets: Sequence[Sheet]) -> dict[str, list[str]]:
+    """Speakers that more than one split has, and those splits. Many data sets mean it so: it is no leak."""
+    where: dict[str, list[str]] = {}
+    for sheet in sheets:
+        for speaker in sheet.speakers:
+            where.setdefault(speaker, []).append(sheet.name)
+    return {speaker: names for speaker, names in where.items() if len(names) > 1}
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Count, mean and quantiles; none of nothing."""
+    import numpy as np
+
+    if not values:
+        return None
+    low, few, half, most, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()
+    mean = float(np.mean(values))
+    return {"count": len(values), "mean": mean, "min": low, "p5": few, "median": half, "p95": most, "max": high}
+
+
+def made(manifest: Path) -> list[dict[str, Any]]:
+    """What the stages that made a manifest told of themselves, the last one first, as far back as they are here."""
+    found: list[dict[str, Any]] = []
+    while True:
+        try:
+            about = json.loads((manifest.with_suffix(".stage") / "stage.json").read_text())
+            source = Path(about["source"])
+            whole = about.keys() >= {"stage", "read", "written", "settings"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return found
+        if not whole or about in found:
+            return found
+        found.append(about)
+        manifest = source
+
+
+class _Asked:
+    """What the splits ask: finds questions that are nearly the same, within a split and across."""
+
+    def __init__(self) -> None:
+        self._texts = NearTexts(NEAR)
+        self._who: dict[str, dict[str, str]] = {}  # question -> split: the first record that asks it
+
+    def ask(self, split: str, record: str, question: str) -> list[tuple[str, str]]:
+        """(split, record) of what is near a question that the split has not asked before."""
+        who = self._who.setdefault(question, {})
+        if split in who:
+            return []
+        who[split] = record
+        near = [text for text in self._texts.take(question, always=True) if text != question]
+        return [found for text in near for found in self._who[text].items()]
+
+
+def _sheet(path: Path, name: str, asked: _Asked) -> Sheet:
+    sheet, root = Sheet(path, name), path.resolve().parent
+    for place, row in _rows(path):
+        try:
+            prompt = parse_record(row, root, place)
+        except ValueError as e:
+            sheet.bad.append(f"{place}: {e}")
+            continue
+        question = " ".join(sheet.add(prompt, row))
+        record = place if row.get("id") is None else f"{place} ({prompt.id})"
+        near = asked.ask(name, record, question)
+        if any(split == name for split, _ in near):
+            sheet.near.append(record)
+        if others := [other for split, other in near if split != name]:
+            sheet.leaks.append([*others, record])
+    if not sheet.records:
+        why = f", such as {sheet.bad[0]}" if sheet.bad else ""
+        raise UserError(f"{path}: holds no usable record{why}")
+    return sheet
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    return records(str(path), streaming=True)
+
+
+def _question(prompt: Prompt) -> str:
+    """What is said and typed in a prompt but by its system message."""
+    said = [m["content"] for m in render(prompt, "text") if m["role"] != "system"]
+    return "\n".join(c if isinstance(c, str) else " ".join(p["text"] for p in c) for c in said)

@@ -1,0 +1,106 @@
+"""What a stage is: settings, the key under which its work is kept, and one function from record to record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from opd.data.engine.clip_store import ClipStore
+from opd.prompts.manifest import records
+from opd.settings import Section
+from opd.storage.digests import canonical, digest, stats
+
+Record = dict[str, Any]
+Work = Callable[[Record], Record]
+
+
+class Stage(Section):
+    """One step of making data. Fields are its settings, and a record is made again when one of them changes.
+
+    A subclass says how many records are worked on at once, and by what: `process` for work of this machine's cores,
+    `thread` for what waits for an endpoint.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # higher when the same settings give something else than before
+    workers: ClassVar[Literal["process", "thread"]] = "process"
+    raw: ClassVar[bool] = False  # reads rows of any shape, not records of a manifest
+    elsewhere: ClassVar[tuple[str, ...]] = ()  # settings that say where work is done, not what comes out
+    files: ClassVar[tuple[str, ...]] = ()  # settings that may name a file or folder, whose content decides too
+
+    def pool(self) -> Literal["process", "thread"]:
+        """`workers`, where it does not depend on the settings."""
+        return self.workers
+
+    def check(self) -> None:
+        """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
+
+    def rows(self, source: str) -> Iterator[tuple[str, Any]]:
+        """(place, row) of what is read; a ValueError in the place of a row that cannot be. Raises UserError."""
+        return records(source, streaming=True)
+
+    def begin(self, store: ClipStore) -> Work:
+        """The function that makes a record; called once in each process. New clips go to the store.
+
+        It takes a record whose clips have absolute paths, and may change it. It raises Drop, Failed or Unavailable.
+        """
+        raise NotImplementedError
+
+    def advice(self, source: str, out: Path) -> list[str]:
+        """Lines for the user once the manifest `out` is written: what comes next."""
+        return []
+
+    def chosen(self) -> Callable[[Record], str | None]:
+        """What sees the finished records in their order and gives a reason to leave one out; none: it stays."""
+        return lambda record: None
+
+    def key(self, record: Record) -> str:
+        """Digest of all that a record's result depends on: stage, settings, the record, the bytes of its clips.
+
+        Of a file that a setting names its bytes count; of a folder names, sizes and times of change.
+        """
+        clips = [digest(str(part.get("path"))) for part in audio_parts(record)]
+        content = [self.name, self.version, deciding(self), _without_paths(record), clips]
+        named = [Path(v) for v in (getattr(self, name) for name in self.files) if isinstance(v, str)]
+        if there := [stats(p) if p.is_dir() else digest(str(p)) for p in named if p.exists()]:
+            content.append(there)
+        return hashlib.sha256(canonical(content)).hexdigest()[:32]
+
+
+def deciding(section: Section) -> dict[str, Any]:
+    """The settings that decide what comes out: all but those that a section names in `elsewhere`."""
+    elsewhere = getattr(section, "elsewhere", ())
+    values = {name: getattr(section, name) for name in type(section).model_fields if name not in elsewhere}
+    return {name: deciding(v) if isinstance(v, Section) else v for name, v in values.items()}
+
+
+def content_id(record: Record) -> str:
+    """An id for a record that brings none: of what is in it."""
+    return hashlib.sha256(canonical(_without_paths(record))).hexdigest()[:16]
+
+
+def audio_parts(record: Record) -> Iterator[dict[str, Any]]:
+    """The audio parts of a record's messages, in order."""
+    messages = record.get("messages")
+    for message in messages if isinstance(messages, list | tuple) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") == "audio":
+                yield part
+
+
+def _without_paths(record: Record) -> Record:
+    """A clip is known by its bytes: where it lies does not matter."""
+    if next(audio_parts(record), None) is None:
+        return record
+    copy = json.loads(canonical(record))
+    for part in audio_parts(copy):
+        part.pop("path", None)
+    return copy
+
+
+class Drop(Exception):
+    """This record is left out for good. The message: a reason to count, such as `too long`, a colon, details."""

@@ -1,0 +1,144 @@
+"""Stage `natural`: spoken prompts from recordings that have transcripts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from opd import types
+from opd.data.engine.clip_store import ClipStore
+from opd.data.engine.stage import Drop, Record, Stage, Work, content_id
+from opd.data.stages import recordings
+from opd.prompts import audio
+from opd.storage.digests import digest
+
+SUFFIXES = {"WAV": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}  # what is kept as it is
+
+
+class Natural(Stage):
+    """Settings of the stage `natural`."""
+
+    name: ClassVar[str] = "natural"
+    raw: ClassVar[bool] = True
+
+    columns: dict[str, str] = Field(
+        {}, description="of a data set: {audio|transcript|speaker|id|accent|group: column}; the usual names by default"
+    )
+    folder_is: Literal["speaker", "accent", "group"] | None = Field(
+        None, description="what the folder of a recording names"
+    )
+    min_seconds: PositiveFloat = Field(0.5, description="of a clip")
+    max_seconds: PositiveFloat = Field(30.0, description="of a clip; recordings with times are cut to that, at silence")
+    pause_s: PositiveFloat = Field(0.3, description="shortest silence to cut at")
+    keep_capitals: bool = Field(False, description="leave transcripts that are all capitals as they are")
+
+    @model_validator(mode="after")
+    def _known(self) -> Natural:
+        if unknown := [k for k in self.columns if k not in recordings.COLUMNS]:
+            raise ValueError(f"columns: unknown {unknown[0]} (known: {', '.join(recordings.COLUMNS)})")
+        return self
+
+    def rows(self, source: str) -> Iterator[tuple[str, Any]]:
+        """Recordings, or pieces of them, as opd.data.stages.recordings.rows gives them."""
+        return recordings.rows(source, self.columns, self.folder_is, self.max_seconds, self.pause_s)
+
+    def key(self, record: Record) -> str:
+        """A recording is known by its bytes: where it lies does not matter."""
+        known = {k: v for k, v in record.items() if k not in ("path", "bytes")}
+        if (content := record.get("bytes")) is not None:
+            known["sha256"] = hashlib.sha256(content).hexdigest()
+        elif "path" in record:
+            known["sha256"] = digest(record["path"])
+        return super().key(known)
+
+    def begin(self, store: ClipStore) -> Work:
+        """Recording -> {"id", "messages", "seconds", speaker, accent, group where known}."""
+        return partial(self._record, store)
+
+    def _record(self, store: ClipStore, row: Record) -> Record:
+        text = " ".join((row.get("transcript") or "").split())
+        if not text:
+            raise Drop("no transcript")
+        if text.isupper() and not self.keep_capitals:
+            text = text.lower()
+        piece = row.get("piece")
+        try:
+            clip, seconds = self._piece(store, row, piece) if piece else self.whole(store, row)
+        except types.TooLong as e:
+            why = "no silence to cut at" if piece else "its transcript has no times to cut by"
+            raise Drop(f"too long: {e}; {why}") from e
+        except types.BadAudio as e:
+            raise Drop(f"bad audio: {e}") from e
+        part = {"type": "audio", "path": str(clip), "transcript": text}
+        record: Record = {"messages": [{"role": "user", "content": [part]}], "seconds": round(seconds, 3)}
+        record |= {k: str(row[k]) for k in ("speaker", "accent", "group") if row.get(k) not in (None, "")}
+        name = row.get("id")
+        return {"id": content_id(record | {"clip": clip.stem}) if name in (None, "") else str(name)} | record
+
+    def whole(self, store: ClipStore, row: Record) -> tuple[Path, float]:
+        """The clip of a recording, byte by byte where training reads its format, and its seconds.
+
+        Raises BadAudio, and Drop for one that is not there or too short.
+        """
+        content = row.get("bytes")
+        path = None if content is not None else Path(row["path"])
+        name = str(path or row.get("id"))
+        if path is not None and not path.is_file():
+            raise Drop(f"no audio: {path}")
+        about, rate, frames = _header(path or io.BytesIO(content or b""), name)
+        self._check(frames / rate, name)
+        if about not in SUFFIXES:
+            return self._encoded(store, row, path or io.BytesIO(content or b""), 0, None, name)
+        if path is not None and path.suffix.lower() == SUFFIXES[about]:
+            clip = path
+        else:
+            clip = store.put(path.read_bytes() if path else content or b"", SUFFIXES[about])
+        try:
+            audio.load(str(clip), rate, self.max_seconds)
+        except types.BadAudio:
+            if clip != path:
+                clip.unlink(missing_ok=True)
+            raise
+        return clip, frames / rate
+
+    def _piece(self, store: ClipStore, row: Record, piece: list[float]) -> tuple[Path, float]:
+        self._check(piece[1] - piece[0], f"{row['path']} from {piece[0]:.1f} s on")
+        _, rate, _ = _header(Path(row["path"]), row["path"])
+        return self._encoded(store, row, Path(row["path"]), int(piece[0] * rate), int(piece[1] * rate), row["path"])
+
+    def _check(self, seconds: float, name: str) -> None:
+        if seconds < self.min_seconds:
+            raise Drop(f"too short: {name}: {seconds:.2f} s, at least {self.min_seconds:g} s expected")
+        if seconds > self.max_seconds:
+            raise types.TooLong(f"{name}: {seconds:.1f} s, at most {self.max_seconds:g} s expected")
+
+    def _encoded(
+        self, store: ClipStore, row: Record, file: Any, start: int, stop: int | None, name: str
+    ) -> tuple[Path, float]:
+        """Frames of a recording as a FLAC file of one channel."""
+        import soundfile
+
+        try:
+            wave, rate = soundfile.read(file, start=start, stop=stop, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as e:
+            raise types.BadAudio(f"{name}: not readable as audio") from e
+        wave = wave.mean(axis=1)
+        audio.check(wave, rate, name)
+        return store.make(self.key(row), lambda: (wave, rate)), len(wave) / rate
+
+
+def _header(file: Any, name: str) -> tuple[str, int, int]:
+    """Format, Hz and frames of a recording. Raises BadAudio."""
+    import soundfile
+
+    try:
+        found = soundfile.info(file)
+    except soundfile.LibsndfileError as e:
+        raise types.BadAudio(f"{name}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
+    return found.format, found.samplerate, found.frames

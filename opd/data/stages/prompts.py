@@ -1,0 +1,177 @@
+"""Stage `prompts`: questions to speak, from chats, instructions or plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from opd.data.engine.clip_store import ClipStore
+from opd.data.engine.stage import Drop, Record, Stage, Work, content_id
+from opd.data.stages.near_duplicates import NearTexts, normal
+from opd.settings import UserError
+
+Message = dict[str, Any]
+
+
+class Columns(NamedTuple):
+    """Where a data set keeps things; none: nowhere."""
+
+    prompt: str | None = None
+    more: str | None = None  # what an instruction is about
+    chat: str | None = None  # messages, instead of a prompt
+    system: str | None = None
+    response: str | None = None
+    answer: str | None = None
+    group: str | None = None
+    id: str | None = None
+
+
+# Columns as the data sets' cards give them.
+MAPPINGS = {
+    "chat": Columns(chat="messages", id="id"),
+    "sharegpt": Columns(chat="conversations", id="id"),
+    "instruction": Columns("instruction", "input", response="output"),
+    "text": Columns("text"),
+    "tulu3": Columns(chat="messages", group="source", id="id"),  # allenai/tulu-3-sft-mixture
+    "natural_reasoning": Columns("question", answer="reference_answer"),  # facebook/natural_reasoning
+    "openorca": Columns("question", system="system_prompt", response="response", id="id"),  # Open-Orca/OpenOrca
+}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+
+
+class Prompts(Stage):
+    """Settings of the stage `prompts`."""
+
+    name: ClassVar[str] = "prompts"
+    raw: ClassVar[bool] = True
+
+    mapping: Literal["chat", "sharegpt", "instruction", "text", "tulu3", "natural_reasoning", "openorca"] = Field(
+        "chat", description="which columns hold what"
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="changes: {prompt|more|chat|system|response|answer|group|id: column}",
+    )
+    turns: Literal["first", "all"] = Field("first", description="of a chat: its first question, or up to its last one")
+    keep_response: bool = Field(True, description="the data set's own answer becomes `response`")
+    min_words: NonNegativeInt = Field(2, description="of the question")
+    max_words: PositiveInt = Field(60, description="of the question; a hundred take about 40 s to say")
+    languages: list[str] = Field([], description="ISO 639-1 codes; none: any")
+    duplicates: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity (3-word shingles) from which on what is asked is left out"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Prompts:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words: expected at most max_words ({self.max_words}), found {self.min_words}")
+        if unknown := [k for k in self.columns if k not in Columns._fields]:
+            raise ValueError(f"columns: unknown {unknown[0]} (known: {', '.join(Columns._fields)})")
+        return self
+
+    def rows(self, source: str) -> Iterator[tuple[str, Any]]:
+        """As of any stage; of a .txt file its lines, in the column `text`."""
+        return _lines(source) if source.endswith(".txt") and Path(source).is_file() else super().rows(source)
+
+    def check(self) -> None:
+        """Raises UserError for a language that cannot be told."""
+        if self.languages:
+            import py3langid
+
+            known = sorted({code for code, _ in py3langid.rank("")})
+            if unknown := [code for code in self.languages if code not in known]:
+                raise UserError(f"languages: cannot tell {unknown[0]!r}; known: {', '.join(known)}")
+
+    def begin(self, store: ClipStore) -> Work:
+        """Row -> {"id", "messages", ...}."""
+        found = MAPPINGS[self.mapping]._replace(**self.columns)
+        language: Callable[[str], tuple[str, float]] | None = None
+        if self.languages:
+            import py3langid
+
+            language = py3langid.classify
+        return partial(self._record, found, language)
+
+    def _record(self, columns: Columns, language: Callable[[str], tuple[str, float]] | None, row: Record) -> Record:
+        messages, response = _chat(row, columns, self.turns) if columns.chat else _single(row, columns)
+        question = messages[-1]["content"]
+        words = len(question.split())
+        if words < self.min_words:
+            raise Drop(f"too short: {words} words")
+        if words > self.max_words:
+            raise Drop(f"too long: {words} words")
+        if language is not None and (code := language(question)[0]) not in self.languages:
+            raise Drop(f"another language: {code}")
+        record: Record = {"messages": messages}
+        if response and self.keep_response:
+            record["response"] = response
+        for key in ("answer", "group"):
+            if value := _text(row, getattr(columns, key)):
+                record[key] = value
+        return {"id": _text(row, columns.id) or content_id(record)} | record
+
+    def chosen(self) -> Callable[[Record], str | None]:
+        """Leaves out what was asked before, in other words or the same."""
+        seen: set[str] = set()
+        near = NearTexts(self.duplicates) if self.duplicates < 1 else None
+
+        def choose(record: Record) -> str | None:
+            text = normal("\n".join(m["content"] for m in record["messages"] if m["role"] == "user"))
+            if text in seen:
+                return "duplicate"
+            seen.add(text)
+            return "near duplicate" if near and near.take(text) else None
+
+        return choose
+
+
+def _lines(source: str) -> Iterator[tuple[str, Any]]:
+    with open(source, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                if text := line.decode().strip():
+                    yield f"{source}:{number}", {"text": text}
+            except UnicodeDecodeError as e:
+                yield f"{source}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
+
+
+def _single(row: Record, columns: Columns) -> tuple[list[Message], str]:
+    if columns.prompt is None or columns.prompt not in row:
+        raise Drop(f"no column {columns.prompt}: the row has {', '.join(row)}")
+    question = "\n".join(filter(None, (_text(row, columns.prompt), _text(row, columns.more))))
+    if not question:
+        raise Drop("empty")
+    system = _text(row, columns.system)
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": question}], _text(row, columns.response)
+
+
+def _chat(row: Record, columns: Columns, turns: str) -> tuple[list[Message], str]:
+    chat = row.get(columns.chat or "")
+    if not isinstance(chat, list):
+        raise Drop(f"no chat: expected a list in column {columns.chat}, found {type(chat).__name__}")
+    messages = []
+    for turn in chat:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        role = ROLES.get(str(role), role)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise Drop(f"no chat: expected turns with role and content, found {str(turn)[:60]}")
+        messages.append({"role": role, "content": content.strip()})
+    asked = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    if not asked or not messages[asked[0]]["content"]:
+        raise Drop("empty")
+    last = asked[0] if turns == "first" else asked[-1]
+    answer = messages[last + 1] if last + 1 < len(messages) else {"role": "", "content": ""}
+    return messages[: last + 1], answer["content"] if answer["role"] == "assistant" else ""
+
+
+def _text(row: Record, column: str | None) -> str:
+    value = row.get(column) if column else None
+    if value is None or isinstance(value, bool | list | dict):
+        return ""
+    return str(value).strip()  # ids and answers are often numbers

@@ -1,0 +1,166 @@
+"""Stage `verify`: does a speech recogniser hear what each clip is said to say?"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat
+
+from opd.data.engine.clip_store import ClipStore
+from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
+from opd.endpoint import Endpoint, Failed
+from opd.prompts.audio import load
+from opd.settings import UserError
+from opd.types import BadAudio
+
+RATE = 16000  # Hz
+WINDOW_S = 30  # of Whisper, which needs its own time stamps to go on behind it
+Hear = Callable[[str, np.ndarray], str]  # path and samples at RATE -> text
+Normalize = Callable[[str], str]
+
+
+class Verify(Stage):
+    """Settings of the stage `verify`."""
+
+    name: ClassVar[str] = "verify"
+    workers: ClassVar[Literal["process", "thread"]] = "thread"
+    elsewhere: ClassVar[tuple[str, ...]] = ("device",)
+    files: ClassVar[tuple[str, ...]] = ("asr", "spellings")
+
+    asr: Endpoint | str = Field(description="{url, model} of a /v1/audio/transcriptions; or a model's folder or Hub id")
+    language: str | None = Field(None, description="ISO 639-1 code, told to the recogniser; none: it finds out")
+    extra: dict[str, Any] = Field({}, description="endpoint: more fields of the request")
+    device: str | None = Field(None, description="of a model that runs here, such as cuda:1; none: a GPU if any")
+    normalizer: Literal["english", "basic", "characters"] = Field(
+        "english", description="Whisper's, before words are compared; characters: for scripts without spaces"
+    )
+    spellings: str | None = Field(
+        None, description="a Whisper checkpoint's normalizer.json, for British and American spelling alike"
+    )
+    max_wer: NonNegativeFloat = Field(0.05, description="word error rate above which a record is left out")
+
+    def check(self) -> None:
+        """Raises UserError for an endpoint that cannot be one, a missing model, or an unreadable list of spellings."""
+        if isinstance(self.asr, Endpoint):
+            self.asr.check("asr")
+        elif self.extra:
+            raise UserError("extra: is a setting of an endpoint, asr names a model")
+        elif not Path(self.asr).is_dir() and (self.asr.startswith((".", "/")) or self.asr.count("/") != 1):
+            raise UserError(f"asr: expected {{url, model}}, a folder or OWNER/NAME on the Hub, found {self.asr!r}")
+        elif Path(self.asr, "config.json").is_file() and not list(Path(self.asr).glob("*.safetensors")):
+            raise UserError(
+                f"asr {self.asr}: expected weights as *.safetensors, found none; pickled ones are not loaded"
+            )
+        _spellings(self.spellings)
+
+    def begin(self, store: ClipStore) -> Work:
+        """Record -> the same with `wer`, `heard` (a line for each clip) and `weight`, 1 - WER."""
+        import jiwer
+
+        hear, spellings = (
+            self._asked() if isinstance(self.asr, Endpoint) else _local(self.asr, self.device, self.language)
+        )
+        normalize = _normalizer(self.normalizer, _spellings(self.spellings) or spellings)
+
+        def work(record: Record) -> Record:
+            said, heard = [], []
+            for part in audio_parts(record):
+                try:
+                    wave = load(part["path"], RATE, math.inf)
+                except BadAudio as e:
+                    raise Drop(f"unusable audio: {e}") from e
+                said.append(part["transcript"])
+                heard.append(" ".join(hear(part["path"], wave).split()))
+            if not said:
+                raise Drop("no audio")
+            words = [normalize(text) for text in said]
+            if not all(words):
+                raise Drop(f"no words in the transcript: {said[words.index('')]!r}")
+            wer = float(jiwer.wer(words, [normalize(text) for text in heard]))
+            if wer > self.max_wer:
+                raise Drop(f"misheard: WER {wer:.2f}, {heard[0][:60]!r} for {said[0][:60]!r}")
+            return record | {"wer": round(wer, 4), "heard": "\n".join(heard), "weight": round(max(0.0, 1 - wer), 4)}
+
+        return work
+
+    def _asked(self) -> tuple[Hear, dict[str, str]]:
+        endpoint = self.asr
+        assert isinstance(endpoint, Endpoint)
+        language = {"language": self.language} if self.language else {}
+
+        def hear(path: str, wave: np.ndarray) -> str:
+            clip = Path(path)
+
+            def call(client: Any) -> Any:
+                file = clip.name, clip.read_bytes()
+                transcriptions = client.audio.transcriptions
+                told = {"response_format": "json", "temperature": 0.0, "extra_body": self.extra, **language}
+                return transcriptions.create(model=endpoint.model, file=file, **told).text
+
+            text = endpoint.ask(call)
+            if not isinstance(text, str):
+                raise Failed(f"no transcription: {endpoint.url}: expected text, found {str(text)[:60]!r}")
+            return text
+
+        return hear, {}
+
+
+def _local(model: str, device: str | None, language: str | None) -> tuple[Hear, dict[str, str]]:
+    """A transformers pipeline, one clip at a time, and the spellings that its tokenizer knows."""
+    import torch
+    from transformers import pipeline
+
+    try:
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        safe = {"use_safetensors": True}
+        recogniser = pipeline(
+            "automatic-speech-recognition", model=model, device=where, trust_remote_code=False, model_kwargs=safe
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        raise UserError(f"asr {model}: cannot be loaded as a speech recogniser: {reason[0][:300]}") from e
+    try:
+        recogniser({"raw": np.zeros(RATE // 2, dtype=np.float32), "sampling_rate": RATE})
+    except Exception as e:  # a model that hears and does something else fails in ways of its own
+        raise UserError(f"asr {model}: is no speech recogniser: {type(e).__name__}: {str(e)[:200]}") from e
+    whisper = recogniser.type == "seq2seq_whisper"
+    generate: dict[str, Any] = {"num_beams": 1}  # the pipeline's own five take as many times as long
+    if whisper and language and getattr(recogniser.model.generation_config, "is_multilingual", False):
+        generate |= {"language": language, "task": "transcribe"}
+    told = {"generate_kwargs": generate} if recogniser.type.startswith("seq2seq") else {}
+    turn = Lock()
+
+    def hear(path: str, wave: np.ndarray) -> str:
+        more = {"return_timestamps": True} if whisper and len(wave) > WINDOW_S * RATE else {}
+        with turn:
+            return recogniser({"raw": wave, "sampling_rate": RATE}, **told, **more)["text"]
+
+    return hear, getattr(recogniser.tokenizer, "english_spelling_normalizer", None) or {}
+
+
+def _normalizer(name: str, spellings: dict[str, str]) -> Normalize:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    if name == "english":
+        normalize = EnglishTextNormalizer(spellings)
+    else:
+        normalize = BasicTextNormalizer(split_letters=name == "characters")
+    return lambda text: normalize(text).strip()
+
+
+def _spellings(path: str | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"spellings {path}: expected a JSON file: {e}") from e
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise UserError(f"spellings {path}: expected an object of words, found {type(found).__name__}")
+    return found

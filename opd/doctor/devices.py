@@ -1,0 +1,90 @@
+"""Whether this machine has the devices and the memory that a placement names. Imports no torch."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from opd.config.needs import starts_student, starts_teacher
+from opd.config.placement import node_of, placement_of
+from opd.config.schema import Config
+from opd.doctor.checks import Facts, Skip, Warned
+from opd.settings import UserError
+
+
+def placement(facts: Facts) -> str:
+    """The GPUs that the placement gives to this node are there."""
+    config = facts.config
+    where, node, name = placement_of(config), node_of(config), config.launch.placement
+    if not where.devices_per_node:
+        return "everything on the CPU"
+    named, here = _named(config), gpus()
+    if missing := [d for d in named if d >= here]:
+        raise UserError(f"launch.placement {name}: gives GPU {missing[-1]} to node {node}, {here} GPUs were found here")
+    return f"{name}: GPUs {named} of node {node}, {here} are here; {where.nodes} nodes"
+
+
+def _named(config: Config) -> list[int]:
+    """GPUs of this node that the recipe uses, in order."""
+    where, node = placement_of(config), node_of(config)
+    groups = [*(where.rollout if starts_student(config) else []), *where.learner]
+    groups += where.teacher if starts_teacher(config) else []
+    return sorted({d for g in groups if g.node == node for d in g.devices})
+
+
+def memory(facts: Facts) -> str:
+    """Models, caches and activations fit this node's GPUs and its own memory, by `opd plan`'s arithmetic.
+
+    Of other nodes, taken to be like this one, and of GPUs whose memory is not known it only warns.
+    """
+    from opd.plan.estimate import Machine, estimate, shortfalls
+
+    config, node = facts.config, node_of(facts.config)
+    host = psutil.virtual_memory().total / (1 << 30)
+    named = _named(config)
+    sizes = gpu_memory() if placement_of(config).devices_per_node else []
+    known = [size for d, size in enumerate(sizes) if d in named] or sizes
+    machine = Machine(memory=min(known), host=host) if known else Machine(host=host)
+    try:
+        plan = estimate(config, machine)
+    except Exception as e:  # a model that the formulas do not know may well run
+        told = str(e).strip().splitlines() or [""]
+        raise Skip(f"no estimate: {told[0] if isinstance(e, UserError) else f'{type(e).__name__}: {told[0]}'}") from e
+    given = f"host of {host:.1f} GiB"
+    if plan.uses:
+        given = f"GPUs of {machine.memory:.1f} GiB{'' if known else ' (assumed: none is known here)'}, {given}"
+    short = shortfalls(plan, node)
+    if short and (known or not named):
+        name = config.launch.placement or "everything on the CPU"
+        raise UserError(
+            f"launch.placement: {name} does not fit {given}: {'; '.join(short)}; choose another placement, or lower "
+            "data.max_audio_seconds or rollout.max_tokens; `opd plan` says what would fit"
+        )
+    if plan.shortfalls:
+        others = "" if short else ", for nodes that are like this one"
+        return Warned(f"does not fit {given}{others}: {'; '.join(plan.shortfalls)}")
+    return f"fits: {given}"
+
+
+def gpus() -> int:
+    """NVIDIA GPUs of this machine, by its driver: without torch, whatever CUDA_VISIBLE_DEVICES says."""
+    listed = sum(line.startswith("GPU ") for line in _nvidia_smi("--list-gpus"))
+    return listed or len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def gpu_memory() -> list[float]:
+    """Total memory of this machine's GPUs in GiB, in the driver's order; [] where that is not known."""
+    try:
+        return [int(mib) / 1024 for mib in _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")]
+    except ValueError:  # "[N/A]", where GPU and host share their memory; or a driver's complaint
+        return []
+
+
+def _nvidia_smi(*options: str) -> list[str]:
+    """Lines of the driver's tool; none where there is no such tool, or no answer in a minute."""
+    try:
+        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return []

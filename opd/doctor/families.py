@@ -1,0 +1,206 @@
+"""`opd families`: which there are, and with `--check` the proof, on small random checkpoints, that each works here.
+
+For each family: a real vLLM server and two real ZeRO-3 learner ranks (opd/doctor/family_worker.py), a fresh server on a
+checkpoint of ours, and two steps of X-OPD through `opd launch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd.config.load import load_config
+from opd.config.schema import Config
+from opd.models.registry import FAMILIES, Entry
+from opd.processes.commands import learner, student_server
+from opd.processes.guard import serving
+from opd.processes.layout import Place, layout
+from opd.settings import UserError
+
+AGREE = 1e-4  # nats, float32
+DIFFER = 0.1  # nats: what a push that was left out must cost
+TOLERANCES = {"parity": AGREE, "zero3": AGREE, "LoRA checkpoint": AGREE, "checkpoint": AGREE, "X-OPD": AGREE}
+PUSHES: dict[str, list[str]] = {"llm": ["llm"], "llm+adapter": ["llm", "adapter"], "all": ["llm", "adapter", "tower"]}
+LORA = ["student.train=[llm]", "student.lora={r: 8, alpha: 64, targets: [q_proj, v_proj]}"]  # parts of a fused layer
+RECIPE: dict[str, Any] = {
+    "teacher": {"kind": "local", "dtype": "float32"},
+    "rollout": {"max_tokens": 12, "n": 2, "server": {"max_model_len": 2048}},
+    "train": {"steps": 2, "prompts_per_step": 2, "gradient_checkpointing": True},
+    "optim": {"lr": 1e-3},
+    "data": {"check": 0},
+}
+SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for ten minutes")
+
+
+def show(names: list[str]) -> int:
+    """Print the table of families, or of some."""
+    _check_names(names)
+    for e in (FAMILIES[n] for n in names or FAMILIES):
+        print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher} (unchecked)")
+    return 0
+
+
+def check(names: list[str], keep: Path | None) -> int:
+    """Check families and print a line for each; 0 when all hold. `keep`: a folder for checkpoints, runs and logs."""
+    _check_names(names)
+    code = 0
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
+        for name in names or list(FAMILIES):
+            began = time.monotonic()
+            found = prove(FAMILIES[name], Path(str(folder), name))
+            faults = judge(found)
+            code = code or bool(faults)
+            print(f"{name:16} {'FAILS: ' + '; '.join(faults) if faults else 'holds'}  {describe(found)}", end="  ")
+            print(f"{time.monotonic() - began:.0f} s", flush=True)
+    return int(code)
+
+
+def _check_names(names: list[str]) -> None:
+    if unknown := [n for n in names if n not in FAMILIES]:
+        raise UserError(f"families: {', '.join(unknown)}: not known; known: {', '.join(FAMILIES)}")
+
+
+def prove(family: Entry, folder: Path) -> dict[str, Any]:
+    """Everything that is measured of one family; an "error" where a part of it did not run."""
+    from opd.models.tiny import build
+
+    folder.mkdir(parents=True, exist_ok=True)
+    build(family.name, folder)
+    recipe = write_recipe(folder, family.clips)
+    found: dict[str, Any] = {}
+    try:
+        with server(recipe, folder / "student", folder) as url:
+            found |= worker(recipe, folder / "trained", url, processes=2)
+        with server(recipe, folder / "trained", folder) as url:
+            found |= worker(recipe, folder / "trained", url, processes=1)
+        found["X-OPD"] = launch(recipe, folder)
+    except ChildProcessError as e:
+        found["error"] = str(e)
+    return found
+
+
+def judge(found: dict[str, Any]) -> list[str]:
+    """What does not hold, or was not measured, in words."""
+    faults = [found["error"]] if "error" in found else []
+    for name, limit in TOLERANCES.items():
+        if name in found and not found[name] <= limit:
+            faults.append(f"{name}: {found[name]:.1e}, at most {limit:g} expected")
+    for name, (stale, fresh) in found.get("push", {}).items():
+        if not fresh <= AGREE:
+            faults.append(f"push of {name}: {fresh:.1e} afterwards, at most {AGREE:g} expected")
+        if not stale > DIFFER:
+            faults.append(f"push of {name}: only {stale:.1e} when it is left out, more than {DIFFER:g} expected")
+    if "mixed" in found and not math.isfinite(found["mixed"]):
+        faults.append(f"ranks of speech only and text only: a loss of {found['mixed']}")
+    missing = [n for n in (*TOLERANCES, "mixed") if n not in found]
+    missing += [f"push of {n}" for n in (*PUSHES, "LoRA") if n not in found.get("push", {})]
+    if missing and "error" not in found:
+        faults.append(f"not measured: {', '.join(missing)}")
+    return faults
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The numbers in one line."""
+    parts = [f"{n} {found[n]:.0e}" for n in TOLERANCES if n in found]
+    parts += [f"push of {n} {stale:.1f} -> {fresh:.0e}" for n, (stale, fresh) in found.get("push", {}).items()]
+    return ", ".join(parts)
+
+
+def write_recipe(folder: Path, clips: int) -> Path:
+    """A recipe and a manifest: prompts with one clip and with `clips`, with text beside it, in one turn and two."""
+    import soundfile
+    import yaml
+
+    rng = np.random.default_rng(0)
+    (folder / "clips").mkdir(exist_ok=True)
+    parts = []
+    for i, (text, seconds) in enumerate(zip(SENTENCES, (2.01, 0.9, 1.5, 3.3), strict=True)):
+        t = np.arange(int(16000 * seconds)) / 16000
+        tone = np.sin(2 * np.pi * (200 + 90 * i) * t * (1 + 0.2 * t)) * 0.3 + rng.normal(0, 0.02, len(t))
+        soundfile.write(folder / f"clips/{i}.wav", tone, 16000, subtype="FLOAT")
+        parts.append({"type": "audio", "path": f"clips/{i}.wav", "transcript": text})
+    more: dict[str, Any] = {"type": "text", "text": " answer."}
+    reply = {"role": "assistant", "content": "ten"}
+    asked: list[list[Any]] = [  # content of the user's turns
+        [[parts[0]]],
+        [[parts[1], more]],
+        [[parts[2], parts[3], more]],
+        [[parts[3]], [parts[0]]],
+        ["who?", [parts[1]]],
+        [(parts * clips)[:clips]],
+    ]
+    lines = []
+    for turns in asked:
+        chat = [m for content in turns for m in ({"role": "user", "content": content}, reply)][:-1]
+        if sum(part["type"] == "audio" for m in chat for part in m["content"] if isinstance(part, dict)) <= clips:
+            lines.append(json.dumps({"messages": chat}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["student"] = {"path": str(folder / "student"), "dtype": "float32"}
+    recipe["teacher"]["path"] = str(folder / "teacher")
+    recipe["data"]["train"] = str(folder / "prompts.jsonl")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+@contextlib.contextmanager
+def server(recipe: Path, model: Path, folder: Path) -> Iterator[str]:
+    """URL of a vLLM server that holds `model`, stopped at the end."""
+    config = load_config(recipe, [f"student.path={model}"])
+    command = student_server(config, Place.here("student"))
+    with serving(command, folder / f"{model.name}-server.log", config.launch.health_timeout_s) as url:
+        yield url
+
+
+def worker(recipe: Path, out: Path, url: str, processes: int) -> dict[str, Any]:
+    """Findings of family_worker.py: of two ranks on the student, or of one on the checkpoint that they wrote."""
+    overrides = [f"run.dir={out.parent}/worker", f'rollout.urls=["{url}"]']
+    overrides += ["student.train=[llm, adapter, tower]"]
+    if processes == 1:
+        overrides += [f"student.path={out}", "run.stage=fresh"]
+    config: Config = load_config(recipe, [*overrides, f"launch.processes={processes}"])
+    command = learner(config, str(recipe), overrides, layout(config), 0)
+    assert command is not None
+    module = command.argv.index("opd.train")
+    argv = [*command.argv[:module], "opd.doctor.family_worker", str(out), *command.argv[module + 1 :]]
+    log = out.parent / f"worker-{processes}.log"
+    return json.loads(_run(argv, command.env, log, out.with_suffix(".json")))
+
+
+def launch(recipe: Path, folder: Path) -> float:
+    """Two steps of X-OPD; the greater of their mean |learner - sampler|."""
+    argv = [
+        sys.executable,
+        "-m",
+        "opd.cli",
+        "launch",
+        str(recipe),
+        f"run.dir={folder}/run",
+        "run.overwrite=true",
+        "--plain",
+    ]
+    lines = _run(argv, {}, folder / "launch.log", folder / "run" / "metrics.jsonl").splitlines()
+    if len(lines) != RECIPE["train"]["steps"]:
+        raise ChildProcessError(f"launch: expected {RECIPE['train']['steps']} steps, found {len(lines)}")
+    return max(json.loads(line)["mismatch/logprob"] for line in lines)
+
+
+def _run(argv: list[str], env: dict[str, str], log: Path, result: Path) -> str:
+    with open(log, "wb") as f:
+        code = subprocess.run(
+            argv, env={**os.environ, **env}, stdout=f, stderr=subprocess.STDOUT, timeout=900
+        ).returncode
+    if code or not result.is_file():
+        raise ChildProcessError(f"{Path(log).name} ended with exit code {code}, see {log}")
+    return result.read_text()

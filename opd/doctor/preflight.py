@@ -1,0 +1,281 @@
+"""What can be known before a server starts: files, models, tokenizers, manifests, clips, the run folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from opd import types
+from opd.config import resume
+from opd.config.load import resolve_model, unread
+from opd.config.needs import copies_start, needs_teacher, starts_student, starts_teacher, teacher_servers
+from opd.config.schema import Config
+from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
+from opd.doctor.devices import memory, placement
+from opd.inference.client import Server, check_model
+from opd.models.context_limit import Room
+from opd.models.files import whole_weights
+from opd.prompts import audio
+from opd.prompts.augment import Augmenter
+from opd.prompts.clips import check_share
+from opd.prompts.manifest import read_manifest
+from opd.scoring.scorer import Scorer
+from opd.settings import UserError
+from opd.teachers.routed import route_of
+from opd.types import Prompt, audio_paths
+
+HEARD = 8  # training records that are kept with their clips for what comes after
+
+
+def check(config: Config) -> list[str]:
+    """Check a recipe without a server or GPU: one line per thing checked. Raises UserError at the first fault."""
+    facts, lines = Facts(config), []
+    for c in checks():
+        try:
+            lines.append(f"{c.name}: {c.run(facts)}")
+        except Skip as e:
+            lines.append(f"{c.name}: not run: {e}")
+    return lines
+
+
+def checks() -> tuple[Check, ...]:
+    """The cheap checks of a recipe, in their order."""
+    from opd.doctor import tokenizers as v  # needs torch
+
+    both = ("student", "teacher")
+    return (
+        Check("run folder", run_folder_, "choose another run.dir, or set run.overwrite=true"),
+        Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
+        Check("student", student, "name a whole checkpoint (`opd families`), or mend student.lora"),
+        Check("teacher", each_teacher(teacher), "name a whole checkpoint of a text LLM"),
+        Check("settings", settings, "lower objective.top_k", both),
+        Check("servers", servers, "start the servers of the recipe with its models, or take the URLs out", both),
+        Check("manifests", manifests, "mend or remove the records that are named"),
+        Check("versions", versions, "install what was tested: requirements/"),
+        Check("tokenizers", each_teacher(tokenizers), "choose a teacher with the student's tokenizer", both),
+        Check("chat templates", each_teacher(v.templates), "mend chat_template.jinja", ("tokenizers", "manifests")),
+        Check("clips", clips, "mend or remove them, or raise rollout.server.max_model_len", ("student", "manifests")),
+        Check(
+            "stop ids",
+            each_teacher(v.stop_ids),
+            "set eos_token_id in generation_config.json to what ends a turn",
+            ("tokenizers",),
+        ),
+        Check("banned ids", v.banned_ids, "mend the family's banned_ids in opd/models/", ("student",)),
+        Check("placement", placement, "choose a placement of recipes/placements/ for the GPUs that are here"),
+        Check("memory", memory, "`opd plan` seeks what would fit: smaller micro-batches, offload, LoRA"),
+    )
+
+
+def run_folder_(facts: Facts) -> str:
+    """The run folder holds nothing else."""
+    return f"{facts.config.run.dir}: {resume.check(facts.config)}"
+
+
+def deepspeed(facts: Facts) -> str:
+    """The DeepSpeed JSON sets ZeRO only."""
+    from opd.config.deepspeed import deepspeed_settings  # needs torch
+
+    stage = (deepspeed_settings(facts.config).get("zero_optimization") or {}).get("stage", 0)
+    return f"ZeRO stage {stage}"
+
+
+def student(facts: Facts) -> str:
+    """The student is a whole checkpoint of a known family."""
+    from opd.models.load import family_of
+    from opd.models.lora import targets
+
+    s = facts.config.student
+    path = resolve_model(s.path, "student.path")
+    family = family_of(path, s.family)
+    whole_weights(path, "student.path")
+    facts.student, facts.family = path, family
+    said = f"{s.path}: {type(family).__name__}, {family.vocab_size} ids"
+    if s.lora is not None:
+        layers = targets(family.outline(), family, s.lora)
+        kinds = sorted({n.rpartition(".")[2] for n in layers})
+        said += f"; adapters on {len(layers)} linear layers of the LLM: {', '.join(kinds)}"
+    return said
+
+
+def teacher(facts: Facts) -> str:
+    """The teacher is a whole checkpoint of a text LLM. One that nothing asks is not looked at."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if not needs_teacher(facts.config):
+        return "none: nothing in this run reads or asks one"
+    if facts.config.teacher.kind == "self":
+        facts.teacher = resolve_model(facts.config.student.path, "student.path")
+        copied = "in a second copy" if copies_start(facts.config) else "adapters switched off"
+        return f"the student at the start, {copied}"
+    path = resolve_model(facts.config.teacher.path, "teacher.path")
+    whole_weights(path, "teacher.path")
+    try:
+        about = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"teacher.path {path}: no loadable config: {str(e).splitlines()[0]}") from e
+    if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"teacher.path {path}: expected a text LLM, found model_type {about.model_type!r}")
+    facts.teacher, facts.teacher_ids = path, about.vocab_size
+    return f"{facts.config.teacher.path}: {about.model_type}, {about.vocab_size} ids"
+
+
+def settings(facts: Facts) -> str:
+    """objective.top_k fits the vocabularies; what is set and yet not read is named."""
+    top, sizes = facts.config.objective.top_k, [("student", facts.family.vocab_size)]
+    sizes += [("teacher", f.teacher_ids) for f in (facts, *facts.routes.values()) if f.teacher_ids is not None]
+    whose, limit = min(sizes, key=lambda found: found[1])
+    if top is not None and top > limit:
+        raise UserError(f"objective.top_k {top}: expected at most {limit}, as many ids as the {whose}'s vocabulary has")
+    found = unread(facts.config)
+    return Warned("; ".join(found)) if found else "all that are set are read"
+
+
+def finished(config: Config) -> bool:
+    """Whether this very recipe has already run to its end in its run folder."""
+    return resume.check(config) == "finished"
+
+
+def servers(facts: Facts) -> str:
+    """Running servers that the recipe names hold its models; what the student's take is noted."""
+    config = facts.config
+    taken = [_holds(config, "rollout.urls", u, facts.student) for u in config.rollout.urls]
+    asked = teacher_servers(config)
+    for key, url, model in asked:
+        _holds(config, key, url, resolve_model(model, key))
+    if not taken and starts_student(config):
+        taken = [config.rollout.server.max_model_len]
+    facts.max_model_len = min(taken, default=None)
+    if not config.rollout.urls and not asked:
+        return "the recipe names none"
+    return f"{len(config.rollout.urls)} hold the student, {len(asked)} the teacher"
+
+
+def _holds(config: Config, key: str, url: str, path: str) -> int:
+    return check_model(Server(url, config.rollout.timeout_s), key, path, path)
+
+
+def versions(facts: Facts) -> str:
+    """Installed packages are what was tested."""
+    from opd.doctor.versions import compare
+
+    found = compare(vllm=starts_student(facts.config) or starts_teacher(facts.config))
+    if found.faults:
+        raise UserError("packages: " + ", ".join(found.faults) + "; install them, best in the tested version")
+    if found.other:
+        return Warned(f"{found.same} packages as tested; not as tested: {', '.join(found.other)}")
+    return f"{found.same} packages as tested"
+
+
+def tokenizers(facts: Facts) -> str:
+    """The teacher has a tokenizer, and it is the student's."""
+    from opd.doctor import tokenizers as vocabulary
+
+    if not needs_teacher(facts.config):
+        return "the student's alone"
+    if facts.config.teacher.kind == "self":
+        facts.tokenizer = facts.family.tokenizer
+        return vocabulary.tokenizers(facts)
+    path = facts.teacher
+    try:
+        facts.tokenizer = facts.family.text_tokenizer(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"teacher.path {path}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
+    added = getattr(facts.tokenizer, "added_tokens_decoder", None)
+    if len(facts.tokenizer) <= (len(added) if isinstance(added, dict) else 0):
+        raise UserError(f"teacher.path {path}: expected tokenizer files such as tokenizer.json, found none")
+    return vocabulary.tokenizers(facts)
+
+
+def manifests(facts: Facts) -> str:
+    """Every record can be read, has what its use needs, and names clips that exist."""
+    config = facts.config
+    paths = {"data.train": config.data.train, "eval.test": config.eval.test, "eval.retention": config.eval.retention}
+    return "; ".join(_read(facts, key, path) for key, path in paths.items() if path is not None)
+
+
+def _read(facts: Facts, key: str, path: str) -> str:
+    config = facts.config
+    try:
+        prompts, bad = read_manifest(path, None if key == "data.train" else config.eval.limit)
+    except UserError as e:
+        raise UserError(f"{key}: {e}" + ("" if key == "data.train" else f"; to go without it: {key}=")) from e
+    records = len(prompts) + len(bad)
+    if bad:
+        _refuse(config, key, len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")
+    for p in prompts:
+        if key != "data.train" and p.answer is None:
+            raise UserError(f"{key}: {p.place}: an evaluation needs an `answer`, the record lacks one")
+        if key == "data.train" and config.rollout.source == "dataset" and p.response is None:
+            raise UserError(f"{key}: {p.place}: rollout.source dataset needs a `response` in every record")
+        if key == "data.train":
+            _weighed(config, p)
+    if key != "data.train":
+        Scorer(config.eval).check(prompts, key)
+    follows = key == "eval.test" and config.eval.best in ("misalignment", "forgetting")
+    if follows and prompts and all(p.response is None for p in prompts):
+        raise UserError(f"eval.best {config.eval.best}: follows gold responses, and no record of {path} has any")
+    if config.teacher.kind == "routed" and key != "eval.retention":
+        for p in prompts:
+            route_of(config.teacher, p)
+    gone = [(p, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]
+    if gone:
+        fault = f"{gone[0][0].place}: {gone[0][1]}: no such audio file"
+        _refuse(config, key, len(bad) + len({p.place for p, _ in gone}), records, fault)
+    facts.prompts[key], facts.bad[key] = prompts, bad
+    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad"
+
+
+def _weighed(config: Config, p: Prompt) -> None:
+    name = config.data.weight
+    if name and p.numbers.get(name, 0.0) <= 0:
+        there = p.numbers.get(name, p.other.get(name))
+        found = "the record has none" if there is None else f"found {there!r}"
+        raise UserError(f"data.weight: {p.place}: expected a number above 0 by the name {name!r}, {found}")
+
+
+def _refuse(config: Config, key: str, bad: int, of: int, fault: str) -> None:
+    if key != "data.train":
+        raise UserError(f"{key}: {fault}; mend or remove it: every held-out record must be good")
+    check_share(config, bad, of, fault)
+
+
+def clips(facts: Facts) -> str:
+    """A sample of the training records, and all that are held out, decode and fit."""
+    limit = facts.max_model_len
+    if limit is None and starts_student(facts.config):
+        limit = facts.config.rollout.server.max_model_len
+    room = Room(facts.family, facts.config.rollout.max_tokens, limit)
+    if facts.config.data.augment.active:
+        Augmenter(facts.config.data.augment, facts.config.run.seed, facts.family.sampling_rate)  # looks for its noise
+    return "; ".join(_decode(facts, key, room) for key in facts.prompts)
+
+
+def _decode(facts: Facts, key: str, room: Room) -> str:
+    config, prompts, bad = facts.config, facts.prompts[key], facts.bad[key]
+    rate = room.family.sampling_rate
+    size = config.data.check if key == "data.train" and config.data.check else len(prompts)
+    chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
+    found = [f"{b['place']}: {b['reason']}" for b in bad]
+    long, longest, seconds = 0, 0, [0.0]
+    for prompt in chosen:
+        try:
+            waves = {p: audio.load(p, rate, config.data.max_audio_seconds) for p in audio_paths(prompt)}
+            seconds += [len(w) / rate for w in waves.values()]
+            waves = {p: room.filled(w) for p, w in waves.items()}
+            longest = max(longest, room.check(prompt, waves))
+        except types.BadAudio as e:
+            long += isinstance(e, types.TooLong)
+            found.append(f"{prompt.place}: {e}")
+            _refuse(config, key, len(found), len(chosen) + len(bad), f"{prompt.place}: {e}")
+            continue
+        if key == "data.train" and len(facts.heard) < HEARD:
+            facts.heard.append(prompt)
+            facts.clips |= waves
+    room_left = "" if room.max_model_len is None else f" + {room.max_tokens} of {room.max_model_len}"
+    heard = seconds[1:]
+    length = f"clips of {min(heard):.1f} to {max(heard):.1f} s, {np.mean(heard):.1f} on average, " if heard else ""
+    counts = f"{key}: {len(chosen)} of {len(prompts)} decoded, {len(found)} bad, {long} of them too long, "
+    return "\n  bad: ".join([f"{counts}{length}at most {longest} prompt ids{room_left}", *found])

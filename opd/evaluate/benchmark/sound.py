@@ -1,0 +1,88 @@
+"""What lmms-eval's tasks give for sound, as waveforms."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd.prompts.audio import heard
+from opd.types import BadAudio, TooLong
+
+
+def clip(value: Any, rate: int, limit: float, cut: bool) -> tuple[np.ndarray, bool]:
+    """[samples] mono float32 at `rate` Hz as training hears it, and whether it was cut off after `limit` seconds.
+
+    Silence is left alone: a benchmark may hold some. Raises BadAudio for what is no sound, TooLong unless `cut`.
+    """
+    wave, source_rate = decode(value)
+    if not len(wave):
+        raise BadAudio("the clip is empty")
+    if not np.isfinite(wave).all():
+        raise BadAudio("the clip contains NaN or infinite samples")
+    room = int(limit * source_rate)
+    long = len(wave) > room
+    if long and not cut:
+        raise TooLong(f"the clip is {len(wave) / source_rate:.1f} s long, at most {limit:g} s expected")
+    return heard(wave[:room], source_rate, rate), long
+
+
+def seconds(value: Any) -> float:
+    """Length of what `decode` takes; of a file from its header. Raises BadAudio."""
+    import soundfile
+
+    file = _stored(value)
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    elif not isinstance(file, str):
+        wave, rate = decode(value)
+        return len(wave) / rate
+    try:
+        return soundfile.info(file).duration
+    except soundfile.LibsndfileError as e:
+        raise BadAudio("not readable as audio (wav, flac, mp3 or ogg expected)") from e
+
+
+def _stored(value: Any) -> Any:
+    """Bytes or path of a dict that has no array."""
+    if isinstance(value, dict) and value.get("array") is None:
+        return value["bytes"] if value.get("bytes") is not None else value.get("path")
+    return value
+
+
+def decode(value: Any) -> tuple[np.ndarray, int]:
+    """([samples, channels] float32, Hz) of a path, an audio file's bytes, the dicts and decoders of `datasets`.
+
+    An array of two dimensions has its channels in the shorter one. Raises BadAudio.
+    """
+    value = _stored(value)
+    if isinstance(value, dict):
+        return _array(value["array"], value.get("sampling_rate"))
+    if isinstance(value, bytes):
+        return _file(io.BytesIO(value), f"{len(value)} bytes")
+    if isinstance(value, str) and Path(value).is_file():
+        return _file(value, value)
+    if hasattr(value, "get_all_samples"):  # torchcodec's decoder
+        samples = value.get_all_samples()
+        return _array(samples.data, samples.sample_rate)
+    raise BadAudio(f"expected sound: a file, its bytes or an array with its sampling rate; found {str(value)[:80]!r}")
+
+
+def _file(file: Any, name: str) -> tuple[np.ndarray, int]:
+    import soundfile
+
+    try:
+        return soundfile.read(file, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as e:
+        raise BadAudio(f"{name}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
+
+
+def _array(array: Any, rate: Any) -> tuple[np.ndarray, int]:
+    wave = np.asarray(array, dtype=np.float32)
+    if wave.ndim not in (1, 2) or not isinstance(rate, int | float | np.number) or rate <= 0:
+        raise BadAudio(f"expected [samples] or two channels at a sampling rate, found shape {wave.shape} at {rate} Hz")
+    if wave.ndim == 2 and wave.shape[0] < wave.shape[1]:
+        wave = wave.T
+    return wave if wave.ndim == 2 else wave[:, None], int(rate)

@@ -1,0 +1,193 @@
+"""The command `opd compare`: run folders and evaluations side by side. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd.evaluate import page
+from opd.evaluate.bootstrap import RESAMPLES, paired
+from opd.evaluate.records import RECORDS, SETTINGS, differing, read_records, stored
+from opd.evaluate.results import DIVERGENCES, Record, metrics, term
+from opd.report.runs import read_run, section
+from opd.scoring.statistics import Estimate
+from opd.settings import UserError
+from opd.storage.json_lines import write_atomic
+from opd.storage.metrics import EVAL_METRICS
+
+MEASURED = {  # settings of an evaluation that say how it measures, not what; by their names in a recipe
+    "match": "eval.match",
+    "tolerance": "eval.tolerance",
+    "judge": "eval.judge",
+    "max_tokens": "rollout.max_tokens",
+    "max_audio_seconds": "data.max_audio_seconds",
+}
+SAMPLED = " (sampled)"  # divergences of `opd eval`: another definition than a run's own
+
+
+@dataclass
+class Column:
+    """One folder of a comparison."""
+
+    name: str
+    folder: Path
+    metrics: dict[str, Estimate]
+    records: dict[tuple[str, str, str], Record] = field(default_factory=dict)  # of an evaluation, by what is asked
+    measured_on: dict[str, Any] = field(default_factory=dict)  # of a run: which records
+    how: dict[str, Any] = field(default_factory=dict)  # it was measured: settings by their names in MEASURED
+
+
+def main(folders: list[Path], out: Path | None, common: bool, seed: int = 0, unlike: bool = False) -> int:
+    """Print the table, and write it to `out`/compare.html and compare.json where that is given."""
+    content = compare(folders, common, seed, unlike)
+    print(page.compare_text(content))
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / "compare.json", json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n")
+            write_atomic(out / "compare.html", page.compare_page(content))
+        except OSError as e:
+            raise UserError(f"--out {out}: cannot write there ({e.strerror}); name another folder") from e
+        for name in ("compare.json", "compare.html"):
+            print(f"wrote {out / name}")
+    return 0
+
+
+def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bool = False) -> dict[str, Any]:
+    """Columns with their metrics, and the differences of every later evaluation to the first folder, if it is one.
+
+    Raises UserError for a folder that is neither a run nor an evaluation; for evaluations, or runs, that were measured
+    otherwise than the first of them, unless `unlike` notes it; and for evaluations of other records than the first's,
+    unless `common` restricts all to those that they share.
+    """
+    if len({f.resolve() for f in folders}) < max(2, len(folders)):
+        raise UserError("opd compare: expected two or more different folders")
+    columns = [_read(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+    evaluations = [c for c in columns if c.records]
+    runs = [c for c in columns if not c.records]
+    notes = [note for kind in (evaluations, runs) for note in _measured_alike(kind, unlike)]
+    if len(evaluations) > 1:
+        notes += _same_records(evaluations, common)
+    if len({json.dumps(c.measured_on, sort_keys=True, default=str) for c in runs}) > 1:
+        notes.append("The runs were measured on other records than one another: their columns do not compare.")
+    if runs and evaluations:
+        notes.append("Between runs and evaluations no difference is tested: what a run measured is not kept by record.")
+    first = columns[0]
+    differences = {}
+    if first.records:
+        for c in evaluations[1:]:
+            differences[c.name] = _differences(first, c, seed)
+        notes.append(
+            f"Differences to {first.name}: paired bootstrap over questions, {RESAMPLES} resamples, seed {seed}, with "
+            "95 % intervals; p is two-sided and of each difference by itself."
+        )
+    return {
+        "columns": [{"name": c.name, "folder": str(c.folder), "metrics": c.metrics} for c in columns],
+        "names": [n for n in _order() if any(n in c.metrics for c in columns)],
+        "differences": differences,
+        "notes": notes,
+    }
+
+
+def _order() -> list[str]:
+    return [m for n in EVAL_METRICS for m in ((n, n + SAMPLED) if n in DIVERGENCES else (n,))]
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """As many last parts of each path as tell it from the others."""
+    paths = [Path(os.path.abspath(f)).parts for f in folders]
+    depth = next(d for d in range(1, max(map(len, paths)) + 1) if len({p[-d:] for p in paths}) == len(paths))
+    return ["/".join(p[-depth:]).replace("//", "/") for p in paths]
+
+
+def _read(folder: Path, name: str) -> Column:
+    if (folder / RECORDS).is_file():
+        records = read_records(folder)
+        settings = stored(folder)
+        if settings is None:
+            raise UserError(f"{folder}: expected {SETTINGS} of an evaluation beside {RECORDS}, found none")
+        how = {recipe: settings.get(k) for k, recipe in MEASURED.items()} | {"version": settings.get("version")}
+        column = Column(name, folder, {}, {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
+        column.metrics = _measured(column)
+        return column
+    if not (folder / "config.yaml").is_file():
+        there = "nothing" if not folder.exists() else "neither"
+        wanted = f"a run (config.yaml) or a finished evaluation ({RECORDS})"
+        raise UserError(f"{folder}: expected the folder of {wanted}, found {there}")
+    run = read_run(folder, name)
+    if not run.evaluations:
+        raise UserError(f"{folder}: {run.state}; it has no evaluation to compare")
+    last = run.evaluations[-1]
+    found = {n: last[n] for n in EVAL_METRICS if last.get(n)}
+    how = {f"{a}.{b}": section(run.config, a).get(b) for a, b in (k.split(".") for k in MEASURED.values())}
+    return Column(name, folder, found, measured_on=run.records, how=how)
+
+
+def _measured(column: Column) -> dict[str, Estimate]:
+    found = metrics(list(column.records.values()))
+    return {n + SAMPLED if n in DIVERGENCES else n: e for n, e in found.items()}
+
+
+def _measured_alike(columns: list[Column], unlike: bool) -> list[str]:
+    """Refuse columns that were measured otherwise than the first; when `unlike`, notes that say in what."""
+    notes = []
+    for c in columns[1:]:
+        if other := differing(columns[0].how, c.how):
+            told = "; ".join(f"{k} {old} and {new}" for k, (old, new) in other.items())
+            if not unlike:
+                raise UserError(
+                    f"{columns[0].folder} and {c.folder} were measured under other settings: {told}; measure both "
+                    "alike, or take --unlike, which compares them all the same"
+                )
+            notes.append(f"{columns[0].name} and {c.name} were measured under other settings: {told}.")
+    return notes
+
+
+def _same_records(evaluations: list[Column], common: bool) -> list[str]:
+    """Restrict evaluations to what they share, when `common`; refuse where they differ, when not."""
+    first = evaluations[0]
+    shared = set.intersection(*(set(c.records) for c in evaluations))
+    for c in evaluations:
+        if set(c.records) != set(first.records) and not common:
+            raise UserError(
+                f"{c.folder}: {len(c.records)} records, {len(first.records)} in {first.folder}, of which "
+                f"{len(set(c.records) & set(first.records))} are the same; evaluate the same manifest, or take "
+                "--common, which restricts all to what they share"
+            )
+    if not shared:
+        raise UserError(f"{first.folder}: shares no record with all others: there is nothing to compare")
+    if all(len(shared) == len(c.records) for c in evaluations):
+        return []
+    told = ", ".join(f"{c.name} of {len(c.records)}" for c in evaluations)
+    for c in evaluations:
+        c.records = {k: r for k, r in c.records.items() if k in shared}
+        c.metrics = _measured(c)
+    return [f"Restricted to the {len(shared)} records that the evaluations share: {told}."]
+
+
+def _differences(first: Column, other: Column, seed: int) -> dict[str, Any]:
+    out = {}
+    for name in EVAL_METRICS:
+        pairs = [
+            (a, b, r["question"])
+            for key, r in first.records.items()
+            if (a := term(name, r)) is not None and (b := term(name, other.records[key])) is not None
+        ]
+        if not pairs:
+            continue
+        ours, theirs, asked = [a for a, _, _ in pairs], [b for _, b, _ in pairs], [q for _, _, q in pairs]
+        if found := paired(name, ours, theirs, asked, seed):
+            out[name + SAMPLED if name in DIVERGENCES else name] = found
+    return out
+
+
+def _plain(node: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(node, dict):
+        return {k: _plain(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_plain(v) for v in node]
+    return None if isinstance(node, float) and node != node else node

@@ -1,0 +1,202 @@
+"""The process that measures: asks the servers, grades, and keeps every record as soon as it is measured.
+
+It loads tokenizers and the processor, no model. Shape legend in opd/types.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd import types
+from opd.config.schema import Config
+from opd.doctor import preflight
+from opd.doctor.checks import Facts
+from opd.evaluate.records import Item, eval_config, read_items
+from opd.models.base import Family
+from opd.models.context_limit import Room
+from opd.prompts import audio
+from opd.rollout.sampler import VllmSampler
+from opd.rollout.sources import decode
+from opd.scoring.scorer import Scorer
+from opd.settings import UserError
+from opd.storage.journal import Journal
+from opd.storage.metrics import MetricsLog
+from opd.teachers.server import ServerTeacher
+from opd.types import VIEWS, Prompt, Rollout, View, audio_paths
+
+CHUNK = 32  # records whose clips are in memory at a time, and that an interruption costs
+
+
+class Gap:
+    """Measures records on the student's live servers, and the teacher's where there is one."""
+
+    def __init__(self, config: Config, family: Family, room: Room) -> None:
+        self.config, self.family, self.room = config, family, room
+        self.sampler = VllmSampler(config, family, config.rollout.urls)
+        has_teacher = config.teacher.kind == "server"
+        self.teacher = ServerTeacher(config, family, torch.device("cpu")) if has_teacher else None
+        self.scorer = Scorer(config.eval)
+        self.max_tokens = config.rollout.max_tokens
+
+    def measure(self, items: list[Item]) -> list[dict[str, Any]]:
+        """Of each record: answers by view, and for those that ask for it the divergences; `seconds` of its clips."""
+        clips = {path: self._load(i.prompt, path) for i in items for path in audio_paths(i.prompt)}
+        rate = self.family.sampling_rate
+        out: list[dict[str, Any]] = [
+            {"seconds": sum(len(clips[p]) for p in audio_paths(i.prompt)) / rate, "views": {}} for i in items
+        ]
+        clips = {path: self.room.filled(clip) for path, clip in clips.items()}
+        tests = [i for i, item in enumerate(items) if item.part == "test"]
+        asked: dict[View, list[int]] = {"speech": list(range(len(items))), "text": tests}
+        for view in VIEWS:
+            jobs = [(items[i].prompt, view, f"eval/{items[i].prompt.id}") for i in asked[view]]
+            replies = self.sampler.sample(jobs, clips, 1, 0.0, check=False)
+            self._answered(out, asked[view], view, [(r.prompt, r.token_ids, r.truncated) for r in replies])
+        if self.teacher is not None and tests:
+            prompts = [items[i].prompt for i in tests]
+            written = self.teacher.respond(prompts, self.max_tokens)
+            self._answered(out, tests, "teacher", [(p, *r) for p, r in zip(prompts, written, strict=True)])
+        deep = [i for i, item in enumerate(items) if item.divergences]
+        for i, found in zip(deep, self._divergences([items[i].prompt for i in deep], clips), strict=True):
+            out[i] |= found
+        return out
+
+    def _load(self, prompt: Prompt, path: str) -> np.ndarray:
+        try:
+            return audio.load(path, self.family.sampling_rate, self.config.data.max_audio_seconds)
+        except types.BadAudio as e:
+            raise UserError(f"{prompt.place}: a held-out record is bad: {e}; mend or remove it") from e
+
+    def _answered(
+        self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[tuple[Prompt, tuple[int, ...], bool]]
+    ) -> None:
+        texts = [decode(self.family, ids) for _, ids, _ in replies]
+        graded = self.scorer.grade([(p, text, cut) for (p, _, cut), text in zip(replies, texts, strict=True)])
+        for i, (_, ids, cut), text, grade in zip(at, replies, texts, graded, strict=True):
+            found = {"text": text, "right": grade.score, "tokens": len(ids), "truncated": cut}
+            out[i]["views"][view] = found | ({"parts": grade.parts} if grade.parts else {})
+
+    def _divergences(self, prompts: list[Prompt], clips: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Nats and tokens of each record's divergences, each on one response sampled at temperature 1:
+
+        misalignment  log p_student(y | text) - log p_student(y | speech)    y from the student reading
+        forgetting    log p_teacher(y | text) - log p_student(y | text)      y from the teacher
+        reverse_kl/x  log p_student(y | x) - log p_teacher(y | text)         y from the student in the view x
+
+        None where the server does not read a response's own ids after audio.
+        """
+        if not prompts:
+            return []
+        own = {v: self._sampled(prompts, v, clips) for v in VIEWS}
+        heard = [_as(r, "speech") for r in own["text"]]
+        read = self.sampler.score([_cut(r, self.max_tokens) for r in own["text"]], clips)
+        spoken = self.sampler.score([_cut(r, self.max_tokens) for r in heard], clips)
+        found = [{"misalignment": _difference(a, b)} for a, b in zip(read, spoken, strict=True)]
+        if self.teacher is None:
+            return found
+        seeds = [zlib.crc32(f"{self.config.run.seed}/teacher/{p.id}".encode()) & 0x7FFFFFF for p in prompts]
+        replies = self.teacher.sample(prompts, self.max_tokens, seeds)
+        theirs = [
+            _cut(Rollout(p, "text", ids, None, -1, cut), self.max_tokens)
+            for p, (ids, cut) in zip(prompts, replies, strict=True)
+        ]
+        wrote = [s.teacher_logprobs for s in self.teacher.score(theirs)]
+        for one, a, b in zip(found, wrote, self.sampler.score(theirs, clips), strict=True):
+            one["forgetting"] = _difference(a, b)
+        for view in VIEWS:
+            rollouts = [_cut(r, self.max_tokens) for r in own[view]]
+            graded = [s.teacher_logprobs for s in self.teacher.score(rollouts)]
+            for one, r, b in zip(found, rollouts, graded, strict=True):
+                one[f"reverse_kl/{view}"] = _difference(r.logprobs, b)
+        return found
+
+    def _sampled(self, prompts: list[Prompt], view: View, clips: dict[str, np.ndarray]) -> list[Rollout]:
+        jobs = [(p, view, f"divergence/{p.id}") for p in prompts]
+        return self.sampler.sample(jobs, clips, 1, 1.0, check=False)
+
+
+def _as(r: Rollout, view: View) -> Rollout:
+    return Rollout(r.prompt, view, r.token_ids, None, r.version, r.truncated)
+
+
+def _cut(r: Rollout, limit: int) -> Rollout:
+    """A response that leaves room for the one token that a server must write when it scores."""
+    if len(r.token_ids) < limit or limit == 1:
+        return r
+    logprobs = None if r.logprobs is None else r.logprobs[: limit - 1]
+    return Rollout(r.prompt, r.view, r.token_ids[: limit - 1], logprobs, r.version, True, r.seed)
+
+
+def _difference(a: np.ndarray | None, b: np.ndarray | None) -> dict[str, float] | None:
+    """Nats and tokens of log-probs [T] of the same tokens."""
+    if a is None or b is None:
+        return None
+    return {"nats": float(np.sum(a.astype(np.float64) - b)), "tokens": len(a)}
+
+
+def run(config: Config, log: MetricsLog) -> None:
+    """Measure what is not measured yet. Raises UserError and ServerError; what is done by then is kept."""
+    log.status("loading", "", 0, 1)
+    items = read_items(config)
+    facts = Facts(config)
+    preflight.student(facts)
+    if config.teacher.kind == "server":
+        preflight.teacher(facts)
+        preflight.tokenizers(facts)
+    preflight.servers(facts)
+    for part in ("test", "retention"):
+        if some := [i.prompt for i in items if i.part == part]:
+            facts.prompts[f"eval.{part}"], facts.bad[f"eval.{part}"] = some, []
+    print(preflight.clips(facts), flush=True)
+    limit = facts.max_model_len or config.rollout.server.max_model_len
+    gap = Gap(config, facts.family, Room(facts.family, config.rollout.max_tokens, limit))
+    folder = Path(config.run.dir)
+    journal = Journal(folder / "measured", 0)
+    try:
+        todo = [i for i in items if i.key not in journal]
+        done, began = len(items) - len(todo), time.monotonic()
+        for start in range(0, len(todo), CHUNK):
+            left = (len(todo) - start) * (time.monotonic() - began) / start if start else None
+            eta = f", ETA {int(left) // 60}:{int(left) % 60:02d}" if left is not None else ""
+            log.status("evaluating", f"{done + start} of {len(items)} records{eta}", 0, 1)
+            chunk = todo[start : start + CHUNK]
+            for item, measured in zip(chunk, gap.measure(chunk), strict=True):
+                journal.add(item.key, {"record": measured})
+    except OSError as e:
+        raise UserError(f"{folder}: {e.strerror or e}; what is measured is kept, the same command goes on") from e
+    finally:
+        journal.close()
+    log.status("finished", f"{len(items)} records", 1, 1)
+
+
+def main(argv: list[str]) -> int:
+    """The process's entry: how it ended is in status.json of the folder."""
+    parser = argparse.ArgumentParser(prog="opd.evaluate.worker")
+    parser.add_argument("recipe")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--no-teacher", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args(argv)
+    log = MetricsLog(args.out, [], "", "eval")
+    try:
+        run(eval_config(args.recipe, args.overrides, args.out, not args.no_teacher), log)
+    except UserError as e:
+        log.failed(0, 1, str(e), True)
+        print(f"opd: error: {e}", file=sys.stderr)
+        return 2
+    except Exception as e:
+        log.failed(0, 1, f"{type(e).__name__}: {e}"[:600], False)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

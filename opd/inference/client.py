@@ -1,0 +1,239 @@
+"""HTTP to vLLM servers: one client per server, deliberate retries, errors that name the server."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+import numpy as np
+
+from opd.settings import UserError
+
+RETRIES = 2  # of a request that never reached the server
+TLS = ssl.create_default_context()  # made once: it reads every root certificate, 40 ms
+
+
+ASK_S = 20.0  # for a server to say what it holds
+
+
+class ServerError(RuntimeError):
+    """A server failed or answered nonsense in mid-run; the message names its URL and the request."""
+
+
+class Server:
+    """One vLLM server. Blocking calls for control, an async one for many requests at a time."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        # A kept connection that the server closes while the learner works would fail the next request.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits, trust_env=False, verify=TLS)
+
+    def get(self, path: str) -> Any:
+        """GET `path`; parsed JSON."""
+        return self._checked(self._retry("GET", path), path)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """POST `body` to `path`; parsed JSON, None for an empty answer."""
+        return self._checked(self._retry("POST", path, json=body), path)
+
+    def model(self) -> tuple[str, int]:
+        """Path or hub id of the model that the server holds, and how many ids it takes.
+
+        Raises UserError when it cannot be reached.
+        """
+        try:
+            answer = self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s))
+            found = self._checked(answer, "/v1/models")["data"][0]
+            return found["root"], found["max_model_len"]
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            raise UserError(
+                f"{self.url}: no vLLM server answers there ({type(e).__name__}); start it, mend the URL in the recipe, "
+                "or leave the list empty and let `opd launch` start one"
+            ) from e
+        except (ServerError, KeyError, IndexError, TypeError) as e:
+            raise UserError(f"{self.url}: answers, but not as a vLLM server does: /v1/models names no model") from e
+
+    def _retry(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        for attempt in range(RETRIES + 1):
+            try:
+                return self._client.request(method, path, **kwargs)
+            except httpx.ConnectError as e:
+                if attempt == RETRIES:
+                    raise ServerError(f"{self.url}{path}: the server is gone ({e})") from e
+                time.sleep(0.5 * 2**attempt)
+            except httpx.HTTPError as e:
+                raise ServerError(f"{self.url}{path}: {type(e).__name__} after up to {self.timeout_s:g} s") from e
+        raise AssertionError("unreachable")
+
+    def _checked(self, response: httpx.Response, path: str) -> Any:
+        return parse(response, self.url + path)
+
+
+def healthy(url: str) -> bool:
+    """Whether a vLLM server is up and ready at `url`."""
+    try:
+        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def check_model(server: Server, key: str, path: str, wanted: str) -> int:
+    """How many ids a server takes, once it is clear that it holds the model at `path`.
+
+    Raises UserError, naming the setting `key` and the model `wanted` by the recipe, when it holds another.
+    """
+    try:
+        root, max_model_len = server.model()
+    except UserError as e:
+        raise UserError(f"{key}: {e}") from e
+    if root != path and Path(root).resolve() != Path(path).resolve():
+        raise UserError(f"{key}: {server.url} serves {root}, the recipe names {wanted}; start it with that model")
+    return max_model_len
+
+
+def parse(response: httpx.Response, where: str) -> Any:
+    """JSON of a successful answer (None when empty); ServerError names `where` otherwise."""
+    if response.status_code >= 400:
+        raise ServerError(f"{where}: HTTP {response.status_code}: {response.text[:400]}")
+    if not response.content:
+        return None
+    try:
+        return response.json()
+    except ValueError as e:
+        raise ServerError(f"{where}: expected JSON, found {response.text[:80]!r}") from e
+
+
+class Request(NamedTuple):
+    """One of many POST requests that any of several servers may answer."""
+
+    path: str
+    body: dict[str, Any]
+    tokens: int  # that it may keep a server busy with: of its prompt and of all its answers
+
+
+class Answer(NamedTuple):
+    """What came back, and from which server."""
+
+    url: str
+    content: Any
+
+
+class Load:
+    """Outstanding tokens of each of `count` servers. Equals take turns, beginning with number `first`."""
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.tokens, self._turn = [0] * count, first
+
+    def take(self, tokens: int) -> int:
+        """The server with the fewest outstanding tokens, which then has these too."""
+        count = len(self.tokens)
+        chosen = min(((self._turn + k) % count for k in range(count)), key=self.tokens.__getitem__)
+        self._turn = chosen + 1
+        self.tokens[chosen] += tokens
+        return chosen
+
+    def give_back(self, server: int, tokens: int) -> None:
+        """These tokens are outstanding no more."""
+        self.tokens[server] -= tokens
+
+
+def post_all(
+    urls: Sequence[str], requests: Sequence[Request], concurrency: int, timeout_s: float, first: int = 0
+) -> list[Answer]:
+    """POST requests to servers of one kind, at most `concurrency` in flight; answers in the order of the requests.
+
+    Each goes, when its turn comes, to the server with the fewest outstanding tokens; of equals `first` begins. The
+    first failure cancels the rest and travels as ServerError.
+    """
+    return asyncio.run(_post_all(urls, requests, concurrency, timeout_s, first))
+
+
+async def _post_all(
+    urls: Sequence[str], requests: Sequence[Request], concurrency: int, timeout_s: float, first: int
+) -> list[Answer]:
+    gate, load = asyncio.Semaphore(concurrency), Load(len(urls), first)
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    async with httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=TLS) as client:
+
+        async def one(request: Request) -> Answer:
+            async with gate:
+                server = load.take(request.tokens)
+                try:
+                    return Answer(urls[server], await reach(urls[server].rstrip("/") + request.path, request.body))
+                finally:
+                    load.give_back(server, request.tokens)
+
+        async def reach(where: str, body: dict[str, Any]) -> Any:
+            for attempt in range(RETRIES + 1):
+                try:
+                    return parse(await client.post(where, json=body), where)
+                except httpx.ConnectError as e:
+                    if attempt == RETRIES:
+                        raise ServerError(f"{where}: the server is gone ({e})") from e
+                except httpx.HTTPError as e:
+                    raise ServerError(f"{where}: {type(e).__name__} after up to {timeout_s:g} s") from e
+                await asyncio.sleep(0.5 * 2**attempt)
+            raise AssertionError("unreachable")
+
+        calls: list[Awaitable[Answer]] = [asyncio.ensure_future(one(r)) for r in requests]
+        try:
+            return list(await asyncio.gather(*calls))
+        finally:
+            for c in calls:
+                c.cancel()  # type: ignore[attr-defined]
+
+
+T = TypeVar("T")
+
+
+def together(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Results of blocking calls that are made at once, each in a thread; in their order.
+
+    The first failure travels at once and the other calls are left to themselves: the peers of a collective that has
+    lost a member may never return.
+    """
+    if len(calls) == 1:
+        return [calls[0]()]
+    ended: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run(i: int) -> None:
+        try:
+            ended.put((i, calls[i](), None))
+        except BaseException as e:  # noqa: BLE001 - raised again below
+            ended.put((i, None, e))
+
+    for i in range(len(calls)):
+        threading.Thread(target=run, args=(i,), daemon=True).start()
+    results: dict[int, Any] = {}
+    while len(results) < len(calls):
+        i, result, error = ended.get()
+        if error is not None:
+            raise error
+        results[i] = result
+    return [results[i] for i in range(len(calls))]
+
+
+def on_each(servers: Sequence[Server], action: Callable[[Server], T]) -> list[T]:
+    """What `action` gives for each server, all at once."""
+    return together([partial(action, server) for server in servers])
+
+
+BAN = -100.0  # the strongest logit bias that the API allows
+
+
+def given(entries: list[dict[str, Any] | None] | None, ids: list[int], last: int, who: str) -> np.ndarray:
+    """[T] log-probs of the `last` T of a prompt's ids, from a server's prompt log-probs. Raises ServerError."""
+    if len(entries or []) != len(ids):
+        raise ServerError(f"{who}: expected {len(ids)} prompt log-probs, found {len(entries or [])}")
+    assert entries is not None
+    told = zip(entries[len(entries) - last :], ids[len(ids) - last :], strict=True)
+    return np.array([(e or {})[str(y)]["logprob"] for e, y in told], np.float32)

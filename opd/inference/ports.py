@@ -1,0 +1,35 @@
+"""Free ports of this machine, each given to one process only."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+from opd.settings import UserError
+
+LOOPBACK = "127.0.0.1"
+
+
+# Below the range from which Linux takes the ports of outgoing connections: a server binds its port seconds after it
+# was chosen, and none of those may have it by then.
+PORTS = range(20000, 32768)
+_held: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A port that nobody listens on and that no other `opd` process of this machine has been given.
+
+    It is this process's until it ends: an abstract Unix socket of that name says so to the others.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0opd-port-{port}")
+            with socket.socket() as s:
+                s.bind((LOOPBACK, port))
+        except OSError:
+            claim.close()
+            continue
+        _held.append(claim)
+        return port
+    raise UserError(f"no free port on {LOOPBACK} from {PORTS.start} to {PORTS.stop - 1}")

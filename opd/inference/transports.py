@@ -1,0 +1,237 @@
+"""How new weights travel to vLLM servers: files, NCCL between devices, or CUDA IPC on a shared one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import accumulate
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from opd.config.schema import RolloutConfig
+from opd.inference.client import Server, on_each, together
+from opd.inference.ports import free_port
+from opd.inference.transfer_folder import TRANSFER_PREFIX, sweep
+from opd.settings import UserError
+
+FILE_BYTES = 1 << 30
+NCCL_BYTES = 1 << 30
+IPC_BYTES = 1 << 28  # of the one device that learner and server share
+Named = tuple[str, Tensor]  # under the name that vLLM's loader knows
+
+
+class WeightTransport(Protocol):
+    """Seam: carries tensors to every server, inside vLLM's start / update / finish protocol."""
+
+    device: torch.device  # where it wants the tensors
+
+    def connect(self, servers: list[Server]) -> None:
+        """Make every server ready to receive; again when one of them was restarted."""
+        ...
+
+    def send(self, tensors: Iterable[Named], servers: list[Server], version: int) -> None:
+        """Load tensors into every server and name the result `version`. Holds few of them at a time.
+
+        Raises ServerError, naming the server, as soon as one fails.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+def chunks(tensors: Iterable[Named], limit: int) -> Iterator[list[Named]]:
+    """Tensors in lists; each ends with the tensor that brings it to `limit` bytes or more."""
+    chunk: list[Named] = []
+    size = 0
+    for name, tensor in tensors:
+        chunk.append((name, tensor.contiguous()))
+        size += tensor.nbytes
+        if size >= limit:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class FileTransport:
+    """Chunks of safetensors in a folder that learner and servers share (/dev/shm on one machine)."""
+
+    def __init__(self, config: RolloutConfig) -> None:
+        self.device = torch.device("cpu")
+        sweep(config.transfer_dir)
+        self.folder = tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=config.transfer_dir)
+        self._count = 0
+
+    def connect(self, servers: list[Server]) -> None:
+        body = {"init_info": {"folder": self.folder}}
+        on_each(servers, lambda server: server.post("/init_weight_transfer_engine", body))
+
+    def send(self, tensors: Iterable[Named], servers: list[Server], version: int) -> None:
+        # every chunk is on disk before the first server starts: an update that fails half-way kills the engine
+        names = [self._write(chunk) for chunk in chunks(tensors, FILE_BYTES)]
+
+        def update(server: Server) -> None:
+            server.post("/start_weight_update")
+            for name in names:
+                server.post("/update_weights", {"update_info": {"name": name}})
+            server.post("/finish_weight_update", {"weight_version": str(version)})
+
+        on_each(servers, update)
+        for name in names:
+            os.remove(os.path.join(self.folder, name))
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, chunk: list[Named]) -> str:
+        from safetensors.torch import save_file
+
+        name = f"{self._count:06d}.safetensors"  # never used twice: a server may cache by name
+        save_file(dict(chunk), os.path.join(self.folder, name))
+        self._count += 1
+        return name
+
+
+class _Streaming(ABC):
+    """Chunks go straight from rank 0's device, each with one update request that says what it holds.
+
+    So no names or shapes are needed before the weights are gathered, and one chunk at a time is whole.
+    """
+
+    limit: int
+
+    def __init__(self, config: RolloutConfig) -> None:
+        if not torch.cuda.is_available():
+            raise UserError(f"rollout.transport {config.transport}: the learner has no GPU; take file")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def send(self, tensors: Iterable[Named], servers: list[Server], version: int) -> None:
+        on_each(servers, lambda server: server.post("/start_weight_update"))
+        for chunk in chunks(tensors, self.limit):
+            about = {
+                "names": [name for name, _ in chunk],
+                "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in chunk],
+                "shapes": [list(tensor.shape) for _, tensor in chunk],
+            }
+            self._update(chunk, about, servers)
+        body = {"weight_version": str(version)}
+        on_each(servers, lambda server: server.post("/finish_weight_update", body))
+
+    @abstractmethod
+    def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:
+        """Bring one chunk to every server."""
+
+
+class NcclTransport(_Streaming):
+    """vLLM's packed NCCL broadcast: rank 0 of the learner and all workers of all servers are one group."""
+
+    limit = NCCL_BYTES
+    group: Any = None
+
+    def connect(self, servers: list[Server]) -> None:
+        self._leave(servers)
+        sizes = on_each(servers, lambda server: int(server.get("/get_world_size")["world_size"]))
+        *offsets, world = accumulate(sizes, initial=1)  # the learner is rank 0 of the group
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        _check_reachable(address, servers)
+        info = {"master_address": address, "master_port": free_port(), "world_size": world}
+        info |= {"packed": True, "packed_buffer_size_bytes": self.limit, "packed_num_buffers": 2}
+        # each joins by a blocking call that ends when all have come
+        joins: list[Callable[[], Any]] = [partial(join_group, info, self.device)]
+        for server, offset in zip(servers, offsets, strict=True):
+            body = {"init_info": info | {"rank_offset": offset}}
+            joins.append(partial(server.post, "/init_weight_transfer_engine", body))
+        self.group = together(joins)[0]
+
+    def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:
+        calls: list[Callable[[], Any]] = [partial(broadcast, self.group, chunk, self.device, self.limit)]
+        calls += [partial(server.post, "/update_weights", {"update_info": about}) for server in servers]
+        together(calls)
+
+    def _leave(self, servers: list[Server]) -> None:
+        if self.group is None:
+            return
+        on_each(servers, lambda server: server.post("/shutdown_weight_transfer_engine"))
+        self.group.destroy()
+        self.group = None
+
+    def close(self) -> None:
+        if self.group is not None:
+            self.group.destroy()
+
+
+def join_group(info: dict[str, Any], device: torch.device) -> Any:
+    """Rank 0 of the NCCL group that `info` describes to vLLM. Blocks until all ranks have joined."""
+    from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+    torch.cuda.set_device(device)  # of this thread
+    return trainer_init(info)
+
+
+def broadcast(group: Any, chunk: list[Named], device: torch.device, buffer_bytes: int) -> None:
+    """Send a chunk to the other ranks of the group. Returns when it has left the device."""
+    from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+    torch.cuda.set_device(device)  # of this thread
+    torch.cuda.synchronize()  # vLLM packs on streams of its own, which do not wait for ours
+    packed_nccl_broadcast_producer(iter(chunk), group, 0, lambda item: item[1], buffer_bytes, 2)
+
+
+def _check_reachable(address: str, servers: list[Server]) -> None:
+    local = ("127.", "localhost", "::1")
+    away = next((s.url for s in servers if not (urlsplit(s.url).hostname or "").startswith(local)), None)
+    if away is not None and address.startswith(local):
+        raise UserError(
+            f"rollout.transport nccl: {away} cannot reach the learner at MASTER_ADDR={address}; start it with the "
+            "address that its host has there (--main_process_ip, launch.hosts), or take file"
+        )
+
+
+class IpcTransport(_Streaming):
+    """CUDA IPC: one server maps the memory of the learner rank whose GPU it shares. Handles travel as plain JSON."""
+
+    limit = IPC_BYTES
+
+    def connect(self, servers: list[Server]) -> None:
+        workers = sum(on_each(servers, lambda server: int(server.get("/get_world_size")["world_size"])))
+        if workers > 1:
+            raise UserError(
+                f"rollout.transport ipc: expected one server on the learner's GPU, found {len(servers)} with "
+                f"{workers} GPUs together; take nccl or file"
+            )
+        servers[0].post("/init_weight_transfer_engine", {"init_info": {"packed": True}})
+
+    def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:
+        flat = torch.cat([tensor.view(-1).view(torch.uint8) for _, tensor in chunk])
+        about |= {"tensor_sizes": [tensor.nbytes for _, tensor in chunk], "ipc_handles": export(flat)}
+        servers[0].post("/update_weights", {"update_info": about})  # returns when the server has made its copy
+
+    def close(self) -> None:
+        torch.cuda.ipc_collect()
+
+
+def export(flat: Tensor) -> dict[str, Any]:
+    """{UUID of its GPU: handle} by which another process maps a tensor; the tensor must live until it has."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    from opd.inference.ipc_handle import encode
+
+    torch.cuda.synchronize(flat.device)
+    uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
+    return {uuid: encode(reduce_tensor(flat)[1])}
+
+
+TRANSPORTS: dict[str, Callable[[RolloutConfig], WeightTransport]] = {
+    "file": FileTransport,
+    "nccl": NcclTransport,
+    "ipc": IpcTransport,
+}

@@ -1,0 +1,120 @@
+"""Which speech LLM families there are, and what a launcher has to know of them. Imports no torch.
+
+A new family is one file in opd/models/ and one entry here: docs/families.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd.settings import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One family: its class, and how vLLM serves it."""
+
+    name: str
+    family: str  # module:class
+    model_types: tuple[str, ...]  # of config.json
+    teacher: str  # the text LLM whose tokenizer it has
+    modalities: tuple[str, ...] = ("audio",)  # that vLLM would take; all but audio are switched off
+    server: tuple[str, ...] = ()  # further vLLM flags
+    clips: int = 8  # at most, in one prompt
+    shortest_s: float = 0.0  # shorter clips are filled up with silence: the tower pads them by what is beside them
+    tail_s: float = 0.0  # silence behind every clip: what its last frames hear else depends on what is beside it
+
+
+FAMILIES = {
+    entry.name: entry
+    for entry in (
+        Entry("qwen2_audio", "opd.models.qwen2_audio:Qwen2Audio", ("qwen2_audio",), "Qwen/Qwen2-7B-Instruct"),
+        Entry(
+            "qwen2_5_omni",
+            "opd.models.omni:Qwen25Omni",
+            ("qwen2_5_omni", "qwen2_5_omni_thinker"),
+            "Qwen/Qwen2.5-7B-Instruct",
+            ("audio", "image", "video"),
+        ),
+        Entry(
+            "qwen3_omni_moe",
+            "opd.models.omni:Qwen3OmniMoe",
+            ("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+            "Qwen/Qwen3-30B-A3B-Instruct-2507",
+            ("audio", "image", "video"),
+            shortest_s=1.0,
+            tail_s=0.02,
+        ),
+        Entry(
+            "voxtral",
+            "opd.models.voxtral:Voxtral",
+            ("voxtral",),
+            "mistralai/Ministral-8B-Instruct-2410",
+            server=("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral"),
+            clips=5,
+        ),
+        Entry(
+            "audioflamingo3",
+            "opd.models.whisper:AudioFlamingo3",
+            ("audioflamingo3",),
+            "Qwen/Qwen2.5-7B-Instruct",
+            clips=1,
+        ),
+        Entry("glmasr", "opd.models.whisper:GlmAsr", ("glmasr",), "zai-org/GLM-Edge-1.5B-Chat", clips=1),
+        Entry(
+            "granite_speech",
+            "opd.models.granite_speech:GraniteSpeech",
+            ("granite_speech",),
+            "ibm-granite/granite-3.3-2b-instruct",
+            clips=1,
+        ),
+        Entry(
+            "qwen3_asr",
+            "opd.models.qwen3_asr:Qwen3Asr",
+            ("qwen3_asr",),
+            "Qwen/Qwen3-1.7B",
+            shortest_s=1.0,
+            tail_s=0.02,
+        ),
+    )
+}
+
+
+def family_entry(path: str, name: str | None = None) -> Entry:
+    """The entry of a checkpoint (folder or hub id), by its name, else by the `model_type` of its config.json.
+
+    Raises UserError when there is no readable config, its model_type is not one of ours, or not that of `name`.
+    """
+    if name is not None:
+        if name not in FAMILIES:
+            raise UserError(f"student.family {name}: not known; known: {', '.join(FAMILIES)}")
+        found = _config(path).get("model_type") if Path(path, "config.json").is_file() else None
+        if found is not None and found not in FAMILIES[name].model_types:
+            raise UserError(f"student.family {name}: {path} is of model_type {found!r}; leave it out: student.family=")
+        return FAMILIES[name]
+    found = _config(path).get("model_type")
+    for entry in FAMILIES.values():
+        if found in entry.model_types:
+            return entry
+    known = ", ".join(sorted(t for e in FAMILIES.values() for t in e.model_types))
+    raise UserError(f"student.path {path}: model_type {found!r} is not supported; supported: {known}")
+
+
+def _config(path: str) -> dict[str, object]:
+    file = Path(path, "config.json")
+    try:
+        if not file.is_file():
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(path, "config.json"))
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"student.path {path}: no loadable config ({reason}); name its family: student.family=..."
+        ) from e
+    if not isinstance(config, dict):
+        raise UserError(f"student.path {path}: no loadable config: {file} holds no object")
+    return config

@@ -1,0 +1,372 @@
+"""Where things go: whether a recipe's placement fits its GPUs, by formula from configs alone. Imports no torch.
+
+The formulas are in learner_memory.py and server_memory.py, the estimate of time in step_time.py. page.py prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from opd.config.load import load_config, resolve_model
+from opd.config.needs import needs_teacher, starts_student, starts_teacher
+from opd.config.placement import Placement, Servers, placement_of
+from opd.config.schema import Config
+from opd.plan.learner_memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
+from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, alike, server_memory
+from opd.plan.shapes import ModelShape, student_shape, teacher_shape
+from opd.plan.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
+from opd.settings import UserError, read_yaml
+
+FRAGMENTS = 0.05  # of a learner's peak, lost between the allocator's blocks: assumed
+PROCESS = GIB  # a Python process with torch, on the host: assumed
+TEXT_TOKENS = 64  # of a prompt, beside its audio: assumed
+CLIP_SECONDS = 10.0  # of a usual clip: assumed
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to place on. None: as many GPUs and nodes as the placement names."""
+
+    gpus: int | None = None  # of a node
+    nodes: int | None = None
+    memory: float = 80.0  # GiB of a GPU
+    host: float | None = None  # GiB of a node's own memory; None: not judged, but on a CPU this machine's
+    speeds: Speeds = field(default_factory=Speeds)
+    text_tokens: int = TEXT_TOKENS
+    clip_seconds: float = CLIP_SECONDS
+    response_tokens: int | None = None  # None: half of rollout.max_tokens
+
+    @property
+    def bytes(self) -> int:
+        """Of a GPU."""
+        return round(self.memory * GIB)
+
+
+@dataclass
+class Use:
+    """What is on one device (or, with device None, in a node's own memory), at each moment that is judged."""
+
+    node: int
+    device: int | None
+    capacity: int | None  # bytes; None: not judged
+    moments: dict[str, Bytes] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def needs(self) -> int:
+        """Bytes in the worst moment."""
+        return sum(self.moments[self.worst].values()) if self.moments else 0
+
+    @property
+    def short(self) -> int:
+        """Bytes too many; 0 where it fits."""
+        return 0 if self.capacity is None else max(0, self.needs - self.capacity)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by phase: an estimate."""
+
+    rollout: float
+    teacher: float
+    learner: float
+    sync: float
+    at_once: int  # sequences that a rollout server decodes at a time
+
+    @property
+    def step(self) -> float:
+        """Seconds, all phases one after another."""
+        return self.rollout + self.teacher + self.learner + self.sync
+
+
+@dataclass
+class Plan:
+    """A recipe on a placement: bytes by role, what does not fit, bytes of a push, seconds of a step."""
+
+    config: Config
+    placement: Placement
+    machine: Machine
+    student: ModelShape
+    teacher: ModelShape | None  # None: nothing in the run asks one
+    longest: Lengths
+    typical: Lengths
+    zero: Zero
+    learner: LearnerMemory
+    servers: dict[ServerMemory, list[Servers]]  # groups of a kind that are alike share one figure; empty on a CPU
+    uses: list[Use]
+    hosts: list[Use]
+    push: int  # bytes; 0 where nothing is pushed
+    push_s: float
+    time: StepTime | None  # None on a CPU
+    shortfalls: list[str]  # one line for each thing that does not fit
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything has its place."""
+        return not self.shortfalls
+
+    @property
+    def learner_peak_bytes(self) -> int:
+        """Bytes of tensors on a learner rank's device at its worst, as torch.cuda.max_memory_allocated counts."""
+        return self.learner.peak
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that hold something."""
+        return len(self.uses)
+
+
+def load(recipe: str, overrides: list[str]) -> Config:
+    """A recipe as `load_config` reads it; a student that an earlier run is still to make has the shape of that run's.
+
+    The earlier run is of a recipe in the same folder, whose run.dir is this one's student.path.
+    """
+    config = load_config(recipe, overrides)
+    for other in sorted(Path(recipe).parent.glob("*.yaml")):
+        if _exists(config.student.path):
+            break
+        raw = read_yaml(other)
+        if (raw.get("run") or {}).get("dir") == config.student.path and (raw.get("student") or {}).get("path"):
+            config.student.path = raw["student"]["path"]
+    return config
+
+
+def _exists(path: str) -> bool:
+    try:
+        resolve_model(path, "student.path")
+    except UserError:
+        return False
+    return True
+
+
+def estimate(config: Config, machine: Machine | None = None) -> Plan:
+    """The plan of a recipe, from config.json files and its settings alone; no weights are read.
+
+    Raises UserError when a model's config cannot be read, the DeepSpeed settings are at fault, or
+    machine.response_tokens is above rollout.max_tokens.
+    """
+    from opd.config.deepspeed import deepspeed_settings
+
+    machine, placement = machine or Machine(), placement_of(config)
+    student, teacher = student_shape(config), teacher_shape(config) if needs_teacher(config) else None
+    shapes: dict[Kind, ModelShape] = {"student": student}
+    if teacher is not None:
+        shapes["teacher"] = teacher
+    longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
+    response = machine.response_tokens or max(1, config.rollout.max_tokens // 2)
+    if response > config.rollout.max_tokens:
+        raise UserError(
+            f"--response-tokens {response}: expected at most rollout.max_tokens, which is {config.rollout.max_tokens}; "
+            "no response is longer"
+        )
+    seconds = min(machine.clip_seconds, config.data.max_audio_seconds)
+    typical = _lengths(config, machine, student, seconds, response)
+    zero = Zero.of(deepspeed_settings(config))
+    learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
+    kinds = _kinds(config, placement)
+    on_gpus = placement.devices_per_node > 0
+    servers = alike(config, shapes, kinds, machine.bytes) if on_gpus else {}
+    uses = _devices(config, placement, machine, learner, servers) if on_gpus else []
+    rollouts = sum(len(g.parts()) for g in kinds.get("student", []))
+    pushed = push_bytes(config, student) if rollouts else 0
+    hosts = _hosts(config, placement, machine, learner, kinds, shapes, pushed)
+    transport = config.rollout.transport or "file"
+    push_s = push_seconds(pushed, transport, machine.speeds.links[transport])
+    plan = Plan(
+        config, placement, machine, student, teacher, longest, typical, zero, learner, servers, uses, hosts,
+        pushed, push_s, None, [],
+    )  # fmt: skip
+    if on_gpus:
+        plan.time = _time(plan, rollouts)
+    plan.shortfalls = shortfalls(plan)
+    return plan
+
+
+def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Path) -> dict[str, Plan | str]:
+    """Every placement of a folder with the same recipe: its plan, or why it cannot be planned."""
+    found: dict[str, Plan | str] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            config = load(recipe, [*overrides, f"launch.placement={path}"])
+            found[str(path)] = estimate(config, machine)
+        except UserError as e:
+            found[str(path)] = str(e)
+    return found
+
+
+def recommended(plans: dict[str, Plan | str]) -> str | None:
+    """The placement that fits with the shortest estimated step, of equals the one with fewest GPUs."""
+    fitting = {path: p for path, p in plans.items() if isinstance(p, Plan) and p.fits and p.time}
+    return min(fitting, key=lambda path: _rank(fitting[path]), default=None)
+
+
+def _rank(plan: Plan) -> tuple[float, int]:
+    return (plan.time.step if plan.time else float("inf"), plan.gpus)
+
+
+def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: float, response: int) -> Lengths:
+    """Tokens of prompts; a server's max_model_len leaves longer records out (opd/prompts/clips.py, Room)."""
+    text, speech = machine.text_tokens, machine.text_tokens + student.audio_tokens(seconds)
+    if starts_student(config):
+        room = max(1, config.rollout.server.max_model_len - config.rollout.max_tokens)
+        text, speech = min(text, room), min(speech, room)
+    return Lengths(speech, text, response, seconds)
+
+
+def _kinds(config: Config, placement: Placement) -> dict[Kind, list[Servers]]:
+    kinds: dict[Kind, list[Servers]] = {}
+    if starts_student(config):
+        kinds["student"] = placement.rollout
+    if starts_teacher(config) and placement.teacher:
+        kinds["teacher"] = placement.teacher
+    return kinds
+
+
+def _devices(
+    config: Config,
+    placement: Placement,
+    machine: Machine,
+    learner: LearnerMemory,
+    servers: dict[ServerMemory, list[Servers]],
+) -> list[Use]:
+    """Every GPU that holds something. A server takes all of its share; a shared one sleeps while the learner works."""
+    uses: dict[tuple[int, int], Use] = {}
+
+    def use_of(node: int, device: int) -> Use:
+        return uses.setdefault((node, device), Use(node, device, machine.bytes))
+
+    for server, groups in servers.items():
+        holds = {f"{server.kind} server's share": server.share}
+        if server.beyond:
+            holds["log-probs of prompts"] = server.beyond
+        for group in groups:
+            for device in group.devices:
+                use_of(group.node, device).moments[f"{server.kind} server"] = dict(holds)
+    loss = CONTEXT + round(FRAGMENTS * learner.peak)
+    for ranks in placement.learner:
+        for device in ranks.devices:
+            use = use_of(ranks.node, device)
+            sleeping = {}
+            for holds in use.moments.values():
+                holds["learner, at rest"] = learner.resident + CONTEXT
+                sleeping = {"sleeping server": SLEEPING if config.rollout.sleep else sum(holds.values())}
+            use.moments[f"learner, {learner.worst}"] = {
+                "states": learner.resident,
+                **learner.phases[learner.worst],
+                "CUDA context, fragments": loss,
+                **sleeping,
+            }
+    return list(uses.values())
+
+
+def _hosts(
+    config: Config,
+    placement: Placement,
+    machine: Machine,
+    learner: LearnerMemory,
+    kinds: dict[Kind, list[Servers]],
+    shapes: dict[Kind, ModelShape],
+    pushed: int,
+) -> list[Use]:
+    """A node's own memory: what is offloaded, sleeping weights, pushed files; on a CPU everything."""
+    on_cpu = not placement.devices_per_node
+    capacity = round(machine.host * GIB) if machine.host else (psutil.virtual_memory().total if on_cpu else None)
+    found = []
+    for node in range(placement.nodes):
+        holds: Bytes = {}
+        ranks = sum(len(g.devices) or g.count for g in placement.learner if g.node == node)
+        if ranks:
+            holds["learner ranks"] = ranks * (sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS)
+        for kind, some in kinds.items():
+            count = sum(len(g.parts()) for g in some if g.node == node)
+            if on_cpu and count:
+                one = server_memory(config, shapes[kind], kind, 1, GIB, None).weights + PROCESS
+                holds[f"{kind} servers"] = count * (one + config.rollout.server.kv_cache_gib * GIB)
+            elif count and kind == "student" and config.rollout.sleep:
+                holds["weights of sleeping servers"] = (
+                    count * server_memory(config, shapes[kind], kind, 1, GIB, None).weights
+                )
+        if ranks and config.rollout.transport == "file" and pushed:
+            holds["weights on their way"] = pushed
+        if holds:
+            found.append(Use(node, None, capacity, {"all together": holds}))
+    return found
+
+
+def _time(plan: Plan, rollouts: int) -> StepTime:
+    c, speeds, ranks = plan.config, plan.machine.speeds, plan.placement.ranks
+    rollout, at_once = 0.0, 0
+    if c.rollout.student_writes:  # as if all servers were alike, and the slowest of them
+        figures = [
+            decode_seconds(c, plan.student, server, rollouts, ranks, plan.typical, speeds)
+            for server in plan.servers
+            if server.kind == "student"
+        ]
+        rollout, at_once = max(figures, default=(0.0, 0))
+    serves = any(server.kind == "teacher" for server in plan.servers)
+    devices = sum(len(g.devices) for g in plan.placement.teacher) if serves else ranks
+    teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds) if plan.teacher else 0.0
+    work = learner_flops(c, plan.student, plan.typical) / (ranks * speeds.flops(plan.student))
+    return StepTime(rollout, teacher, work, plan.push_s if c.rollout.student_writes else 0.0, at_once)
+
+
+def shortfalls(plan: Plan, node: int | None = None) -> list[str]:
+    """One line for each thing that does not fit: on one node, or (None) anywhere."""
+    found, machine, placement = [], plan.machine, plan.placement
+    given = machine.nodes if machine.nodes is not None else placement.nodes
+    if placement.nodes > given:
+        found.append(f"needs {placement.nodes} nodes, given {given}")
+    used = max((u.device + 1 for u in plan.uses if u.device is not None), default=0)
+    if machine.gpus is not None and used > machine.gpus:
+        found.append(f"needs {used} GPUs on a node, given {machine.gpus}")
+    for server, groups in plan.servers.items():
+        if server.missing and (node is None or node in [g.node for g in groups]):
+            found.append(
+                f"{server.kind} server on {at(groups)}: its share {gib(server.share)} less weights "
+                f"{gib(server.weights)} and a forward pass {gib(server.pass_)} is {gib(server.missing)} short of one "
+                f"sequence of {server.max_model_len} tokens"
+            )
+    alike: dict[str, list[Use]] = {}
+    for use in [*plan.uses, *plan.hosts]:
+        if use.short and use.capacity is not None and node in (None, use.node):
+            said = f"{use.worst} needs {gib(use.needs)} of {gib(use.capacity)}, {gib(use.short)} short"
+            alike.setdefault(said, []).append(use)
+    return found + [f"{where(uses)}: {said}" for said, uses in alike.items()]
+
+
+def gib(size: float) -> str:
+    """Bytes for a reader."""
+    unit, of = next(((u, n) for u, n in (("GiB", GIB), ("MiB", 1 << 20)) if abs(size) >= n / 10), ("KiB", 1 << 10))
+    return f"{size / of:.1f} {unit}"
+
+
+def at(groups: list[Servers]) -> str:
+    """Devices of groups of servers in words."""
+    return where([Use(g.node, device, None) for g in groups for device in g.devices])
+
+
+def where(uses: list[Use]) -> str:
+    """Devices in words: `node 0 GPU 2-3`."""
+    words = []
+    for node in sorted({u.node for u in uses}):
+        devices = sorted(u.device for u in uses if u.node == node and u.device is not None)
+        joined = ", ".join(_ranges(devices))
+        words.append(f"node {node} GPU {joined}" if devices else f"node {node} host")
+    return "; ".join(words)
+
+
+def _ranges(numbers: list[int]) -> list[str]:
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]

@@ -1,0 +1,259 @@
+"""`opd plan`: tables of a plan, or JSON."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from opd.config.needs import copies_start
+from opd.config.schema import Config
+from opd.plan.estimate import Machine, Plan, Use, alternatives, at, estimate, gib, load, recommended, where
+from opd.plan.learner_memory import Bytes, Lengths
+from opd.plan.server_memory import CONTEXT, GRAPHS, ServerMemory
+from opd.plan.shapes import ModelShape
+from opd.settings import UserError
+
+FOLDER = Path("recipes/placements")
+BUDGETS = (8192, 4096, 2048, 1024, 512)  # of tokens, tried as a remedy
+SHARES = (0.4, 0.6, 0.8)  # of a device that a server shares with the learner
+
+
+def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> int:
+    """Print the plan of a recipe; 0 when its placement fits, 1 when it does not."""
+    config = load(recipe, overrides)
+    plan = estimate(config, machine)
+    folder = Path(config.launch.placement).parent if config.launch.placement else FOLDER
+    on_gpus = bool(plan.uses)
+    others = alternatives(recipe, overrides, _at_most(plan), folder) if on_gpus or machine.gpus else {}
+    best = recommended(others)
+    cure = remedy(recipe, overrides, plan) if not plan.fits else None
+    if as_json:
+        print(json.dumps(to_json(plan, others, best, cure), indent=2))
+    else:
+        print("\n".join(page(plan, others, best, cure)))
+    return 0 if plan.fits else 1
+
+
+def _at_most(plan: Plan) -> Machine:
+    """The machine with its counts filled in: alternatives may use no more GPUs than the recipe's placement has."""
+    m, p = plan.machine, plan.placement
+    gpus, nodes = (m.gpus if m.gpus is not None else p.devices_per_node), m.nodes if m.nodes is not None else p.nodes
+    return Machine(gpus, nodes, m.memory, m.host, m.speeds, m.text_tokens, m.clip_seconds, m.response_tokens)
+
+
+def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list[str] | None) -> list[str]:
+    """All tables as lines."""
+    c = plan.config
+    name = c.launch.placement or "no placement: all on this machine's CPU"
+    lines = [f"placement  {name}", *_model("student", plan.student)]
+    lines += _model("teacher", plan.teacher) if plan.teacher else ["teacher    none: nothing in this run asks one"]
+    lines += _lengths("longest", plan.longest) + _lengths("typical", plan.typical)
+    lines += ["", *_learner(plan)]
+    for server, groups in plan.servers.items():
+        lines += ["", *_server(plan, server, at(groups))]
+    lines += ["", *_places(plan), "", *_push(plan), "", *_time(plan), "", *_verdict(plan, cure)]
+    return lines + _alternatives(plan, others, best)
+
+
+def _model(role: str, shape: ModelShape) -> list[str]:
+    counts = {part: shape.count(part) for part in ("tower", "adapter", "llm", "fixed")}
+    parts = ", ".join(f"{part} {_billions(n)}" for part, n in counts.items() if n)
+    active = f", {_billions(shape.active)} at work per token" if shape.decoder.experts > 1 else ""
+    return [f"{role}    {shape.path}: {_billions(shape.count())} parameters ({parts}{active}); from {shape.source}"]
+
+
+def _billions(n: float) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e8 else f"{n / 1e6:.2f}M"
+
+
+def _lengths(name: str, n: Lengths) -> list[str]:
+    return [f"{name}    {n.speech} tokens heard ({n.audio:g} s), {n.text} read, {n.response} answered"]
+
+
+def _table(title: str, rows: Bytes, total: str = "") -> list[str]:
+    lines = [title] + [f"  {name:40}{gib(size):>12}" for name, size in rows.items()]
+    return [*lines, f"  {total:40}{gib(sum(rows.values())):>12}"] if total else lines
+
+
+def _learner(plan: Plan) -> list[str]:
+    c, m = plan.config, plan.learner
+    zero = f"ZeRO stage {plan.zero.stage} over {plan.placement.ranks}"
+    off = [w for w, on in (("optimizer", plan.zero.offload_optimizer), ("parameters", plan.zero.offload_param)) if on]
+    about = [zero, c.student.dtype, f"{c.train.micro_batch_tokens} tokens a micro-batch"]
+    about += [f"{' and '.join(off)} offloaded"] if off else []
+    about += [f"LoRA of rank {c.student.lora.r}"] if c.student.lora else [f"trains {', '.join(c.student.train)}"]
+    about += ["gradient checkpointing"] if c.train.gradient_checkpointing else ["no gradient checkpointing"]
+    lines = _table(f"Learner rank: {', '.join(about)}", m.device, "always there")
+    for phase, rows in m.phases.items():
+        lines += _table(f"  {phase}", {f"  {k}": v for k, v in rows.items()})
+    lines += [f"  {'peak (' + m.worst + ')':40}{gib(m.peak):>12}"]
+    if c.student.lora and plan.student.decoder.experts > 1:
+        lines += ["  LoRA adapts attention alone here: experts fused into one tensor are no linear layers"]
+    return lines + (_table("  on the host", {f"  {k}": v for k, v in m.host.items()}) if m.host else [])
+
+
+def _server(plan: Plan, s: ServerMemory, devices: str) -> list[str]:
+    rows = {"share of the GPU": s.share, "weights": s.weights, "a forward pass, context, graphs": s.pass_}
+    rows |= {"left for keys and values": s.kv} | (
+        {"beyond its share: log-probs of prompts": s.beyond} if s.beyond else {}
+    )
+    typical = max(plan.typical.speech if s.kind == "student" else 0, plan.typical.text) + plan.typical.response
+    lines = _table(f"{s.kind.capitalize()} server, each of {s.tensor_parallel} GPUs: {devices}", rows)
+    lines += [f"  {s.kv_token} bytes of keys and values a token; at a time {s.sequences(s.max_model_len)} sequences of"]
+    return [*lines[:-1], f"{lines[-1]} {s.max_model_len} tokens, {s.sequences(typical)} of {typical}"]
+
+
+def _places(plan: Plan) -> list[str]:
+    groups: dict[str, list[Use]] = {}
+    for use in [*plan.uses, *plan.hosts]:
+        for moment, rows in use.moments.items():
+            of = f" of {gib(use.capacity)}" if use.capacity is not None else " (not judged: --host-memory)"
+            what = ", ".join(f"{k} {gib(v)}" for k, v in rows.items())
+            groups.setdefault(f"{moment}: {gib(sum(rows.values()))}{of}: {what}", []).append(use)
+    return ["Devices", *(f"  {where(uses)}: {said}" for said, uses in groups.items())]
+
+
+def _push(plan: Plan) -> list[str]:
+    if not plan.push:
+        return ["Weight push: none"]
+    links = plan.machine.speeds.links
+    transport = plan.config.rollout.transport or "file"
+    return [
+        f"Weight push: {gib(plan.push)} by {transport}, {plan.push_s:.1f} s at {links[transport]:g} GB/s"
+        " (the wire alone, without gathering and loading)"
+    ]
+
+
+def _time(plan: Plan) -> list[str]:
+    t, s, steps = plan.time, plan.machine.speeds, plan.config.train.steps
+    if t is None:
+        return ["Time: not estimated on a CPU"]
+    return [
+        f"Time, a rough estimate: {t.step:.0f} s a step, {_span(t.step * steps)} for {steps} steps",
+        f"  rollout {t.rollout:.0f} s ({t.at_once} sequences at a time), teacher {t.teacher:.0f} s, "
+        f"learner {t.learner:.0f} s, sync {t.sync:.0f} s",
+        f"  assumed: {s.tflops:g} TFLOPS, of which {s.dense:.0%} are reached ({s.mixture:.0%} by a mixture), "
+        f"{s.hbm:g} GB/s of memory, of which decoding reaches {s.read:.0%}; the typical lengths above",
+        "  left out: loading, evaluation, checkpoints, communication of ZeRO, waiting for the longest response",
+    ]
+
+
+def _span(seconds: float) -> str:
+    unit, of = next(((u, n) for u, n in (("h", 3600), ("min", 60)) if seconds >= n), ("s", 1))
+    return f"{seconds / of:.{1 if unit == 'h' else 0}f} {unit}"
+
+
+def _verdict(plan: Plan, cure: list[str] | None) -> list[str]:
+    if plan.fits:
+        free = [(u.capacity - u.needs, u) for u in [*plan.uses, *plan.hosts] if u.capacity is not None]
+        least, use = min(free, key=lambda pair: pair[0])
+        return [f"It fits: {where([use])} has the least to spare, {gib(least)}"]
+    tried = "smaller token budgets, offload, a sharded teacher, LoRA, other shares of a shared device"
+    word = f"it would with: {' '.join(cure)}" if cure else f"tried, and not enough: {tried}"
+    return ["It does not fit:", *(f"  {s}" for s in plan.shortfalls), f"  {word}"]
+
+
+def _alternatives(plan: Plan, others: dict[str, Plan | str], best: str | None) -> list[str]:
+    if not others:
+        return []
+    chosen = others[best] if best else None
+    lines = ["", "Recommended: none of the placements fits"]
+    if best and isinstance(chosen, Plan) and chosen.time:
+        lines[1] = (
+            f"Recommended: {best}, the shortest step of those that fit ({chosen.time.step:.0f} s, {chosen.gpus} GPUs)"
+        )
+    for path, other in others.items():
+        if isinstance(other, str):
+            said = other
+        elif other.fits:
+            said = f"fits, {other.time.step:.0f} s a step on {other.gpus} GPUs" if other.time else "fits, on a CPU"
+        else:
+            said = "does not fit: " + "; ".join(other.shortfalls)
+        lines.append(f"  {path}: {said}")
+    return lines
+
+
+def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list[str] | None) -> dict[str, Any]:
+    """The same as plain data; sizes in bytes, times in seconds."""
+    models = {
+        role: {
+            "path": s.path,
+            "source": s.source,
+            "parameters": {p: s.count(p) for p in ("tower", "adapter", "llm", "fixed")},
+        }
+        for role, s in (("student", plan.student), ("teacher", plan.teacher))
+        if s is not None
+    }
+    servers = [
+        {
+            "kind": s.kind, "devices": [[g.node, d] for g in groups for d in g.devices],
+            "tensor_parallel": s.tensor_parallel, "share": s.share, "weights": s.weights, "forward_pass": s.pass_,
+            "beyond": s.beyond, "kv": s.kv, "kv_per_token": s.kv_token, "sequences": s.sequences(s.max_model_len),
+        }
+        for s, groups in plan.servers.items()
+    ]  # fmt: skip
+    t = plan.time
+    return {
+        "placement": plan.config.launch.placement,
+        "fits": plan.fits,
+        "shortfalls": plan.shortfalls,
+        "remedy": cure,
+        "models": models,
+        "learner": {
+            "device": plan.learner.device,
+            "phases": plan.learner.phases,
+            "host": plan.learner.host,
+            "peak": plan.learner.peak,
+        },
+        "servers": servers,
+        "devices": [
+            {"node": u.node, "device": u.device, "capacity": u.capacity, "moments": u.moments}
+            for u in [*plan.uses, *plan.hosts]
+        ],
+        "push": {"bytes": plan.push, "seconds": plan.push_s},
+        "seconds": None if t is None else {
+            "rollout": t.rollout, "teacher": t.teacher, "learner": t.learner, "sync": t.sync, "step": t.step,
+            "run": t.step * plan.config.train.steps,
+        },
+        "recommended": best,
+        "alternatives": {
+            path: {"fits": False, "shortfalls": [o]} if isinstance(o, str)
+            else {"fits": o.fits, "shortfalls": o.shortfalls, "step": o.time.step if o.time else None}
+            for path, o in others.items()
+        },
+        "assumed": {"context": CONTEXT, "graphs": GRAPHS, "speeds": vars(plan.machine.speeds)},
+    }  # fmt: skip
+
+
+def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
+    """Overrides under which a plan that does not fit would, those that cost least first; None: none was found.
+
+    Tried: offload, a sharded teacher, LoRA and their combinations, each with smaller token budgets and, where server
+    and learner share a device, other shares of it.
+    """
+    c = plan.config
+    offload = Path(c.train.deepspeed).with_name("zero3_offload.json")
+    choices = [f"train.deepspeed={offload}"] if offload.is_file() else []
+    local = (plan.teacher is not None and c.teacher.kind == "local") or copies_start(c)
+    choices += ["teacher.shard=true"] if local and not c.teacher.shard else []
+    choices += ["student.lora={}"] if c.student.lora is None and "llm" in c.student.train else []
+    largest = max(c.train.micro_batch_tokens, c.teacher.batch_tokens)
+    shares = [[f"rollout.server.gpu_memory_utilization={s}"] for s in SHARES if plan.placement.shared]
+    for step in (list(some) for n in range(len(choices) + 1) for some in combinations(choices, n)):
+        for budget, share in product((None, *(b for b in BUDGETS if b < largest)), [[], *shares]):
+            tried = [*step, *_budget(c, budget), *share]
+            try:
+                if tried and estimate(load(recipe, [*overrides, *tried]), plan.machine).fits:
+                    return tried
+            except UserError:
+                continue
+    return None
+
+
+def _budget(config: Config, tokens: int | None) -> list[str]:
+    given = {"train.micro_batch_tokens": config.train.micro_batch_tokens}
+    if config.teacher.kind in ("local", "self"):
+        given["teacher.batch_tokens"] = config.teacher.batch_tokens
+    return [f"{key}={tokens}" for key, now in given.items() if tokens is not None and tokens < now]

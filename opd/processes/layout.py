@@ -1,0 +1,98 @@
+"""Addresses: on which host, port and devices every server and learner rank of a run is. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from opd.config.needs import starts_student, starts_teacher
+from opd.config.placement import Placement, Servers, placement_of
+from opd.config.schema import Config
+from opd.inference.ports import LOOPBACK, free_port
+from opd.settings import UserError
+
+FIRST_PORT = 8100  # where the recipe names none and several nodes must agree
+SERVERS_FROM = 10  # ports from the first to those of the servers
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one vLLM server runs."""
+
+    name: str  # of the process and its log
+    kind: Literal["student", "teacher"]
+    node: int
+    host: str
+    port: int
+    devices: tuple[int, ...] = ()  # none: CPU
+    memory: float | None = None  # share of each device, where the recipe names none
+    neighbours: int = 1  # servers of its kind on its node
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return f"http://{self.host}:{self.port}"
+
+    @classmethod
+    def here(cls, kind: Literal["student", "teacher"], port: int | None = None) -> Place:
+        """A lone server on this machine's CPU, at a free port."""
+        return cls(kind, kind, 0, LOOPBACK, port or free_port())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything that a run starts has its place, on all nodes."""
+
+    placement: Placement
+    hosts: list[str]  # address of each node
+    servers: list[Place]
+    hub_port: int  # of node 0: its launcher hears the others there
+    rendezvous_port: int  # of the first learner node: the ranks meet there
+
+    def urls(self, kind: str) -> list[str]:
+        """Base URLs of the servers of a kind, on all nodes."""
+        return [p.url for p in self.servers if p.kind == kind]
+
+    @property
+    def head(self) -> int:
+        """The node of learner rank 0, which keeps the run folder."""
+        return self.placement.learner_nodes[0]
+
+
+def layout(config: Config) -> Layout:
+    """Give every server and the learner an address.
+
+    Raises UserError when launch.hosts does not name an address for each of several nodes.
+    """
+    placement = placement_of(config)
+    hosts = config.launch.hosts or [LOOPBACK]
+    if len(hosts) != placement.nodes:
+        raise UserError(
+            f"launch.hosts: {config.launch.placement} has {placement.nodes} nodes, found {len(config.launch.hosts)} "
+            "addresses; name each node's, such as launch.hosts=[10.0.0.1,10.0.0.2]"
+        )
+    if len(set(hosts)) < len(hosts):
+        raise UserError(
+            f"launch.hosts: {max(hosts, key=hosts.count)} twice; expected an address of its own for each node"
+        )
+    fixed = config.launch.port or (FIRST_PORT if placement.nodes > 1 else None)
+
+    def port(offset: int) -> int:
+        return fixed + offset if fixed else free_port()
+
+    groups = {"student": placement.rollout if starts_student(config) else []}
+    groups["teacher"] = placement.teacher if starts_teacher(config) else []
+    found: list[Place] = []
+    for kind, some in groups.items():
+        parts = [(g, devices) for g in some for devices in g.parts()]
+        for i, (g, devices) in enumerate(parts):
+            name = kind if len(parts) == 1 else f"{kind}-{i}"
+            beside = sum(other.node == g.node for other, _ in parts)
+            at = port(SERVERS_FROM + len(found))
+            found.append(_place(name, kind, g, hosts[g.node], at, devices, beside))
+    return Layout(placement, hosts, found, port(0), port(1))
+
+
+def _place(name: str, kind: str, g: Servers, host: str, port: int, devices: tuple[int, ...], beside: int) -> Place:
+    assert kind in ("student", "teacher")
+    return Place(name, kind, g.node, host, port, devices, g.memory, beside)  # type: ignore[arg-type]

@@ -1,0 +1,207 @@
+"""Sees one node's part of a run through: servers, then learner ranks; however it ends, nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import psutil
+
+from opd.config.schema import Config
+from opd.inference.client import healthy
+from opd.processes.cluster import PROCESS, Alone, End
+from opd.processes.commands import Command
+from opd.processes.display import Display, make_display
+from opd.processes.guard import Process, adopt_orphans, stop_all
+from opd.processes.logs import STARTED, cause, killed
+from opd.settings import UserError
+
+POLL_S = 0.25
+SWEEP_S = 10.0
+Parts = Callable[[], tuple[list[Command], Command | None]]  # checks, then this node's servers and learner
+
+
+class Stop(Exception):
+    """The run ends, before its learner is done or because another node says so."""
+
+    def __init__(self, end: End, everywhere: bool = False) -> None:
+        super().__init__(end.message)
+        self.end, self.everywhere = end, everywhere
+
+
+def failure(message: str) -> Stop:
+    """A process of this node ended badly."""
+    return Stop(End(1, message, PROCESS))
+
+
+class Signals:
+    """Notes a signal for the loops to look at: an exception in mid-start could lose sight of a new process."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Signals:
+        self._before = {n: signal.signal(n, self._note) for n in self.NUMBERS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+
+    def check(self) -> None:
+        """Raises Stop once a signal has come."""
+        if self.received:
+            raise Stop(End(128 + self.received, f"stopped by {self.received.name}", PROCESS))
+
+
+class Watch:
+    """What runs on this node, and what the other nodes say."""
+
+    def __init__(self, config: Config, cluster: Alone, signals: Signals, display: Display) -> None:
+        self.config, self.cluster, self.signals, self.display = config, cluster, signals, display
+        self.servers: list[Process] = []
+        self.learner: Process | None = None
+
+    @property
+    def processes(self) -> list[Process]:
+        """All of them, in the order in which they were started."""
+        return [*self.servers, *([self.learner] if self.learner else [])]
+
+    def start(self, command: Command) -> Process:
+        """Start a process with a log file of its own."""
+        log = Path(self.config.run.dir, "logs", f"{command.name}.log")
+        with open(log, "a") as f:
+            f.write(f"{command.shell()}\n{STARTED}{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        self.display.say(f"# {command.name}\n{command.shell()}")
+        process = Process(command, log)
+        self.display.processes.append(process)
+        return process
+
+    def look(self) -> None:
+        """Raises Stop when a signal came, a server died, or another node ended the run."""
+        self.signals.check()
+        for p in self.servers:
+            if p.code is not None:
+                when = "died" if p.state == "healthy" else "ended before it was healthy"
+                raise failure(
+                    f"the {p.command.name} server {when} (exit code {p.code}): {cause(p.log, p.code)}; see {p.log}"
+                )
+        if (end := self.cluster.outcome()) is not None:
+            raise Stop(end, everywhere=True)
+
+    def wait_healthy(self, remote: list[str]) -> None:
+        """Until this node's servers and those at the URLs `remote` are up."""
+        limit = self.config.launch.health_timeout_s
+        deadline = time.monotonic() + limit
+        waiting: list[Process | str] = [*self.servers, *remote]
+        while waiting:
+            self.look()
+            for p in list(waiting):
+                if healthy(p if isinstance(p, str) else p.command.url):
+                    waiting.remove(p)
+                    if not isinstance(p, str):
+                        p.state = "healthy"
+            if waiting and time.monotonic() > deadline:
+                names = ", ".join(p if isinstance(p, str) else f"{p.command.name} ({p.log})" for p in waiting)
+                raise failure(f"not healthy after launch.health_timeout_s={limit}: {names}")
+            self.display.refresh()
+            time.sleep(POLL_S)
+
+    def wait_learner(self) -> None:
+        """Until this node's learner ranks have done their work; for ever where there are none."""
+        if self.learner is not None:
+            self.learner.state = "running"
+        while self.learner is None or self.learner.code is None:
+            self.look()
+            self.display.refresh()
+            time.sleep(POLL_S)
+        self.display.refresh()
+        if self.learner.code != 0:
+            self.look()  # a learner that fails because its server is gone must not take the blame
+            raise Stop(self._learner_end(self.learner))
+
+    def _learner_end(self, learner: Process) -> End:
+        head = f"the {learner.command.name.partition('-')[0]} ended with exit code {learner.code}: "
+        if gone := killed(learner.log):
+            return End(1, f"{head}{gone}; see {learner.log}", PROCESS)
+        status = self.display.status()
+        message = status.get("error") or cause(learner.log, learner.code or 0)
+        if status.get("user_error"):
+            return End(2, message, PROCESS, user_error=True)
+        if silent := [p for p in self.servers if not healthy(p.command.url)]:
+            message += "; no longer healthy: " + ", ".join(f"the {p.command.name} server (see {p.log})" for p in silent)
+        return End(1, f"{head}{message}; see {learner.log}")
+
+
+def supervise(config: Config, parts: Parts, cluster: Alone, plain: bool, remote: list[str]) -> End:
+    """Join the other nodes, check, start this node's servers and learner, and see them through.
+
+    `remote`: URLs of other nodes' servers. Returns how the run ended, the same on all nodes. Whatever happens, nothing
+    that was started here is left.
+    """
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    watch: Watch | None = None
+    with Signals() as signals:
+        adopt_orphans(True)
+        try:
+            cluster.join(_patience(config, signals))
+            started, trainer = parts()
+            Path(config.run.dir, "logs").mkdir(parents=True, exist_ok=True)
+            with make_display(config, plain) as display:
+                watch = Watch(config, cluster, signals, display)
+                for command in started:
+                    watch.servers.append(watch.start(command))
+                watch.wait_healthy(remote)
+                watch.learner = watch.start(trainer) if trainer else None
+                watch.wait_learner()
+                return cluster.finished(watch.look)
+        except Stop as e:
+            return e.end if e.everywhere else cluster.ended(e.end)
+        except UserError as e:
+            return cluster.ended(End(2, str(e), PROCESS, user_error=True))
+        except BaseException as e:
+            cluster.ended(End(1, f"{type(e).__name__}: {e}", PROCESS))
+            raise
+        finally:
+            stop_all(watch.processes if watch else [])
+            _sweep(before)
+            adopt_orphans(False)
+
+
+def _patience(config: Config, signals: Signals) -> Callable[[], None]:
+    limit = config.launch.health_timeout_s
+    deadline = time.monotonic() + limit
+
+    def check() -> None:
+        signals.check()
+        if time.monotonic() > deadline:
+            raise failure(f"launch.health_timeout_s={limit}: the launchers of all nodes have not come")
+
+    return check
+
+
+def _sweep(before: set[int]) -> None:
+    """Kill what outlived the guards: learner ranks sit in sessions of their own, and a guard itself can be killed."""
+    deadline = time.monotonic() + SWEEP_S
+    while left := [p for p in psutil.Process().children(recursive=True) if p.pid not in before]:
+        for p in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                p.kill()  # psutil checks that the pid has not been reused
+        psutil.wait_procs(left, timeout=1)
+        if time.monotonic() > deadline:
+            print(f"opd: cannot stop processes {[p.pid for p in left]}", file=sys.stderr)
+            return
+
+
+class RunFailed(RuntimeError):
+    """A server or the learner ended badly: the message names it, the cause and the log."""

@@ -1,0 +1,127 @@
+"""The charts of a report, as inline SVG that takes the page's text colour and has no background of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opd.report.html import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, figure
+from opd.report.pipelines import PHASES, Pipeline, phases
+from opd.report.runs import VIEWS, Run
+
+BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}
+PHASE_COLOURS = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY), strict=True))
+POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
+
+# name of the metric, label of its axis, least span of the axis: noise around a constant shall look like one
+Panel = tuple[tuple[str, ...], str, float]
+
+
+def accuracy(pipelines: list[Pipeline], key: str) -> str:
+    """Bars with standard errors by stage, a group of bars for each pipeline."""
+    shown = [p for p in pipelines if p.stages]
+    places, ticks, x = [], [], 0.0
+    for p in shown:
+        for s in p.stages:
+            places.append((x, s))
+            ticks.append(s["name"] if s is not p.stages[-1] or len(shown) == 1 else f"{s['name']}\n{p.name}")
+            x += 1
+        x += 0.6
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.grid(True, axis="y")
+        for k, (name, colour) in enumerate(BARS.items()):
+            values = [(at, s["retention"] if name == "retention" else s["accuracy"][name]) for at, s in places]
+            known = [(at + (k - 1.5) * 0.2, e) for at, e in values if e and e["mean"] is not None]
+            if known:
+                errors = [float("nan") if e["stderr"] is None else e["stderr"] for _, e in known]
+                xs, heights = [at for at, _ in known], [e["mean"] for _, e in known]
+                axes.bar(xs, heights, 0.2, yerr=errors, ecolor=INK, color=colour, label=name)
+        axes.set_xticks([at for at, _ in places], ticks)
+        axes.set_ylim(0, 1.05)
+        axes.set_ylabel("accuracy")
+
+    caption = "Accuracy by stage, with standard errors" + ("; pipelines side by side." if len(shown) > 1 else ".")
+    return figure(key, caption, draw, (max(8.0, 1.1 * x), 3.2))
+
+
+def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) -> str:
+    """Step metrics against the steps of the whole pipeline: a colour per pipeline, or per run or view of the only one.
+
+    A run that several pipelines begin with is drawn once, in grey; other runs before a pipeline's last are paler.
+    """
+    pale = {r.name for p in pipelines for r in p.runs[:-1]} if len(pipelines) > 1 else set()
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (names, label, least) in zip(axes, panels, strict=True):
+            ax.grid(True, axis="y")
+            ax.set(xlabel="step of the pipeline", ylabel=label)
+            for run, start, colour in _placed(pipelines):
+                for name in names:
+                    style: dict[str, Any] = {"color": colour, "linestyle": "--" if name.endswith("/text") else "-"}
+                    style["alpha"] = 0.55 if run.name in pale else 1.0
+                    view = name.rpartition("/")[2]
+                    if view in VIEWS and len(pipelines) == 1:
+                        style["color"] = BARS[view]
+                    points = _thinned([(start + m["step"], m[name]) for m in run.steps if m.get(name) is not None])
+                    if points:
+                        shown = f"{view}, {run.name}" if view in VIEWS else _legible(run.name)
+                        style["marker"] = "o" if len(points) == 1 else None
+                        ax.plot(*zip(*points, strict=True), **style, linewidth=1.4, label=shown)
+            _widen(ax, least)
+
+    if any(len(r.steps) > POINTS for p in pipelines for r in p.runs):
+        caption += f" Means of consecutive steps, at most {POINTS} points a curve."
+    return figure(key, caption, draw, (8.0, 3.2))
+
+
+def _widen(axes: Any, least: float) -> None:
+    low, high = axes.dataLim.ymin, axes.dataLim.ymax
+    if high - low < least:
+        start = (low + high - least) / 2
+        if low >= 0:  # a share or a distance is never below 0
+            start = max(start, -least / 20)
+        axes.set_ylim(start, start + least)
+
+
+def times(runs: list[Run], key: str) -> str:
+    """Seconds of a mean step by phase, a bar for each run."""
+    found = [(r, seconds) for r in runs if (seconds := phases(r))["step"]["n"]]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        left = [0.0] * len(found)
+        for phase in PHASES if found else ():
+            values = [float(seconds[phase]["mean"] or 0.0) for _, seconds in found]
+            axes.barh(range(len(found)), values, 0.6, left=left, color=PHASE_COLOURS[phase], label=phase)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        axes.set_yticks(range(len(found)), [r.name for r, _ in found])
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds per step")
+
+    caption = "Where a step's time goes: mean seconds by phase, a run's first step left out when there are more."
+    return figure(key, caption, draw, (8.0, 1.4 + 0.4 * len(found)))
+
+
+def _placed(pipelines: list[Pipeline]) -> list[tuple[Run, int, str]]:
+    """Every run once: the steps that its pipeline took before it, and its colour."""
+    placed: dict[str, tuple[Run, int, str]] = {}
+    for k, p in enumerate(pipelines):
+        start = 0
+        for run in p.runs:
+            own = p.runs.index(run) if len(pipelines) == 1 else k
+            colour = GREY if run.name in placed else COLOURS[own % len(COLOURS)]
+            placed[run.name] = run, start, colour
+            start += run.done
+    return list(placed.values())
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    size = -(-len(points) // POINTS) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _legible(label: str) -> str:
+    return f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with _ out of legends

@@ -1,0 +1,322 @@
+"""The model card of an exported checkpoint: what it is, how it was made, how it was measured. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd.config.objective import METHODS
+from opd.report.runs import Run, student_of
+from opd.storage import checkpoints as saved
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TASK = "audio-text-to-text"
+NOT_RECORDED = "not recorded"
+# What eval.jsonl measures of a student: its name in words, its unit, and its type as the Hub lists it.
+METRICS = {
+    "accuracy/speech": ("accuracy, spoken questions", "share", "accuracy"),
+    "accuracy/text": ("accuracy, typed questions", "share", "accuracy"),
+    "retention": ("accuracy on a skill that was not trained", "share", "accuracy"),
+    "drop/speech": ("drop below the teacher, spoken questions", "%", "relative_drop"),
+    "drop/text": ("drop below the teacher, typed questions", "%", "relative_drop"),
+    "misalignment": ("misalignment M = KL(student reading ‖ student hearing)", "nats/token", "kl_divergence"),
+    "forgetting": ("forgetting F = KL(teacher reading ‖ student reading)", "nats/token", "kl_divergence"),
+    "reverse_kl/speech": ("reverse KL to the teacher, own spoken samples", "nats/token", "kl_divergence"),
+    "reverse_kl/text": ("reverse KL to the teacher, own typed samples", "nats/token", "kl_divergence"),
+    "length/speech": ("length of an answer, spoken questions", "tokens", "response_length"),
+    "length/text": ("length of an answer, typed questions", "tokens", "response_length"),
+}
+
+
+@dataclass
+class Exported:
+    """What a card is about."""
+
+    runs: list[Run]  # the last one's checkpoint; those that it came from before it
+    step: int
+    adapter: bool
+    model_class: str
+    parameters: int
+
+
+@dataclass
+class Parent:
+    """A model that this one was made from, as far as its own card or config is here."""
+
+    name: str
+    hub: str | None = None
+    license: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)  # license_name, license_link
+    language: Any = None
+
+    @property
+    def licence(self) -> str:
+        """Its licence in words."""
+        if self.license is None:
+            return f"unknown, see {f'https://huggingface.co/{self.hub}' if self.hub else f'where {self.name} is from'}"
+        return " ".join([self.license, *map(str, self.more.values())])
+
+
+def model_card(about: Exported) -> ModelCard:
+    """The card, README.md of the folder: YAML front matter as the Hub reads it, then prose."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    run, base, measured = about.runs[-1], base_of(about.runs), evaluation(about)
+    name = _name(run)
+    data = ModelCardData(
+        base_model=base.hub,
+        base_model_relation=("adapter" if about.adapter else "finetune") if base.hub else None,
+        datasets=_datasets(about.runs) or None,
+        language=base.language,
+        license=base.license or "unknown",
+        library_name="peft" if about.adapter else "transformers",
+        pipeline_tag=TASK,
+        tags=[
+            "opd",
+            "on-policy-distillation",
+            "speech",
+            *sorted({_get(r, "objective", "name", "xopd") for r in about.runs}),
+        ],
+        model_name=name,
+        eval_results=_results(run, measured) or None,
+        **base.more,
+    )
+    parts = [
+        f"# {name}",
+        _lead(about, base),
+        _use(about, base),
+        "## Training\n\n" + _training(about),
+        "## Data\n\n" + _data(about.runs),
+        "## Metrics\n\n" + _metrics(about, measured),
+        "## Licences of its parents\n\n" + _licences(about.runs, base),
+        "## Limits\n\n" + _limits(about, measured),
+        "## Recipe\n\n`recipe.yaml` has every setting of the last stage.",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def evaluation(about: Exported) -> dict[str, Any] | None:
+    """The evaluation of these very weights, the whole one before one in training; None without any."""
+    run = about.runs[-1]
+    return next((e for e in (*reversed(run.evaluations), *run.interim) if e["step"] == about.step), None)
+
+
+def label(path: str) -> str:
+    """A path as others may read it: of an absolute one its last name."""
+    return path.rstrip("/").rpartition("/")[2] if path.startswith(("/", "~")) else path
+
+
+def hub_id(path: str, here: Path | None = None) -> str | None:
+    """A model's id on the Hub, if `path` is one and no folder (at `here`, where it is relative)."""
+    local = (
+        path.startswith(("runs/", "recipes/", "data/")) or Path(path).exists() or (here is not None and here.exists())
+    )
+    return path if HUB_ID.fullmatch(path) and not local else None
+
+
+def base_of(runs: list[Run]) -> Parent:
+    """The model that the first run's student is."""
+    path = saved.split(str(_get(runs[0], "student", "path", "")))[0].as_posix()
+    return _parent(path, student_of(runs[0]))
+
+
+def _teachers(runs: list[Run]) -> list[Parent]:
+    found: dict[str, Parent] = {}
+    for run in runs:
+        teacher = run.config.get("teacher") or {}
+        for one in (teacher.get("routes") or {}).values() if teacher.get("kind") == "routed" else [teacher]:
+            if path := str(one.get("path") or ""):
+                found.setdefault(path, _parent(path, Path(path)))
+            elif one.get("kind") == "self":
+                found.setdefault("self", Parent("the student itself before training", license="its own"))
+    return list(found.values())
+
+
+def _parent(path: str, here: Path) -> Parent:
+    """What a local folder's card, or a downloaded one, says of a model."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    hub = hub_id(path, here)
+    found = Parent(label(path), hub)
+    cached = try_to_load_from_cache(hub, "README.md") if hub else None
+    readme = Path(cached) if isinstance(cached, str) else here / "README.md"
+    if not readme.is_file():
+        return found
+    try:
+        data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # front matter that is no YAML, or none
+        return found
+    found.license = data.get("license") if isinstance(data.get("license"), str) else None
+    found.more = {k: str(data[k]) for k in ("license_name", "license_link") if data.get(k)}
+    found.language = data.get("language")
+    return found
+
+
+def _licences(runs: list[Run], base: Parent) -> str:
+    rows = [f"- student: {base.name}: {base.licence}"]
+    rows += [f"- teacher: {t.name}: {t.licence}" for t in _teachers(runs)]
+    about = "The weights are those of the student, trained further; what it learnt came from its teachers and data."
+    return "\n".join([*rows, "", f"{about} Check what each licence asks for before you pass them on."])
+
+
+def _name(run: Run) -> str:
+    stage = _get(run, "run", "stage", "")
+    return (
+        f"{run.folder.resolve().name}-{stage}"
+        if stage and stage not in run.folder.resolve().name
+        else run.folder.resolve().name
+    )
+
+
+def _datasets(runs: list[Run]) -> list[str]:
+    """Data sets of the Hub that runs were trained on."""
+    paths = [str(_get(r, "data", "train", "")) for r in runs]
+    names = ["/".join(p.removeprefix("hub:").partition(":")[0].split("/")[:2]) for p in paths if p.startswith("hub:")]
+    return sorted(set(names))
+
+
+def _results(run: Run, e: dict[str, Any] | None) -> list[EvalResult]:
+    """The metrics for the front matter: `args` has standard error and records."""
+    from huggingface_hub import EvalResult
+
+    if e is None:
+        return []
+    found = []
+    for key, (words, unit, kind) in METRICS.items():
+        estimate = e.get(key)
+        if not estimate or estimate["mean"] is None:
+            continue
+        manifest = str(_get(run, "eval", "retention" if key == "retention" else "test", NOT_RECORDED))
+        dataset = label(manifest)
+        args = {"unit": unit} | {k: estimate[k] for k in ("stderr", "n") if estimate.get(k) is not None}
+        found.append(
+            EvalResult(TASK, _slug(dataset), dataset, kind, estimate["mean"], metric_name=words, metric_args=args)
+        )
+    return found
+
+
+def _slug(name: str) -> str:
+    """A data set's type, by which the Hub groups results."""
+    return name.removeprefix("hub:").partition(":")[0] if name.startswith("hub:") else re.sub(r"[^\w.-]+", "-", name)
+
+
+def _get(run: Run, section: str, key: str, default: Any) -> Any:
+    found = run.config.get(section)
+    value = found.get(key) if isinstance(found, dict) else None
+    return default if value is None else value
+
+
+def _lead(about: Exported, base: Parent) -> str:
+    run = about.runs[-1]
+    teachers = ", ".join(t.name for t in _teachers(about.runs))
+    what = f"A LoRA adapter for {base.name}" if about.adapter else f"{base.name}, trained further"
+    models = f"a text LLM ({teachers}) answers their transcripts" if teachers else "the responses of its data do"
+    why = f"so that it answers spoken questions as {models}"
+    size = f"{about.parameters:,} parameters, as safetensors"
+    return f"{what} {why}. {size}. Step {about.step} of the run {run.name} ({run.state})."
+
+
+def _use(about: Exported, base: Parent) -> str:
+    lines = [f"from transformers import AutoProcessor, {about.model_class}", ""]
+    if about.adapter:
+        lines = ["from peft import PeftModel", *lines]
+        lines.append(f'base = {about.model_class}.from_pretrained("{base.name}")')
+        lines.append('model = PeftModel.from_pretrained(base, "PATH/OF/THIS")')
+    else:
+        lines.append(f'model = {about.model_class}.from_pretrained("PATH/OF/THIS")')
+    lines.append('processor = AutoProcessor.from_pretrained("PATH/OF/THIS")')
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _training(about: Exported) -> str:
+    rows = []
+    for number, run in enumerate(about.runs, 1):
+        objective = str(_get(run, "objective", "name", NOT_RECORDED))
+        words, paper = METHODS.get(objective, (objective, ""))
+        steps = about.step if run is about.runs[-1] else run.done
+        lora = _get(run, "student", "lora", None)
+        sampled = _get(run, "rollout", "source", "") in ("student", "mix")
+        facts = {
+            "teacher": ", ".join(t.name for t in _teachers([run])),
+            "weight of the text view λ": _get(run, "objective", "lambda", None),
+            "responses from": _get(run, "rollout", "source", None),
+            "steps": steps,
+            "prompts a step": _get(run, "train", "prompts_per_step", None),
+            "responses per prompt and view": _get(run, "rollout", "n", None) if sampled else None,
+            "learning rate": _get(run, "optim", "lr", None),
+            "trained parts": ", ".join(_get(run, "student", "train", [])),
+            "LoRA": f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}" if lora else None,
+            "precision": _get(run, "student", "dtype", None),
+            "seed": _get(run, "run", "seed", None),
+        }
+        told = "; ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, ""))
+        rows.append(
+            f"{number}. **{_get(run, 'run', 'stage', run.name)}**: {words}{f' ({paper})' if paper else ''}. {told}."
+        )
+    run = about.runs[-1]
+    versions = ", ".join(f"{k} {v}" for k, v in run.versions.items())
+    how = "Made with opd: vLLM samples, DeepSpeed trains."
+    return "\n".join([*rows, "", f"{how} Versions: {versions or NOT_RECORDED}; commit {run.commit[:12]}."])
+
+
+def _data(runs: list[Run]) -> str:
+    rows = [f"- {_get(r, 'run', 'stage', r.name)}: {label(str(_get(r, 'data', 'train', NOT_RECORDED)))}" for r in runs]
+    return "\n".join(["Spoken prompts with transcripts, as manifests:", "", *rows])
+
+
+def _metrics(about: Exported, e: dict[str, Any] | None) -> str:
+    run = about.runs[-1]
+    if e is None:
+        return f"The weights of step {about.step} were not evaluated."
+    same = [(r, b) for r in about.runs for b in r.evaluations if r.records == run.records]
+    where, before = next(((r, b) for r, b in same if (r, b["step"]) != (run, about.step)), (run, None))
+    head = ["metric", "unit", f"step {about.step}", "records"]
+    if before is not None and not e.get("interim"):
+        head.insert(2, f"before: {before['stage']}" + (f" of {where.name}" if where is not run else ""))
+    rows = []
+    for key, (words, unit, _) in METRICS.items():
+        if (found := e.get(key)) and found["mean"] is not None:
+            cells = [words, unit, _number(found), str(found.get("n") or "")]
+            if len(head) == 5:
+                cells.insert(2, _number((before or {}).get(key)))
+            rows.append(cells)
+    if (teacher := e.get("accuracy/teacher")) and teacher["mean"] is not None:
+        cells = ["accuracy of the teacher, typed questions", "share", _number(teacher), str(teacher.get("n") or "")]
+        rows.append([*cells[:2], *["–"] * (len(head) == 5), *cells[2:]])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    test, retention = (label(str(_get(run, "eval", k, "none"))) for k in ("test", "retention"))
+    told = f"Greedy answers to held-out records: test {test}, retention {retention}. ± is one standard error."
+    part = " An evaluation in training, on the first records of each manifest only." if e.get("interim") else ""
+    return f"{told}{part}\n\n{table}"
+
+
+def _number(e: dict[str, Any] | None) -> str:
+    if not e or e.get("mean") is None:
+        return "–"
+    return f"{e['mean']:.4g}" + (f" ± {e['stderr']:.2g}" if e.get("stderr") is not None else "")
+
+
+def _limits(about: Exported, e: dict[str, Any] | None) -> str:
+    run = about.runs[-1]
+    model = "teacher" if _teachers(about.runs) else "data"
+    found = [
+        f"It was trained to agree with its {model}, faults included; no answer was checked for truth, safety or bias."
+    ]
+    found.append(
+        "What is measured above is all that is known of it; voices, noise, languages and tasks beyond those are not."
+    )
+    if e is None:
+        found.append("It was not evaluated.")
+    best = saved.best_of(run.folder)
+    if best is not None and best["step"] == about.step:
+        found.append(f"It was chosen as the best by {best['metric']} on the records above, which flatters that number.")
+    if run.status.get("phase") != "finished":
+        found.append(f"Its run did not finish: {run.state}.")
+    found += [f"A warning of its run: {text}." for text in run.warnings]
+    return "\n".join(f"- {text}" for text in found)

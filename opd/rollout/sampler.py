@@ -1,0 +1,203 @@
+"""The student on vLLM servers: prompts in either view to sampled token ids with their log-probs."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from typing import Any
+
+import numpy as np
+
+from opd.config.schema import Config
+from opd.inference.client import BAN, Answer, Request, Server, ServerError, given, on_each, post_all
+from opd.models.base import Family
+from opd.prompts.audio import to_base64_wav
+from opd.types import Message, Prompt, Rollout, View, audio_paths, render
+
+
+class VllmSampler:
+    """Chat requests to the student's servers: audio in, token ids and the sampler's log-probs out."""
+
+    def __init__(self, config: Config, family: Family, urls: list[str], rank: int = 0) -> None:
+        self.config, self.family, self.rank, self.version = config, family, rank, 0
+        self.best = config.objective.top_k or 0 if config.objective.top_of == "student" else 0  # ids told per token
+        self.servers = [Server(u, config.rollout.timeout_s) for u in urls]
+        self._left_out: set[str] = set()
+
+    def usable(self) -> list[str]:
+        """URLs of the servers that hold the learner's weights; rank 0 tells once of each that is left out.
+
+        Raises ServerError, naming both versions, when there is none.
+        """
+        found = on_each(self.servers, lambda server: server.get("/weight_info")["weight_version"])
+        others = {s.url: v for s, v in zip(self.servers, found, strict=True) if v != str(self.version)}
+        usable = [s.url for s in self.servers if s.url not in others]
+        if not usable:
+            url, version = next(iter(others.items()))
+            raise ServerError(
+                f"{url}: holds weights of version {version}, the learner is at {self.version}; "
+                "the push was lost or the server was restarted: start the same command again to resume"
+            )
+        self._warn(others)
+        return usable
+
+    def _warn(self, others: dict[str, str]) -> None:
+        for url, version in others.items():
+            if self.rank == 0 and url not in self._left_out:
+                about = f"holds weights of version {version}, the learner is at {self.version}"
+                print(f"opd: warning: {url}: {about}: left out until the next push", file=sys.stderr, flush=True)
+        self._left_out = set(others)
+
+    def sample(
+        self,
+        jobs: list[tuple[Prompt, View, str]],
+        clips: dict[str, np.ndarray],
+        n: int,
+        temperature: float,
+        check: bool = True,
+    ) -> list[Rollout]:
+        """n responses for each (prompt, view, seed key); temperature 0 is greedy.
+
+        Every request's seed is a hash of (run seed, seed key, view): the same job gets the same seed in any run of
+        the same recipe. Raises ServerError when a server failed, none holds the learner's weights, or one read the
+        prompt differently from the learner or answered without what was asked for.
+        """
+        requests, seeds, read = [], [], []
+        for prompt, view, key in jobs:
+            seeds.append(zlib.crc32(f"{self.config.run.seed}/{key}/{view}".encode()) & 0x7FFFFFF)
+            messages = render(prompt, view)
+            read.append(self.family.prompt_ids(messages, _heard(prompt, view, clips)))
+            body = self._request(messages, clips, n, temperature, seeds[-1])
+            tokens = len(read[-1]) + n * self.config.rollout.max_tokens
+            requests.append(Request("/v1/chat/completions", body, tokens))
+        rollouts: list[Rollout] = []
+        answers = self._ask(requests, check)
+        for (prompt, view, _), seed, expected, answer in zip(jobs, seeds, read, answers, strict=True):
+            _check_prompt(prompt, view, expected, answer["prompt_token_ids"])
+            rollouts += [self._rollout(prompt, view, seed, c, n) for c in sorted(answer["choices"], key=_index)]
+        assert len(rollouts) == n * len(jobs)
+        return rollouts
+
+    def score(self, rollouts: list[Rollout], clips: dict[str, np.ndarray]) -> list[np.ndarray | None]:
+        """Log-probabilities [T] that the servers give each response's own ids after its view of the prompt.
+
+        By prompt log-probs, over the full vocabulary, the banned ids too. The text view is sent as ids. After audio a
+        response can only be sent as text, the beginning of the assistant's turn: None where the server then reads
+        other ids than the prompt's and the response's. Any weights that the servers hold will do.
+        """
+        found: list[np.ndarray | None] = []
+        requests, read = [], []
+        for r in rollouts:
+            messages = render(r.prompt, r.view)
+            ids = [*self.family.prompt_ids(messages, _heard(r.prompt, r.view, clips)), *r.token_ids]
+            body: dict[str, Any] = {"model": "student", "temperature": 1.0, "prompt_logprobs": 0}
+            body["return_token_ids"] = True
+            if r.view == "text":
+                path, body = "/v1/completions", body | {"prompt": ids, "max_tokens": 1, "add_special_tokens": False}
+            else:
+                said = self.family.tokenizer.decode(r.token_ids, clean_up_tokenization_spaces=False)
+                sent = [{**m, "content": self._content(m["content"], clips)} for m in messages]
+                path, body = "/v1/chat/completions", body | {"max_completion_tokens": 1, "add_generation_prompt": False}
+                body |= {"messages": [*sent, {"role": "assistant", "content": said}], "continue_final_message": True}
+            requests.append(Request(path, body, len(ids) + 1))
+            read.append(ids)
+        for r, ids, answer in zip(rollouts, read, self._ask(requests, check=False), strict=True):
+            told = answer if r.view == "speech" else answer["choices"][0]
+            if r.view == "speech" and told["prompt_token_ids"] != ids:
+                found.append(None)
+                continue
+            found.append(given(told.get("prompt_logprobs"), ids, len(r.token_ids), "student"))
+        return found
+
+    def _ask(self, requests: list[Request], check: bool) -> list[Any]:
+        """Answers to requests, all of them from servers that held the learner's weights before and after."""
+        r = self.config.rollout
+        answers: list[Answer | None] = [None] * len(requests)
+        todo = list(range(len(requests)))
+        urls = self.usable() if check else [s.url for s in self.servers]
+        while todo:
+            found = post_all(urls, [requests[i] for i in todo], r.concurrency, r.timeout_s, self.rank)
+            for i, answer in zip(todo, found, strict=True):
+                answers[i] = answer
+            asked, urls = todo, self.usable() if check else urls
+            todo = [i for i, answer in zip(asked, found, strict=True) if answer.url not in urls]
+        return [a.content for a in answers if a is not None]
+
+    def _request(
+        self, messages: list[Message], clips: dict[str, Any], n: int, temp: float, seed: int
+    ) -> dict[str, Any]:
+        family, r = self.family, self.config.rollout
+        return {
+            "model": "student",
+            "messages": [{**m, "content": self._content(m["content"], clips)} for m in messages],
+            "n": n,
+            "max_completion_tokens": r.max_tokens,
+            "temperature": temp,
+            "seed": seed,
+            # spelt out, so that no generation_config of the checkpoint bends the distribution
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": family.eos_ids,
+            "logit_bias": {str(i): BAN for i in family.banned_ids},
+            "logprobs": True,
+            "top_logprobs": self.best,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "skip_special_tokens": False,
+            "add_generation_prompt": True,
+        }
+
+    def _content(self, content: Any, clips: dict[str, np.ndarray]) -> Any:
+        if isinstance(content, str):
+            return content
+        return [self._part(p, clips) for p in content]
+
+    def _part(self, part: dict[str, Any], clips: dict[str, np.ndarray]) -> dict[str, Any]:
+        if part["type"] != "audio":
+            return part
+        wav = to_base64_wav(clips[part["path"]], self.family.sampling_rate)
+        return {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}
+
+    def _rollout(self, prompt: Prompt, view: View, seed: int, choice: dict[str, Any], n: int) -> Rollout:
+        ids, entries = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content")
+        if not ids or not entries or len(ids) != len(entries):
+            raise ServerError(f"prompt {prompt.id}: expected token ids with a log-prob each, found {str(choice)[:200]}")
+        named = [e["token"] for e in entries]
+        assert named == [f"token_id:{i}" for i in ids], f"prompt {prompt.id}: log-probs of other tokens: {named[:5]}"
+        logprobs = np.array([e["logprob"] for e in entries], np.float32)
+        truncated = ids[-1] not in self.family.eos_ids
+        top = _best(entries, self.best) if self.best else None
+        return Rollout(prompt, view, tuple(ids), logprobs, self.version, truncated, seed, top)
+
+
+def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
+    """[T, K] ids of the sampler's best tokens, -1 where it told of fewer.
+
+    vLLM puts the sampled token first; where that is not among the K best it takes the last one's place.
+    """
+    out = np.full((len(entries), k), -1, np.int64)
+    for t, entry in enumerate(entries):
+        ids = [int(e["token"].removeprefix("token_id:")) for e in entry["top_logprobs"]]
+        out[t, : len(ids[:k])] = ids[:k]
+    return out
+
+
+def _heard(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:
+    """Samples of each clip that a view holds."""
+    return [len(clips[k]) for k in audio_paths(prompt)] if view == "speech" else []
+
+
+def _check_prompt(prompt: Prompt, view: View, expected: list[int], found: list[int]) -> None:
+    if found != expected:
+        same = min(len(expected), len(found))
+        at = next((i for i in range(same) if expected[i] != found[i]), same)
+        raise ServerError(
+            f"prompt {prompt.id} ({view} view): the server reads {len(found)} ids, the learner {len(expected)}; "
+            f"first difference at {at}: {found[at : at + 5]}, {expected[at : at + 5]}"
+        )
+
+
+def _index(choice: dict[str, Any]) -> int:
+    return int(choice["index"])

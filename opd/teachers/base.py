@@ -1,0 +1,72 @@
+"""What every teacher gives: scores of the same tokens, in the text view."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from opd.config.schema import Config
+from opd.models.base import Family
+from opd.objectives.token_loss import Rows
+from opd.settings import UserError
+from opd.teachers.tokenizers import check_tokenizers, text_prompt_ids
+from opd.types import Prompt, Rollout, Sample, ScoredRollout, render
+
+Reply = tuple[tuple[int, ...], bool]  # token ids with end of turn, truncated
+
+
+class Teacher(Protocol):
+    """Seam: a frozen LLM that reads the text view. All but that of `uld` share the student's tokenizer."""
+
+    gives_rows: bool  # whether `rows` is there to be asked
+    grades: bool  # whether `score` is
+
+    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        """Log-probabilities of each rollout's own token ids, at temperature 1, in the text view."""
+        ...
+
+    def rows(self, samples: list[Sample]) -> Rows:
+        """Logits of the samples' response tokens in the text view, one response after another."""
+        ...
+
+    def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
+        """Greedy responses to the text view, in the student's tokens."""
+        ...
+
+
+class _Reader:
+    """Tokenises text views with the teacher's own tokenizer and chat template."""
+
+    grades = True
+
+    def __init__(self, config: Config, family: Family) -> None:
+        self.config, self.family = config, family
+        try:
+            self.tokenizer = family.text_tokenizer(config.teacher.path)
+        except (OSError, ValueError) as e:
+            raise UserError(f"teacher.path {config.teacher.path}: no loadable tokenizer: {_first_line(e)}") from e
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a tokenizer that is not the student's."""
+        check_tokenizers(self.family, self.tokenizer, self.config.teacher.path)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of the text view with the generation prompt."""
+        return text_prompt_ids(self.family, self.tokenizer, render(prompt, "text"))
+
+
+def _asked(rollout: Rollout) -> np.ndarray:
+    """[T, K] ids that the student's sampler told of."""
+    assert rollout.top_ids is not None, f"{rollout.prompt.id}: sampled without objective.top_k"
+    return rollout.top_ids
+
+
+def _cut(ids: list[int], eos: list[int]) -> Reply:
+    end = next((i for i, t in enumerate(ids) if t in eos), None)
+    return (tuple(ids), True) if end is None else (tuple(ids[: end + 1]), False)
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

@@ -1,0 +1,91 @@
+"""Several teachers: a field of each record says which of them reads it. Shape legend in opd/types.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from opd.config.schema import Config
+from opd.objectives.token_loss import Rows
+from opd.settings import UserError
+from opd.teachers.base import Reply, Teacher
+from opd.types import Prompt, Rollout, Sample, ScoredRollout
+
+if TYPE_CHECKING:
+    from opd.config.schema import TeacherConfig
+
+
+T = TypeVar("T")
+
+
+class RoutedTeacher:
+    """Asks each teacher what is routed to it and puts the answers back in order.
+
+    Every teacher is asked every time, if only with nothing: a sharded one needs all ranks.
+    """
+
+    grades = True
+
+    def __init__(self, config: Config, teachers: dict[str, Teacher]) -> None:
+        """`teachers`: by route."""
+        self.config, self.teachers = config, teachers
+        self.gives_rows = all(t.gives_rows for t in teachers.values())
+
+    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        return self._ask([r.prompt for r in rollouts], lambda t, at: t.score([rollouts[i] for i in at]))
+
+    def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
+        return self._ask(prompts, lambda t, at: t.respond([prompts[i] for i in at], max_tokens))
+
+    def rows(self, samples: list[Sample]) -> Rows:
+        found: list[tuple[Tensor, Tensor, Rows]] = []  # of a teacher: which tokens are its own, how many came before
+        lengths = torch.tensor([len(s.response_ids) for s in samples])
+        for teacher, at in self._split([s.scored.rollout.prompt for s in samples]):
+            mine = torch.zeros(len(samples), dtype=torch.bool)
+            mine[at] = True
+            own = mine.repeat_interleave(lengths)
+            before = torch.cat([torch.zeros(1, dtype=torch.long), own.cumsum(0)])
+            found.append((own, before, teacher.rows([samples[i] for i in at])))
+
+        def rows(part: slice) -> Tensor:
+            out: Tensor | None = None
+            for own, before, rows_of in found:
+                first, end = int(before[part.start]), int(before[part.stop])
+                if first == end:
+                    continue
+                logits = rows_of(slice(first, end))
+                if out is None:
+                    out = logits.new_empty(part.stop - part.start, logits.shape[-1])
+                out[own[part].to(logits.device)] = logits
+            assert out is not None, "no tokens to read"
+            return out
+
+        return rows
+
+    def _ask(self, prompts: list[Prompt], ask: Callable[[Teacher, list[int]], list[T]]) -> list[T]:
+        out: dict[int, T] = {}
+        for teacher, at in self._split(prompts):
+            out |= dict(zip(at, ask(teacher, at), strict=True))
+        return [out[i] for i in range(len(prompts))]
+
+    def _split(self, prompts: list[Prompt]) -> list[tuple[Teacher, list[int]]]:
+        """Each teacher with the indices of its prompts."""
+        routes = [route_of(self.config.teacher, p) for p in prompts]
+        return [(t, [i for i, r in enumerate(routes) if r == name]) for name, t in self.teachers.items()]
+
+
+def route_of(teacher: TeacherConfig, prompt: Prompt) -> str:
+    """Which of teacher.routes reads a prompt. Raises UserError, naming the record, when none does."""
+    value = prompt.group if teacher.field == "group" else prompt.other.get(teacher.field, "")
+    found = next((name for name in (value, "*") if name in teacher.routes), None)
+    if found is None:
+        has = f"{teacher.field} {value!r}" if value else f"no {teacher.field}"
+        known = ", ".join(teacher.routes)
+        raise UserError(
+            f"{prompt.place or prompt.id}: has {has}, which is no route of teacher.routes ({known}); "
+            'name it there, or "*" for all others'
+        )
+    return found

@@ -1,0 +1,173 @@
+"""From scored rollouts to micro-batches: global weights, token budget, padding. Shape legend in opd/types.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd.config.schema import Config
+from opd.models.base import Family
+from opd.models.sharding import all_reduce
+from opd.objectives.micro_batch import MicroBatch
+from opd.types import VIEWS, Batch, Rollout, Sample, ScoredRollout, View, audio_paths, render
+
+
+def view_shares(config: Config) -> dict[View, float]:
+    """Share of each view in the objective: lambda for text, 1 - lambda for speech; views of share 0 are left out."""
+    lam = config.objective.lambda_
+    shares: dict[View, float] = {"speech": 1.0 - lam, "text": lam}
+    return {v: shares[v] for v in VIEWS if shares[v] > 0}
+
+
+def make_samples(scored: list[ScoredRollout], clips: dict[str, np.ndarray], family: Family) -> list[Sample]:
+    """Tokenise the prompts of scored rollouts, each in its own view, for the student.
+
+    `clips` maps audio paths to waveforms. Responses are taken as they are: never re-tokenised.
+    """
+    samples = []
+    for s in scored:
+        keys = audio_paths(s.rollout.prompt) if s.rollout.view == "speech" else []
+        messages = render(s.rollout.prompt, s.rollout.view)
+        samples.append(Sample(s, family.prompt_ids(messages, [len(clips[k]) for k in keys]), keys))
+    return samples
+
+
+def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Config) -> Batch:
+    """Weigh every token by the objective's one global denominator and split into micro-batches.
+
+    average = response: a token of a response of |y| tokens weighs share(view) / (N_view * |y|); average = token:
+    share(view) / tokens_view, where N_view and tokens_view count over all ranks, and a response that stands for w, or
+    whose record data.weight gives w, counts w times. Every rank gets the same number of micro-batches: short ranks
+    repeat a sample with weight 0.
+    """
+    shares = view_shares(config)
+    views = list(shares)
+    counts = torch.zeros(len(views) + 1, 2, dtype=torch.float64)  # by view, then without weights; responses, tokens
+    for s in samples:
+        r, tokens = s.scored.rollout, float(len(s.response_ids))
+        counts[views.index(r.view)] += _counts(r, config) * torch.tensor([1.0, tokens], dtype=torch.float64)
+        counts[-1] += torch.tensor([1.0, tokens], dtype=torch.float64)
+    counts = all_reduce(counts, "sum")
+    for s in samples:
+        r = s.scored.rollout
+        responses, tokens = counts[views.index(r.view)].tolist()
+        denominator = responses * len(s.response_ids) if config.objective.average == "response" else tokens
+        s.weight = shares[r.view] * _counts(r, config) / denominator
+    micro = split(samples, config.train.micro_batch_tokens)
+    most = int(all_reduce(torch.tensor(float(len(micro))), "max"))
+    assert micro, "a rank without samples"
+    micro += [[_dummy(micro[0][0])] for _ in range(most - len(micro))]
+    return Batch(samples, clips, micro, int(counts[-1, 1]), int(counts[-1, 0]))
+
+
+def _counts(rollout: Rollout, config: Config) -> float:
+    """How many times a response counts in the mean."""
+    name = config.data.weight
+    return rollout.stands_for * (rollout.prompt.numbers[name] if name else 1.0)
+
+
+def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
+    """Pack groups of samples with the same prompt, longest row first, into micro-batches of padded tokens <= `budget`.
+
+    A group whose row alone would pass the budget is cut; a lone sample may pass it.
+    """
+    rows = [part for group in _groups(samples) for part in _cut(group, budget)]
+    micro: list[list[list[Sample]]] = []
+    for row in sorted(rows, key=_row_length, reverse=True):
+        if micro and _row_length(micro[-1][0]) * (len(micro[-1]) + 1) <= budget:
+            micro[-1].append(row)
+        else:
+            micro.append([row])
+    return [[s for row in rows for s in row] for rows in micro]
+
+
+def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
+    """Pack samples that share a prompt into rows and pad on the right; [B, ...] tensors keep the samples' order."""
+    groups = _groups(samples)
+    index = {id(s): i for i, s in enumerate(samples)}
+    assert len(index) == len(samples), "a sample twice in one micro-batch"
+    longest = max(map(_row_length, groups))
+    steps = max(len(s.response_ids) for s in samples)
+    n = len(samples)
+    ids = torch.full((len(groups), longest), pad_id, dtype=torch.long)
+    places = torch.zeros(len(groups), longest, dtype=torch.long)
+    part = torch.full((len(groups), longest), -1)  # 0 prompt, k the k-th response, -1 padding
+    row = torch.zeros(n, dtype=torch.long)
+    positions, targets = torch.zeros(n, steps, dtype=torch.long), torch.zeros(n, steps, dtype=torch.long)
+    mask, teacher, sampler = (torch.zeros(n, steps) for _ in range(3))
+    for g, group in enumerate(groups):
+        p = at = len(group[0].prompt_ids)
+        ids[g, :p] = torch.tensor(group[0].prompt_ids)
+        places[g, :p] = torch.arange(p)
+        part[g, :p] = 0
+        for k, s in enumerate(group, 1):
+            i, t = index[id(s)], len(s.response_ids)
+            ids[g, at : at + t] = torch.tensor(s.response_ids)
+            places[g, at : at + t] = torch.arange(p, p + t)
+            part[g, at : at + t] = k
+            row[i] = g
+            positions[i, 0] = p - 1
+            positions[i, 1:t] = torch.arange(at, at + t - 1)
+            targets[i, :t] = torch.tensor(s.response_ids)
+            mask[i, :t] = 1
+            for into, values in ((teacher, s.scored.teacher_logprobs), (sampler, s.scored.rollout.logprobs)):
+                if values is not None:
+                    assert len(values) == t, f"{s.scored.rollout.prompt.id}: {t} tokens, {len(values)} log-probs"
+                    into[i, :t] = torch.from_numpy(np.asarray(values, np.float32))
+            at += t
+    attends = _attends(part)
+    weights = mask * torch.tensor([s.weight for s in samples])[:, None]
+    sampled = torch.tensor([s.scored.rollout.logprobs is not None for s in samples])
+    inputs = (ids, places, attends, row, positions, targets, mask, weights, teacher, sampler, sampled)
+    return MicroBatch(samples, *inputs, *_top(samples, steps))
+
+
+def _top(samples: list[Sample], steps: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Ids [B, T, K] and the teacher's log-probs there, padded with -1 and 0; none where no sample has them."""
+    most = max((s.scored.top_ids.shape[1] for s in samples if s.scored.top_ids is not None), default=0)
+    if most == 0:
+        return None, None
+    ids, logp = torch.full((len(samples), steps, most), -1), torch.zeros(len(samples), steps, most)
+    for i, s in enumerate(samples):
+        if s.scored.top_ids is not None and s.scored.top_logprobs is not None:
+            t, k = s.scored.top_ids.shape
+            ids[i, :t, :k] = torch.from_numpy(s.scored.top_ids.astype(np.int64))
+            logp[i, :t, :k] = torch.from_numpy(s.scored.top_logprobs.astype(np.float32))
+    return ids, logp
+
+
+def _attends(part: Tensor) -> Tensor:
+    """[R, L] parts -> [R, 1, L, L]: causal, and only the prompt or the own response. Padding sees itself alone."""
+    length = part.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    return (causal & seen & (part >= 0)[:, None, :] | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+def _groups(samples: list[Sample]) -> list[list[Sample]]:
+    """Samples by prompt ids and clips, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Sample]] = {}
+    for s in samples:
+        groups.setdefault((tuple(s.prompt_ids), tuple(s.clips)), []).append(s)
+    return list(groups.values())
+
+
+def _cut(group: list[Sample], budget: int) -> list[list[Sample]]:
+    parts = [[group[0]]]
+    for s in group[1:]:
+        if _row_length([*parts[-1], s]) <= budget:
+            parts[-1].append(s)
+        else:
+            parts.append([s])
+    return parts
+
+
+def _row_length(row: list[Sample]) -> int:
+    return len(row[0].prompt_ids) + sum(len(s.response_ids) for s in row)
+
+
+def _dummy(sample: Sample) -> Sample:
+    return Sample(sample.scored, sample.prompt_ids, sample.clips, weight=0.0)

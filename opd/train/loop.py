@@ -1,0 +1,128 @@
+"""Builds the parts, then runs the loop. Started on every rank by accelerate, deepspeed or torchrun."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from opd.models.sharding import all_reduce
+from opd.storage.json_lines import read_lines
+from opd.train import checkpoint
+from opd.train.batch import make_batch, make_samples
+from opd.train.parts import Parts, status, vllm_version
+from opd.train.step_log import Clock, report_step
+from opd.train.verdict import Verdict, verdict, warnings
+from opd.types import Prompt, ScoredRollout
+
+
+def loop(parts: Parts, start: int) -> int:
+    """Warm start and X-OPD alike: respond, score, step, push. Returns how many steps are done at its end."""
+    c, learner = parts.config, parts.learner
+    on_policy = c.rollout.student_writes
+    grader = parts.teacher if c.objective.asks_teacher and not c.objective.reads_rows else None
+    for step in range(start, c.train.steps):
+        if parts.verdict.stop:
+            return step
+        clock = Clock()
+        mine = parts.stream.shard(step, learner.rank, learner.world)
+        prompts, clips = load_clips(parts, mine, parts.stream.epoch(step))
+        clock.lap("rest")
+        rollouts = parts.source.respond(prompts, clips, step)
+        rest(parts)
+        clock.lap("rollout")
+        scored = grader.score(rollouts) if grader else [ScoredRollout(r, None) for r in rollouts]
+        clock.lap("teacher")
+        batch = make_batch(make_samples(scored, clips, learner.family), clips, c)
+        stats = learner.step(batch, step, parts.teacher if c.objective.reads_rows else None)
+        clock.lap("learner")
+        if on_policy:
+            push(parts, version=step + 1)
+            clock.lap("sync")
+        report_step(parts, step + 1, batch, stats, clock)
+        look(parts, step + 1)
+        keep(parts, step + 1)
+    return c.train.steps
+
+
+def load_clips(
+    parts: Parts, mine: list[tuple[int, Prompt]], epoch: int
+) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
+    """This rank's usable prompts and their clips. Raises UserError when the ranks together met too many bad records."""
+    found = parts.clips.load_batch(mine, parts.stream.prompts, epoch)
+    if all_reduce(torch.tensor(float(len(parts.clips.bad))), "max") > 0:
+        places: list[Any] = [None] * parts.learner.world
+        dist.all_gather_object(places, set(parts.clips.bad))
+        parts.clips.check(set().union(*places))
+    return found
+
+
+def push(parts: Parts, version: int) -> None:
+    """Give the servers the learner's weights and remember their version."""
+    assert parts.sync is not None and parts.sampler is not None
+    parts.sync.push(parts.learner, version)
+    parts.sampler.version = version
+
+
+def rest(parts: Parts) -> None:
+    """Have the servers sleep until the next push, where they share the learner's device."""
+    if parts.sync is not None:
+        parts.sync.sleep()
+
+
+def look(parts: Parts, step: int) -> None:
+    """An interim evaluation every eval.every steps; the last step has its own at the end of the run."""
+    c = parts.config
+    if c.eval.every and step % c.eval.every == 0 and not (c.eval.end and step == c.train.steps):
+        evaluate(parts, c.run.stage, step, interim=True)
+        if not c.rollout.student_writes:
+            rest(parts)
+
+
+def keep(parts: Parts, step: int) -> None:
+    """A checkpoint, where one is due: every train.checkpoint_every steps, at the end, and of the best evaluation."""
+    c, seen = parts.config, parts.verdict
+    last = step == c.train.steps or bool(seen.stop)
+    if last or step % c.train.checkpoint_every == 0 or (seen.best is not None and seen.best.step == step):
+        status(parts, "checkpointing", step)
+        checkpoint.save(parts.learner, c.run.dir, step, parts.seconds, c.train.keep_checkpoints, seen.named)
+
+
+def judge(parts: Parts) -> Verdict:
+    """The verdict on the lines of eval.jsonl: rank 0 reads them and tells the others."""
+    c = parts.config
+    if c.eval.best is None:
+        return Verdict()
+    found = [verdict(read_lines(Path(c.run.dir, "eval.jsonl")), c.eval) if parts.log is not None else None]
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None:
+    """One line of eval.jsonl, when the recipe names held-out records; an interim one says that it is, and is cheap."""
+    if parts.evaluator is None:
+        return
+    status(parts, "evaluating", step, stage)
+    began = time.perf_counter()
+    if not interim or not parts.config.rollout.student_writes:  # there the step's own push has done it
+        push(parts, version=step)
+    result = parts.evaluator.interim() | {"interim": True} if interim else parts.evaluator.run()
+    if parts.log is not None:
+        zero = parts.learner.engine.zero_optimization_stage()
+        about = {
+            "learner": {"engine": "deepspeed", "zero_stage": zero, "world_size": parts.learner.world},
+            "rollout": {"engine": "vllm", "version": vllm_version()},
+        }
+        head = {"stage": stage, "step": step, "train_seconds": parts.seconds}
+        line = head | {"eval_seconds": time.perf_counter() - began} | result | about
+        before = read_lines(Path(parts.config.run.dir, "eval.jsonl"))
+        found = warnings(before, line, parts.config.eval.warn)
+        parts.log.evaluation(line | {"warnings": found})
+        for one in found:
+            print(f"warning: {one['text']}", flush=True)
+    parts.verdict = judge(parts)

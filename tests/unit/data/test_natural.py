@@ -1,0 +1,382 @@
+"""Stage `natural`: recordings in every layout become spoken prompts; long ones are cut at silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from opd.data.engine.runner import Summary, run_stage
+from opd.data.stages.natural import Natural
+from opd.data.stages.recordings import Segment, pieces, read_segments
+from opd.prompts import audio
+from opd.prompts.manifest import read_manifest
+from opd.settings import UserError
+
+RATE = 8000
+
+
+def noise(seconds: float, seed: int = 0, level: float = 0.2) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-level, level, int(seconds * RATE)).astype(np.float32)
+
+
+def save(path: Path, wave: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave, RATE)
+    return path
+
+
+def encoded(wave: np.ndarray, format: str = "FLAC") -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, RATE, format=format)
+    return buffer.getvalue()
+
+
+def run(source: object, out: Path, **settings: object) -> tuple[Summary, list[dict], list[str]]:
+    """Summary, records with the audio part taken out of the messages, reasons of what was dropped."""
+    summary = run_stage(Natural(**settings), str(source), out, workers=1)  # type: ignore[arg-type]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    _, bad = read_manifest(str(out))
+    assert not bad
+    for row in rows:
+        (message,) = row.pop("messages")
+        (part,) = message["content"]
+        assert message["role"] == "user" and part["type"] == "audio"
+        row |= {"path": out.parent / part["path"], "text": part["transcript"]}
+        audio.load(str(row["path"]), RATE, 60)
+    dropped = (out.with_suffix(".stage") / "dropped.jsonl").read_text().splitlines()
+    return summary, rows, [json.loads(line)["reason"] for line in dropped]
+
+
+def test_recordings_with_transcripts_beside_them(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out" / "m.jsonl"
+    first = save(source / "ann" / "a.wav", noise(1))
+    save(source / "bob" / "b.flac", noise(2, 1))
+    (source / "bob" / "c.mp3").write_bytes(encoded(noise(1, 2), "MP3"))
+    save(source / "bob" / "long.wav", noise(5, 3))
+    save(source / "bob" / "short.wav", noise(0.1, 4))
+    save(source / "bob" / "mute.wav", np.zeros(RATE, np.float32))
+    save(source / "untold.wav", noise(1, 5))
+    save(source / "latin.wav", noise(1, 6))
+    (source / "cut.wav").write_bytes(first.read_bytes()[:9000])
+    (source / "none.wav").write_bytes(b"nothing")
+    for name in ("ann/a", "bob/b", "bob/c", "bob/long", "bob/short", "bob/mute", "cut", "none"):
+        (source / f"{name}.txt").write_text(
+            f"WHAT IS\n {name[-1].upper()}?\n" if name == "ann/a" else f"What is {name}"
+        )
+    (source / "latin.txt").write_bytes(b"caf\xe9")
+    summary, rows, dropped = run(source, out, folder_is="speaker", max_seconds=4.0)
+    assert [(r["id"], r["text"], r["speaker"]) for r in rows] == [
+        ("ann/a", "what is a?", "ann"),
+        ("bob/b", "What is bob/b", "bob"),
+        ("bob/c", "What is bob/c", "bob"),
+    ]
+    assert rows[0]["path"].read_bytes() == first.read_bytes() and rows[2]["path"].suffix == ".mp3"
+    assert [r["seconds"] for r in rows] == [1, 2, pytest.approx(1, abs=0.1)]
+    assert summary.dropped == {"too long": 1, "bad audio": 3, "too short": 1, "not usable": 1, "no transcript": 1}
+    assert "its transcript has no times to cut by" in next(d for d in dropped if d.startswith("too long"))
+    assert any("truncated: 16044 bytes declared, 9000 found" in d for d in dropped)
+    assert any("transcript: not valid UTF-8 at byte 4" in d for d in dropped)
+    assert run(source, out, folder_is="speaker", max_seconds=4.0)[0].made == 0
+    source.rename(
+        tmp_path / "moved"
+    )  # the same bytes elsewhere are the same work, but for the row that names its place
+    assert run(tmp_path / "moved", out, folder_is="speaker", max_seconds=4.0)[0].made == 1
+    assert run(tmp_path / "moved", out, max_seconds=4.0, keep_capitals=True)[1][0]["text"] == "WHAT IS A?"
+
+
+def test_librispeech(tmp_path: Path) -> None:
+    chapter = tmp_path / "in" / "84" / "121123"
+    save(chapter / "84-121123-0000.flac", noise(1))
+    save(chapter / "84-121123-0001.flac", noise(1, 1))
+    (chapter / "84-121123.trans.txt").write_text(
+        "84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT\n84-121123-0002 IN\n"
+    )
+    summary, rows, dropped = run(tmp_path / "in", tmp_path / "m.jsonl")
+    assert [(r["id"], r["speaker"], r["text"]) for r in rows] == [
+        ("84-121123-0000", "84", "go do you hear"),
+        ("84-121123-0001", "84", "but"),
+    ]
+    assert dropped == [f"no audio: {chapter / '84-121123-0002.flac'}"] and summary.read == 3
+
+
+def test_common_voice(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "x.mp3").write_bytes(encoded(noise(1), "MP3"))
+    head = "client_id\tpath\tsentence\tup_votes\taccents\n"
+    table = tmp_path / "validated.tsv"
+    table.write_text(head + 's1\tx.mp3\tHe said "so.\t2\tScottish English\ns2\ty.mp3\tGone\t2\t\n')
+    _, rows, dropped = run(table, tmp_path / "m.jsonl")
+    (row,) = rows
+    assert (row["id"], row["speaker"], row["accent"], row["text"]) == ("x", "s1", "Scottish English", 'He said "so.')
+    assert dropped == [f"no audio: {tmp_path / 'clips' / 'y.mp3'}"]
+    with pytest.raises(UserError, match=f"holds tables of Common Voice: name one of them, such as {table}"):
+        run(tmp_path, tmp_path / "f.jsonl")
+    table.write_text("path\ttext\na\tb\n")
+    with pytest.raises(UserError, match="columns path and sentence, sentence is not there"):
+        run(table, tmp_path / "n.jsonl")
+
+
+def test_data_sets_with_an_audio_column(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {
+        "audio": [{"bytes": encoded(noise(1, i)), "path": f"{i}.flac"} for i in range(2)]
+        + [{"bytes": encoded(noise(1, 3), "AIFF"), "path": "x.aiff"}, {"bytes": b"nothing", "path": None}],
+        "sentence": ["one", None, "three", "four"],
+        "speaker_id": [5, 6, 7, 8],
+        "words": ["eins", "zwei", "drei", "vier"],
+    }
+    table = tmp_path / "in.parquet"
+    data = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(decode=False))
+    data.cast_column("audio", datasets.Audio()).to_parquet(table)
+    summary, found, _ = run(table, tmp_path / "m.jsonl")
+    assert [(r["text"], r["speaker"], r["path"].suffix) for r in found] == [
+        ("one", "5", ".flac"),
+        ("three", "7", ".flac"),
+    ]
+    assert found[0]["path"].read_bytes() == encoded(noise(1, 0)) and len(found[0]["id"]) == 16
+    assert summary.dropped == {"no transcript": 1, "bad audio": 1}
+    wave, _ = soundfile.read(found[1]["path"], dtype="float32")
+    assert np.abs(wave - noise(1, 3)).max() < 1e-4
+    _, german, _ = run(table, tmp_path / "n.jsonl", columns={"transcript": "words"})
+    assert [r["text"] for r in german] == ["eins", "zwei", "drei"]
+    with pytest.raises(
+        UserError, match="no column wort, only audio, sentence, speaker_id, words; say columns.transcript="
+    ):
+        run(table, tmp_path / "o.jsonl", columns={"transcript": "wort"})
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of recordings that `hub:o/n` is, as it lies in the cache, and that hf://datasets/o/n@main/ leads to."""
+    import datasets
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.registry import _registry as registry
+
+    folder = tmp_path / "cache" / "o"
+    load = datasets.load_dataset
+
+    class Hub(LocalFileSystem):
+        protocol = "hf"
+
+        def __init__(self, **_: object) -> None:
+            super().__init__()
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.replace("hf://datasets/o/n@main", str(folder))
+
+        def open(self, path: str, mode: str = "rb", **more: object) -> io.BufferedReader:
+            return open(path, "rb")
+
+    monkeypatch.setitem(registry, "hf", Hub)
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda of, part, split, streaming: load("audiofolder", data_dir=str(folder), split=split, streaming=streaming),
+    )
+    for i in range(2):
+        save(folder / f"{i}.wav", noise(1, i))
+    (folder / "metadata.csv").write_text("file_name,transcription,speaker\n0.wav,one,5\n1.wav,two,6\n")
+    return folder
+
+
+def test_an_audio_folder_of_the_hub_is_read_without_a_decoder(tmp_path: Path, hub: Path) -> None:
+    _, rows, _ = run("hub:o/n", tmp_path / "out" / "m.jsonl")
+    assert [(r["text"], r["speaker"]) for r in rows] == [("one", "5"), ("two", "6")]
+    assert [r["path"].read_bytes() for r in rows] == [(hub / f"{i}.wav").read_bytes() for i in range(2)]
+
+
+def test_recordings_are_read_from_their_place_on_the_hub_and_nowhere_else(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    secret = save(tmp_path / "secret.wav", noise(1, 7))
+    paths = ["hf://datasets/o/n@main/1.wav", "hf://datasets/o/n@main/9.wav", str(secret), "http://127.0.0.1:9/1.wav"]
+    paths += [f"file://{secret}", str(hub / ".." / ".." / "secret.wav")]
+
+    def rows(**_: object) -> list[dict]:
+        return [{"audio": p, "text": f"number {i}"} for i, p in enumerate(paths)]
+
+    features = datasets.Features({"audio": datasets.Audio(), "text": datasets.Value("string")})
+    data = datasets.IterableDataset.from_generator(lambda: iter(rows()), features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    summary, found, dropped = run("hub:o/n", tmp_path / "out" / "m.jsonl")
+    assert [r["text"] for r in found] == ["number 0"] and summary.dropped == {"not usable": 5}
+    assert found[0]["path"].read_bytes() == (hub / "1.wav").read_bytes()
+    assert "9.wav: cannot be read" in dropped[0]
+    assert all("expected the bytes of a recording or its place on the Hub, found" in d for d in dropped[1:])
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_webdataset_shards(tmp_path: Path, name: str) -> None:
+    members = {
+        "x/1.flac": encoded(noise(1)), "x/1.json": b'{"text": "one", "speaker": "s"}', "x/1.cls": b"3",
+        "x/2.txt": b"two", "x/2.wav": encoded(noise(1, 1), "WAV"), "3.txt": b"three",
+        "4.flac": encoded(noise(1, 2)), "4.json": b"{", "5.flac": encoded(noise(1, 3)),
+    }  # fmt: skip
+    (tmp_path / "in").mkdir()
+    shard = tmp_path / "in" / name
+    with tarfile.open(shard, "w:gz" if name.endswith("gz") else "w") as tar:
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    for source in (shard, tmp_path / "in"):
+        summary, rows, dropped = run(source, tmp_path / "m.jsonl")
+        assert [(r["id"], r["text"], r.get("speaker")) for r in rows] == [("x/1", "one", "s"), ("x/2", "two", None)]
+        assert rows[1]["path"].read_bytes() == members["x/2.wav"]
+        assert summary.dropped == {"not usable": 2, "no transcript": 1}
+        assert "3: no recording" in dropped[0] and "4.json: Expecting property name" in dropped[1]
+    whole = shard.read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    cuts = [0, 100, end // 2, end - 100]
+    for cut in cuts + [end - end % 512 + 512] if name == "a.tar" else cuts:  # the last one is between two members
+        shard.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=f"{name}: not readable as a tar file"):
+            run(shard, tmp_path / "n.jsonl")
+
+
+SRT = """1
+00:00:00,000 --> 00:00:02,000
+<i>one</i>
+
+2
+00:00:02,000 --> 00:00:04,000
+two
+and a half
+
+3
+00:00:05,000 --> 00:00:07,500
+three
+"""
+
+
+def test_transcripts_with_times(tmp_path: Path) -> None:
+    (tmp_path / "a.srt").write_text(SRT)
+    expected = [Segment(0, 2, "one"), Segment(2, 4, "two and a half"), Segment(5, 7.5, "three")]
+    assert read_segments(tmp_path / "a.srt") == expected
+    (tmp_path / "a.vtt").write_text("WEBVTT\n\n" + SRT.replace(",", ".").replace("00:00:", "00:").replace("1\n", "", 1))
+    assert read_segments(tmp_path / "a.vtt") == expected
+    (tmp_path / "a.json").write_text(json.dumps({"segments": [{**s._asdict(), "tokens": []} for s in expected]}))
+    assert read_segments(tmp_path / "a.json") == expected
+    for text, why in (
+        ('{"segments": [{"start": 0}]}', "expected"),
+        ('{"segments": []}', "holds no text"),
+        ('{"segments": [{"start": 3, "end": 1, "text": "x"}]}', "times are not in order"),
+        ('{"segments": [{"start": NaN, "end": 1, "text": "x"}]}', "times are not in order"),
+        ("[", "Expecting"),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=why):
+            read_segments(tmp_path / "a.json")
+
+
+def test_pieces_are_as_few_as_fit() -> None:
+    segments = [Segment(i * 2.0, i * 2.0 + 1.6, f"w{i}") for i in range(6)]
+
+    def pause(a: Segment, b: Segment) -> tuple[float, float] | None:
+        return None if a.text == "w3" else (a.end, b.start)
+
+    found = list(pieces(segments, 12.0, 5.0, pause))
+    assert [p.text for p in found] == ["w0 w1", "w2", "w3 w4", "w5"]  # w3 and w4 cannot be cut apart
+    ends = [(round(p.start, 6), round(p.end, 6)) for p in found]
+    assert ends == [(0, 3.8), (3.8, 5.8), (5.8, 9.8), (9.8, 11.8)]
+    assert [p.text for p in pieces(segments, 12.0, 60.0, pause)] == ["w0 w1 w2 w3 w4 w5"]
+    assert [p.text for p in pieces(segments, 12.0, 5.0, lambda a, b: None)] == ["w0 w1 w2 w3 w4 w5"]
+
+
+def test_long_recordings_are_cut_at_silence(tmp_path: Path) -> None:
+    # speech 0-2, hiss 2-3, speech 3-5, a breath too short to cut in, speech 5.1-7, silence 7-9, speech 9-10
+    hiss = noise(1, 9, 0.001)
+    parts = [noise(2, 1), hiss, noise(2, 2), hiss[:800], noise(1.9, 3), np.zeros(2 * RATE, np.float32), noise(1, 4)]
+    wave = np.concatenate(parts)
+    source = tmp_path / "in"
+    save(source / "talk.flac", wave)
+    times = [(0.1, 2.2, "one"), (2.8, 5.0, "two"), (5.0, 7.3, "three"), (8.9, 10.0, "four")]  # as a recogniser has them
+    told = {"segments": [{"start": a, "end": b, "text": t} for a, b, t in times]}
+    (source / "talk.json").write_text(json.dumps(told))
+    save(source / "drone.wav", noise(6, 5))
+    (source / "drone.srt").write_text(SRT)
+    save(source / "brief.wav", noise(3, 6))
+    (source / "brief.srt").write_text(SRT)
+    summary, rows, dropped = run(source, tmp_path / "m.jsonl", max_seconds=5.0)
+    assert [(r["id"], r["text"]) for r in rows] == [
+        ("brief", "one two and a half three"),
+        ("talk/1", "one"),
+        ("talk/2", "two three"),
+        ("talk/3", "four"),
+    ]
+    assert [r["seconds"] for r in rows[1:]] == pytest.approx([2.2, 0.2 + 4 + 0.2, 0.2 + 1], abs=0.03)
+    second, _ = soundfile.read(rows[2]["path"], dtype="float32")
+    assert _found(second, wave)
+    assert summary.dropped == {"too long": 1} and "drone.wav" in dropped[0] and "no silence to cut at" in dropped[0]
+    longer = run(source, tmp_path / "m.jsonl", max_seconds=5.0, pause_s=1.5)
+    assert [r["text"] for r in longer[1]] == ["one two and a half three", "four"]  # one two three is 7.2 s in one
+
+
+@pytest.mark.parametrize(("below", "cut"), [(22, False), (28, True)])
+def test_silence_is_25_decibels_below_the_speech(tmp_path: Path, below: float, cut: bool) -> None:
+    hum = noise(1, 9, 0.2 * 10 ** (-below / 20))
+    save(tmp_path / "in" / "talk.wav", np.concatenate([noise(2, 1), hum, noise(2, 2)]))
+    told = [{"start": 0.0, "end": 2.0, "text": "one"}, {"start": 3.0, "end": 5.0, "text": "two"}]
+    (tmp_path / "in" / "talk.json").write_text(json.dumps({"segments": told}))
+    save(tmp_path / "in" / "other.wav", noise(1, 3))
+    (tmp_path / "in" / "other.txt").write_text("other")
+    _, rows, dropped = run(tmp_path / "in", tmp_path / "m.jsonl", max_seconds=4.0)
+    assert [r["text"] for r in rows] == ["other", *(["one", "two"] if cut else [])]
+    assert [d.partition(":")[0] for d in dropped] == ([] if cut else ["too long"])
+
+
+def _found(piece: np.ndarray, wave: np.ndarray) -> bool:
+    """Whether a piece is a stretch of the recording, within the error of 16 bits."""
+    starts = np.arange(int(2.6 * RATE), int(3.0 * RATE))
+    return any(np.abs(wave[s : s + len(piece)] - piece).max() < 1e-4 for s in starts)
+
+
+def test_what_is_no_layout(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none: expected a folder, a .tsv"):
+        run(tmp_path / "none", tmp_path / "m.jsonl")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="in: expected recordings .* found none"):
+        run(tmp_path / "in", tmp_path / "m.jsonl")
+    with pytest.raises(ValueError, match="columns: unknown voice"):
+        Natural(columns={"voice": "x"})
+
+
+@pytest.mark.parametrize("name", ["../private.flac", "{root}/private.flac", "a/../../private.flac"])
+def test_a_data_set_names_no_file_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    from pyarrow import parquet, table
+
+    save(tmp_path / "private.flac", noise(1))
+    own, named = tmp_path / "set", name.format(root=tmp_path)
+    own.mkdir()
+    parquet.write_table(table({"audio": [{"bytes": None, "path": named}], "sentence": ["one"]}), own / "in.parquet")
+    (own / "in.tsv").write_text(f"path\tsentence\n{named}\tone\n")
+    chapter = own / "libri"
+    save(chapter / "x.flac", noise(1))
+    (chapter / "x.trans.txt").write_text(f"{named.removesuffix('.flac')} ONE\n")
+    for source in (own / "in.parquet", own / "in.tsv", chapter):
+        out = tmp_path / "out" / source.name
+        with pytest.raises(UserError, match="no record is left: 0 of 1 records, 1 dropped"):
+            run(source, out / "m.jsonl")
+        assert f"{named} lies outside of {own}" in (out / "m.stage/dropped.jsonl").read_text()
+        assert not list(out.rglob("*.flac"))
+
+
+def test_the_links_of_a_cache_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/abc").write_bytes(encoded(noise(1)))
+    (tmp_path / "snapshot/clips").mkdir(parents=True)
+    (tmp_path / "snapshot/clips/x.flac").symlink_to(tmp_path / "blobs/abc")
+    (tmp_path / "snapshot/in.tsv").write_text("path\tsentence\nx.flac\tone\n")
+    _, rows, dropped = run(tmp_path / "snapshot/in.tsv", tmp_path / "m.jsonl")
+    assert len(rows) == 1 and not dropped
