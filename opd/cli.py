@@ -10,7 +10,6 @@ from opd import __version__
 from opd.config.load import load_config
 from opd.data.arguments import add_data
 from opd.settings import UserError
-from opd.train import __main__
 
 # libraries that are not of the core, and the extra that brings them
 EXTRA_OF = dict.fromkeys(
@@ -207,6 +206,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from opd.train import __main__
 
     return __main__.main([args.recipe, *args.overrides])
 

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from opd.config import load as hub
 from opd.config.objective import SETTINGS_OF, SHARED, ObjectiveConfig
 from opd.config.placement import Placement, _devices, placement_of
 from opd.config.schema import Config
@@ -95,7 +94,7 @@ def resolve_model(path: str, key: str) -> str:
         return path
     if p.exists() or path.startswith((".", "/", "~", "runs/", "recipes/")) or path.count("/") > 1:
         raise UserError(f"{key} {path}: expected a checkpoint folder with config.json or a run folder, found neither")
-    if "/" not in path and (why := hub.refused(path)):
+    if "/" not in path and (why := refused(path)):
         expected = "a checkpoint folder, a run folder or a hub id such as owner/name"
         raise UserError(f"{key} {path}: expected {expected}; there is no such folder, and of the hub: {why}")
     return path

@@ -23,7 +23,7 @@ from opd.prompts.clips import check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
-from opd.teachers.routed import route_of
+from opd.teachers.routes import route_of
 from opd.types import Prompt, audio_paths
 
 HEARD = 8  # training records that are kept with their clips for what comes after

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from opd.models.base import Family
 from opd.settings import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from opd.models.base import Family
 
 
 def write_model(family: Family, hf: Any, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -286,8 +286,8 @@ def loss_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> Bytes:
 def teacher_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Lengths, samples: int) -> Bytes:
     """Bytes while a local teacher scores: one layer's activations, hidden states, two float32 rows of a chunk's tokens.
 
-    A pass has at most teacher.batch_tokens padded tokens, each sample in a row of its own (teachers/local.py). A sharded
-    teacher makes the logits of a whole pass at once, in its own dtype and in float32.
+    A pass has at most teacher.batch_tokens padded tokens, each sample in a row of its own. A sharded teacher
+    makes the logits of a whole pass at once, in its own dtype and in float32.
     """
     d = SIZES[config.teacher.dtype]
     length = lengths.text + lengths.response

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from opd.config.schema import Config
 from opd.objectives.token_loss import Rows
-from opd.settings import UserError
 from opd.teachers.base import Reply, Teacher
+from opd.teachers.routes import route_of
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 if TYPE_CHECKING:
-    from opd.config.schema import TeacherConfig
+    pass
 
 
 T = TypeVar("T")
@@ -75,17 +75,3 @@ class RoutedTeacher:
         """Each teacher with the indices of its prompts."""
         routes = [route_of(self.config.teacher, p) for p in prompts]
         return [(t, [i for i, r in enumerate(routes) if r == name]) for name, t in self.teachers.items()]
-
-
-def route_of(teacher: TeacherConfig, prompt: Prompt) -> str:
-    """Which of teacher.routes reads a prompt. Raises UserError, naming the record, when none does."""
-    value = prompt.group if teacher.field == "group" else prompt.other.get(teacher.field, "")
-    found = next((name for name in (value, "*") if name in teacher.routes), None)
-    if found is None:
-        has = f"{teacher.field} {value!r}" if value else f"no {teacher.field}"
-        known = ", ".join(teacher.routes)
-        raise UserError(
-            f"{prompt.place or prompt.id}: has {has}, which is no route of teacher.routes ({known}); "
-            'name it there, or "*" for all others'
-        )
-    return found

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from live import STUDENT, config_of, sample, serving_student, worst
 
-import opd.rollout.sources
+import opd.rollout.sampler
 from opd.doctor.probe import PlainStudent
 from opd.inference.weight_sync import WeightSync
 from opd.models.load import family_of
@@ -42,14 +42,14 @@ def test_two_servers_follow_the_learner(
     local = PlainStudent(config, family, chosen, clips)
     sampler, sync = local.sampler, WeightSync(local.sampler.servers, family, config, 0)
     used: list[str] = []
-    post_all = opd.rollout.sources.post_all
+    post_all = opd.rollout.sampler.post_all
 
     def watched(*args: Any) -> Any:
         answers = post_all(*args)
         used.extend(a.url for a in answers)
         return answers
 
-    monkeypatch.setattr(opd.rollout, "post_all", watched)
+    monkeypatch.setattr(opd.rollout.sampler, "post_all", watched)
 
     def check(version: int) -> None:
         """Push other weights; every answer must then be of these, half of them from each server."""

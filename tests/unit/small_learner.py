@@ -24,9 +24,9 @@ from opd.models.lora import adapters
 from opd.models.speech_lm import SpeechLM
 from opd.objectives.divergences import EXCLUDED
 from opd.teachers.reference import Running
-from opd.train.batch import make_samples, view_shares
+from opd.train.batch import make_batch, make_samples, view_shares
 from opd.train.learner import Learner
-from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
+from opd.types import Batch, Prompt, Rollout, Sample, ScoredRollout, View
 
 ROOT = Path(__file__).parents[2]
 STUDENT = str(ROOT / "recipes/tiny/student")
@@ -222,3 +222,9 @@ def perturb(model: SpeechLM) -> None:
     with torch.no_grad():
         for i, adapter in enumerate(adapters(model.hf)):
             adapter.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
+
+
+def one_step(family: Family, c: Config, samples: list[Sample], **more: Any) -> tuple[Learner, Batch, dict[str, float]]:
+    learner = make_learner(family, c)
+    batch = make_batch(samples, CLIPS, c)
+    return learner, batch, learner.step(batch, 0, **more)

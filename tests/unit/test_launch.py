@@ -171,7 +171,7 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from opd.processes.cluster import Alone
-from opd.config import load_config
+from opd.config.load import load_config
 from opd.processes.layout import free_port
 from opd.processes.commands import Command
 from opd.processes.supervise import supervise

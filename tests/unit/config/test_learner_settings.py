@@ -138,9 +138,9 @@ def test_sums_meet_over_micro_batches_and_ranks(monkeypatch: pytest.MonkeyPatch)
     ranks[0].total("loss", torch.tensor(0.5))
     ranks[1].total("loss", torch.tensor(-1.0))
     sent: list[Tensor] = []
-    monkeypatch.setattr(opd.learner, "all_reduce", lambda x, op: sent.append(x) or x)
+    monkeypatch.setattr(opd.train.learner, "all_reduce", lambda x, op: sent.append(x) or x)
     assert ranks[1].reduce() == {"x": 10.0, "loss": -1.0}
-    monkeypatch.setattr(opd.learner, "all_reduce", lambda x, op: x + sent[0] if op == "sum" else None)
+    monkeypatch.setattr(opd.train.learner, "all_reduce", lambda x, op: x + sent[0] if op == "sum" else None)
     assert ranks[0].reduce() == {"x": (1 + 2 + 4 + 5 + 10) / 5, "loss": -0.25}
 
 

@@ -229,7 +229,7 @@ def test_a_shard_sees_what_others_did_while_it_ran(tmp_path: Path) -> None:
 
 def test_two_runs_on_one_manifest_refuse_each_other(tmp_path: Path) -> None:
     source, log, out = questions(tmp_path / "in.jsonl", 8), tmp_path / "log", tmp_path / "out.jsonl"
-    first = start(command(source, out, "ask", f"log={log}", "sleep_s=1", "--workers", "4"))
+    first = start(command(source, out, "ask", f"log={log}", "sleep_s=4", "--workers", "4"))
     wait_for(log, 1)
     _, err = finish(start(command(source, out, "ask")), 2)
     assert "another `opd data ask` is at work there" in err and err.count("\n") == 1

@@ -21,7 +21,7 @@ __all__ = ["world"]  # a fixture
 def test_gpus_of_the_placement_must_be_there(
     world: Path, monkeypatch: pytest.MonkeyPatch, here: int, outcome: str
 ) -> None:
-    monkeypatch.setattr(preflight, "gpus", lambda: here)
+    monkeypatch.setattr(devices, "gpus", lambda: here)
     found = lines(facts_of(world, "launch.placement=recipes/placements/2gpu_1r_1l.yaml"))["placement"]
     assert found.outcome == outcome
     said = "GPUs [0, 1] of node 0, 2 are here" if here == 2 else f"gives GPU 1 to node 0, {here} GPUs were found here"
@@ -47,9 +47,9 @@ def memory_of(
 ) -> doctor.Line:
     """The line of the memory check on a machine of such GPUs and such a host, in GiB."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(preflight, "gpu_memory", lambda: gpus)
+    monkeypatch.setattr(devices, "gpu_memory", lambda: gpus)
     total = SimpleNamespace(total=round(host * (1 << 30)))
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: total)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: total)
     check = next(c for c in doctor.checks() if c.name == "memory")
     (line,) = doctor.examine([check], Facts(load_config(recipe, list(overrides))))
     return line

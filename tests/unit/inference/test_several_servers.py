@@ -164,7 +164,7 @@ def test_a_request_weighs_its_prompt_and_all_its_answers(family: Family, monkeyp
         sent.extend(requests)
         raise ServerError(f"{rest}")
 
-    monkeypatch.setattr("opd.rollout.sources.post_all", post)
+    monkeypatch.setattr("opd.rollout.sampler.post_all", post)
     part = {"type": "audio", "path": "a.wav", "transcript": "two"}
     spoken = Prompt("p", ({"role": "user", "content": [part]},))
     clips = {"a.wav": np.zeros(32000, np.float32)}

@@ -173,7 +173,7 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", RECIPE, *audio(FOUR_LOCAL)]) == 0
     page = capsys.readouterr().out
-    assert "from shipped shapes (opd/shapes.yaml), not its config.json" in page
+    assert "from shipped shapes (opd/plan/shapes.yaml), not its config.json" in page
     assert (
         "It fits: node 0 GPU" in page and "assumed: 989 TFLOPS" in page and "Recommended: recipes/placements/" in page
     )
@@ -210,9 +210,8 @@ def test_words() -> None:
 
 
 def test_imports_no_torch() -> None:
-    modules = (
-        "opd.plan, opd.plan.page, opd.plan.learner_memory, opd.plan.server_memory, opd.plan.step_time, opd.plan.shapes"
-    )
+    rooms = ("estimate", "page", "learner_memory", "server_memory", "step_time", "shapes")
+    modules = ", ".join(f"opd.plan.{m}" for m in rooms)
     code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

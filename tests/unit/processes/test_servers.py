@@ -159,13 +159,12 @@ FREE_PORT = ports.free_port
 
 
 def test_no_two_launchers_are_given_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "PORTS", range(19100, 19103))
+    monkeypatch.setattr(ports, "PORTS", range(19100, 19103))
     with socket.socket() as busy:
         busy.bind((HERE, 19101))
         busy.listen()
-        ask = (
-            "from opd import layout; layout.PORTS = range(19100, 19103); print(layout.free_port(), flush=True); input()"
-        )
+        ask = "from opd.inference import ports as p; p.PORTS = range(19100, 19103); "
+        ask += "print(p.free_port(), flush=True); input()"
         with subprocess.Popen(
             [sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as other:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import opd.inference.client
+import opd.rollout.sampler
 import opd.rollout.sources
 from opd.config.load import load_config
-from opd.inference.client import Answer
+from opd.inference.client import Answer, ServerError
 from opd.models.base import Family
 from opd.models.load import family_of
 from opd.rollout.sampler import VllmSampler
@@ -40,7 +41,7 @@ def ask(
         return [Answer(urls[0], {"prompt_token_ids": i + changed.get("read", []), "choices": [choice]}) for i in ids]
 
     PART, TEXT = [{"type": "audio"}], PROMPT.messages[0]["content"][0]["transcript"]
-    monkeypatch.setattr(opd.rollout, "post_all", answer)
+    monkeypatch.setattr(opd.rollout.sampler, "post_all", answer)
     config = load_config("recipes/tiny/2_xopd.yaml", [f"run.seed={seed}"])
     sampler = VllmSampler(config, family, ["http://127.0.0.1:9"])
     jobs: Any = [(PROMPT, "speech", "3/0"), (PROMPT, "text", "3/0")]
@@ -70,7 +71,7 @@ def test_requests_spell_out_the_distribution(family: Family, monkeypatch: pytest
 def test_an_answer_without_a_log_prob_for_each_token_is_refused(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(opd.rollout.sources.ServerError, match="prompt q: expected token ids with a log-prob each"):
+    with pytest.raises(ServerError, match="prompt q: expected token ids with a log-prob each"):
         ask(family, monkeypatch, 1.0, token_ids=[300])
 
 
@@ -81,9 +82,7 @@ def test_an_answer_without_an_end_of_turn_is_truncated(family: Family, monkeypat
 
 
 def test_a_prompt_that_the_server_reads_otherwise_is_refused(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        opd.rollout.sources.ServerError, match=r"prompt q \(speech view\): .* first difference at \d+: \[7\], \[\]"
-    ):
+    with pytest.raises(ServerError, match=r"prompt q \(speech view\): .* first difference at \d+: \[7\], \[\]"):
         ask(family, monkeypatch, 1.0, read=[7])
 
 
@@ -105,7 +104,7 @@ def test_scoring_sends_ids_or_the_beginning_of_an_answer(family: Family, monkeyp
             answers.append(Answer(urls[0], content if view == "speech" else {"choices": [content]}))
         return answers
 
-    monkeypatch.setattr(opd.rollout, "post_all", answer)
+    monkeypatch.setattr(opd.rollout.sampler, "post_all", answer)
     sampler = VllmSampler(load_config("recipes/tiny/2_xopd.yaml"), family, ["http://127.0.0.1:9"])
     rollouts = [Rollout(PROMPT, view, ids, None, -1, False) for view in VIEWS]
     heard, read = sampler.score(rollouts, CLIPS)
@@ -125,7 +124,7 @@ def test_scoring_sends_ids_or_the_beginning_of_an_answer(family: Family, monkeyp
 
 
 def test_prompt_log_probs_must_be_one_for_each_id() -> None:
-    with pytest.raises(opd.rollout.sources.ServerError, match="teacher: expected 3 prompt log-probs, found 1"):
+    with pytest.raises(ServerError, match="teacher: expected 3 prompt log-probs, found 1"):
         opd.inference.client.given([None], [1, 2, 3], 1, "teacher")
-    with pytest.raises(opd.rollout.sources.ServerError, match="student: expected 2 prompt log-probs, found 0"):
+    with pytest.raises(ServerError, match="student: expected 2 prompt log-probs, found 0"):
         opd.inference.client.given(None, [1, 2], 1, "student")

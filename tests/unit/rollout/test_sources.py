@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import opd.rollout.sampler
 import opd.rollout.sources
 import opd.teachers.local
+import opd.teachers.server
 from opd.config.load import load_config
 from opd.config.objective import SOURCES_OF
 from opd.config.schema import Config
@@ -144,7 +146,7 @@ def test_the_sampler_asks_for_the_best_ids(family: Family, monkeypatch: pytest.M
         ids = family.prompt_ids([{"role": "user", "content": "hello"}], [])
         return [Answer(urls[0], {"prompt_token_ids": ids, "choices": [choice]}) for _ in requests]
 
-    monkeypatch.setattr(opd.rollout, "post_all", answer)
+    monkeypatch.setattr(opd.rollout.sampler, "post_all", answer)
     job: Any = (Prompt("q", ({"role": "user", "content": "hello"},)), "text", "0/0")
     for more, asked in ((["objective.name=reverse_kl", "objective.top_k=3"], 3), (["objective.name=xopd"], 0)):
         sampler = VllmSampler(config(*more), family, ["http://127.0.0.1:9"])
@@ -165,7 +167,7 @@ def rollout(top: Any = None) -> Rollout:
 def test_a_local_teacher_knows_every_id(family: Family, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student's best at their own log-probs, its own best in order; banned ids without mass."""
     chunks = opd.teachers.local.chunks
-    monkeypatch.setattr(opd.teacher, "chunks", lambda count, vocab: chunks(count, vocab, chunk))
+    monkeypatch.setattr(opd.teachers.local, "chunks", lambda count, vocab: chunks(count, vocab, chunk))
     asked = np.array([[300, 205, 206], [207, family.banned_ids[0], 208], [2, 209, -1]])
     rollouts = [rollout(asked), rollout(asked[::-1].copy())]
     teacher = LocalTeacher(config("teacher.kind=local"), family, torch.device("cpu"))
@@ -198,7 +200,7 @@ def told(family: Family, monkeypatch: pytest.MonkeyPatch, c: Config, entries: li
         before = [None] * (len(sent[-1]["prompt"]) - len(r.token_ids))
         return [Answer(urls[0], {"choices": [{"prompt_logprobs": before + entries}]})]
 
-    monkeypatch.setattr(opd.teacher, "post_all", answer)
+    monkeypatch.setattr(opd.teachers.server, "post_all", answer)
     (scored,) = ServerTeacher(c, family, torch.device("cpu")).score([r])
     assert sent[0]["prompt_logprobs"] == c.objective.top_k and sent[0]["temperature"] == 1.0
     return scored

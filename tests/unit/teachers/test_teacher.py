@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import opd.teachers.local
+import opd.teachers.server
 from opd.config.deepspeed import inference_settings
 from opd.config.load import load_config
 from opd.config.needs import asks_teacher_servers, needs_teacher, starts_teacher
@@ -75,7 +76,7 @@ def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monke
             out.append(Answer(urls[0], {"choices": [{"prompt_logprobs": logprobs}]}))
         return out
 
-    monkeypatch.setattr(opd.teacher, "post_all", answer)
+    monkeypatch.setattr(opd.teachers.server, "post_all", answer)
     config = config.model_copy(deep=True)
     config.teacher.urls = ["http://127.0.0.1:9"]
     teacher = ServerTeacher(config, family, torch.device("cpu"))
@@ -94,7 +95,7 @@ def test_what_a_server_may_not_write(family: Family, config: Config, monkeypatch
         sent.extend(r.body for r in requests)
         return [Answer(urls[0], {"choices": [{"token_ids": [300, 2]}]}) for _ in requests]
 
-    monkeypatch.setattr(opd.teacher, "post_all", answer)
+    monkeypatch.setattr(opd.teachers.server, "post_all", answer)
     monkeypatch.setattr(family, "banned_ids", [*family.banned_ids, 503, 504])  # vLLM refuses ids that its model lacks
     config.teacher.urls = ["http://127.0.0.1:9"]
     teacher = ServerTeacher(config, family, torch.device("cpu"))

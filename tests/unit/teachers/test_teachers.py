@@ -52,7 +52,8 @@ from opd.teachers import reference as starting
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reference import SelfTeacher, StartingStudent
 from opd.teachers.registry import make_start, make_teacher
-from opd.teachers.routed import RoutedTeacher, route_of
+from opd.teachers.routed import RoutedTeacher
+from opd.teachers.routes import route_of
 from opd.train.batch import make_batch, make_samples
 from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, Sample, ScoredRollout

@@ -212,7 +212,7 @@ def test_learning_rate_by_hand() -> None:
 
 
 def test_light_imports() -> None:
-    code = "import sys, opd.cli, opd.config; assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
+    code = "import sys, opd.cli, opd.config.load; assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

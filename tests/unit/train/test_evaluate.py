@@ -145,13 +145,13 @@ def evaluate(config: Config, teacher: Any, world: int, monkeypatch: pytest.Monke
     sent: list[list[torch.Tensor]] = []
     for rank in range(world):
         mine: list[torch.Tensor] = []
-        monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op, mine=mine: mine.append(x.clone()) or x)
+        monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op, mine=mine: mine.append(x.clone()) or x)
         _evaluator(config, teacher, family, rank, world).run()
         sent.append(mine)
     results = []
     for rank in range(world):
         calls = [sum(parts) for parts in zip(*sent, strict=True)]  # as many collectives on every rank
-        monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op, calls=calls: calls.pop(0))
+        monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op, calls=calls: calls.pop(0))
         results.append(_evaluator(config, teacher, family, rank, world).run())
     return results
 
@@ -208,9 +208,9 @@ def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: p
         return [((*i, family.eos_ids[0]), False) for i in ids]
 
     monkeypatch.setattr(teacher, "respond", respond)
-    monkeypatch.setattr(opd.evaluate, "PAIRS", 4)  # rank 0 of 2 then has a chunk of one more than rank 1
+    monkeypatch.setattr(opd.train.evaluator, "PAIRS", 4)  # rank 0 of 2 then has a chunk of one more than rank 1
     (alone,) = evaluate(config, teacher, 1, monkeypatch)
-    monkeypatch.setattr(opd.token_loss, "ELEMENTS", 3 * family.vocab_size)
+    monkeypatch.setattr(opd.objectives.token_loss, "ELEMENTS", 3 * family.vocab_size)
     made: list[int] = []
     project = SpeechLM.project
     monkeypatch.setattr(SpeechLM, "project", lambda self, states: made.append(len(states)) or project(self, states))
@@ -281,7 +281,7 @@ def test_a_teacher_equal_to_the_students_text_side_finds_nothing(
 
 def test_an_interim_evaluation_asks_no_teacher_and_few_records(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config.eval.every, config.eval.every_limit = 5, 3
-    monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op: x)
+    monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     found = _evaluator(config, None, family_of(STUDENT), 0, 1).interim()
     assert set(found) == {*(f"{n}/{v}" for n in ("accuracy", "length") for v in VIEWS), "retention"}
     # records 0, 1, 2: every other one is heard rightly; all are read rightly; answers of 3, 2 and 6 tokens
@@ -296,7 +296,7 @@ def test_an_interim_evaluation_measures_what_checkpoints_are_chosen_by(
     config: Config, monkeypatch: pytest.MonkeyPatch, best: str
 ) -> None:
     config.eval.every, config.eval.every_limit = 5, 3
-    monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op: x)
+    monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     teacher = LocalTeacher(config, family_of(STUDENT), torch.device("cpu"))
     plain = _evaluator(config, teacher, family_of(STUDENT), 0, 1)
     whole, without = plain.run(), plain.interim()
@@ -308,7 +308,7 @@ def test_an_interim_evaluation_measures_what_checkpoints_are_chosen_by(
 def test_records_without_a_response_have_no_share_in_divergences_along_it(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op: x)
+    monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     teacher = LocalTeacher(config, family_of(STUDENT), torch.device("cpu"))
     evaluator = _evaluator(config, teacher, family_of(STUDENT), 0, 1)
     bare = [replace(p, response=None) for p in evaluator.test]
@@ -343,7 +343,7 @@ def test_a_whole_evaluation_notes_the_records_of_an_interim_one(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.eval.every, config.eval.every_limit = 5, 3
-    monkeypatch.setattr(opd.evaluate, "all_reduce", lambda x, op: x)
+    monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     monkeypatch.setattr(Evaluator, "_divergences", lambda self, *_: {})
     monkeypatch.setattr(Evaluator, "_reverse_kl", lambda self: {})
     monkeypatch.setattr(Evaluator, "_teacher", lambda self: [1.0] * len(self.test))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -20,25 +19,19 @@ from small_learner import (
     family,
     gradient,
     make_learner,
+    one_step,
     reference,
 )
 from torch import Tensor
 
-from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import Piece
 from opd.objectives.token_loss import Rows
 from opd.train.batch import _dummy, make_batch
-from opd.train.learner import Learner, _groups, learning_rate
-from opd.types import Batch, Sample
+from opd.train.learner import _groups, learning_rate
+from opd.types import Sample
 
 __all__ = ["_at_root", "family", "reference"]  # fixtures
-
-
-def one_step(family: Family, c: Config, samples: list[Sample], **more: Any) -> tuple[Learner, Batch, dict[str, float]]:
-    learner = make_learner(family, c)
-    batch = make_batch(samples, CLIPS, c)
-    return learner, batch, learner.step(batch, 0, **more)
 
 
 @pytest.mark.parametrize("lam", [0, 0.5, 1])

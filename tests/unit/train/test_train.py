@@ -26,12 +26,12 @@ RECIPE = str(Path(__file__).parents[3] / "recipes/tiny/2_xopd.yaml")
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process group of one; exit codes as exceptions."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    monkeypatch.setattr(train, "_init_distributed", lambda config: None)
+    monkeypatch.setattr("opd.train.__main__._init_distributed", lambda config: None)
 
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr(train.os, "_exit", leave)
+    monkeypatch.setattr(__main__.os, "_exit", leave)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -92,7 +92,7 @@ def test_a_fault_of_ours_is_in_its_status(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(config: Any, log: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(train, "build", broken)
+    monkeypatch.setattr("opd.train.build.build", broken)
     assert start(tmp_path, SERVER) == 1
     found = status(tmp_path)
     assert (found["phase"], found["user_error"], found["error"]) == ("failed", False, "RuntimeError: broken")
