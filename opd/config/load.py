@@ -149,7 +149,7 @@ def _place_teacher(config: Config, placement: Placement, teacher: bool) -> None:
     t, o, name = config.teacher, config.objective, config.launch.placement
     asked = asks_teacher(config) if teacher else ""
     if t.kind is None:
-        serves = bool(placement.teacher or t.urls) and not o.reads_rows
+        serves = bool(placement.teacher or t.urls) and not o.reads_logits
         t.kind = "server" if serves else "local"
     for key, one in t.each.items():
         where = f"teacher.routes.{key}" if key else "teacher"
@@ -157,8 +157,8 @@ def _place_teacher(config: Config, placement: Placement, teacher: bool) -> None:
             one.kind = one.kind or ("server" if one.urls else "local")
             if one.kind == "server" and not one.urls:
                 raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
-            if one.kind == "server" and o.reads_rows:
-                raise UserError(f"{where}: objective.name {o.name} reads full vocabulary rows, which no server gives")
+            if one.kind == "server" and o.reads_logits:
+                raise UserError(f"{where}: objective.name {o.name} reads full-vocabulary logits, which no server gives")
         if one.kind in ("local", "server") and not one.path and asked:
             raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM; {asked}")
         if one.kind == "self" and one.path not in ("", config.student.path):
@@ -195,7 +195,7 @@ def unread(config: Config) -> list[str]:
     """
     o, t, r = config.objective, config.teacher, config.rollout
     idle: dict[str, str] = {k: o.name for k in ObjectiveConfig.model_fields if k not in (*SHARED, *SETTINGS_OF[o.name])}
-    if o.name == "kd" and not o.reads_rows:
+    if o.name == "kd" and not o.reads_logits:
         idle["tau"] = "kd with objective.mu 0"
     if o.name == "uld" and not o.hybrid:
         idle["beta"] = "uld without objective.hybrid"

@@ -40,8 +40,8 @@ class ObjectiveConfig(Section):
         return 0.0 if self.name == "forward_kl" else self.beta
 
     @property
-    def reads_rows(self) -> bool:
-        """Whether it reads the teacher's full vocabulary rows, which only a local teacher has."""
+    def reads_logits(self) -> bool:
+        """Whether it reads the teacher's full-vocabulary logits, which only a local teacher has."""
         if self.name in ("reverse_kl", "forward_kl", "jsd"):
             return self.top_k is None
         weight = {"kd": self.mu, "salad": self.alpha, "sft": 0.0, "xopd": 0.0}
@@ -50,7 +50,7 @@ class ObjectiveConfig(Section):
     @property
     def asks_teacher(self) -> bool:
         """Whether it reads anything of the teacher's."""
-        return self.reads_rows or self.name in ("xopd", "reverse_kl", "forward_kl", "jsd")
+        return self.reads_logits or self.name in ("xopd", "reverse_kl", "forward_kl", "jsd")
 
     @property
     def top_of(self) -> Literal["student", "teacher"] | None:

@@ -212,11 +212,11 @@ class Config(Section):
         if source not in SOURCES_OF[o.name]:
             wanted = " or ".join(SOURCES_OF[o.name])
             raise ValueError(f"objective.name {o.name} needs rollout.source {wanted}, found {source}")
-        if o.reads_rows and self.teacher.kind == "server":
+        if o.reads_logits and self.teacher.kind == "server":
             remedy = {"kd": " unless objective.mu is 0", "salad": " unless objective.alpha is 0"}.get(o.name, "")
             remedy = " unless objective.top_k is set" if o.name in ("reverse_kl", "forward_kl", "jsd") else remedy
             kinds = "local" if o.name == "uld" else "local or self"
-            reads = f"objective.name {o.name} reads full vocabulary rows{remedy}"
+            reads = f"objective.name {o.name} reads full-vocabulary logits{remedy}"
             raise ValueError(f"{reads}: teacher.kind must be {kinds}, found server")
         if o.top_k is not None and o.top_of is None:
             raise ValueError(f"objective.top_k is of reverse_kl, forward_kl and jsd, found objective.name {o.name}")

@@ -22,7 +22,7 @@ from opd.doctor.families import LORA, PUSHES
 from opd.doctor.probe import Mismatch, PlainStudent, Probe
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
 from opd.models.lora import adapters
 from opd.models.sharding import all_reduce
@@ -145,8 +145,8 @@ def load_prompts(config: Config, family: Family) -> tuple[list[Prompt], dict[str
     """The manifest's prompts and their waveforms by path."""
     prompts, bad = read_manifest(config.data.train)
     assert not bad, bad
-    room = Room(family, config.rollout.max_tokens, None)
-    loader = ClipLoader(config, family.sampling_rate, len(prompts), room=room)
+    limit = ContextLimit(family, config.rollout.max_tokens, None)
+    loader = ClipLoader(config, family.sampling_rate, len(prompts), limit=limit)
     clips: dict[str, np.ndarray] = {}
     for p in prompts:
         clips |= loader.load(p) or {}

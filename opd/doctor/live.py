@@ -27,7 +27,7 @@ from opd.processes.logs import cause
 from opd.rollout.sources import gold_ids
 from opd.settings import UserError
 from opd.teachers.base import Teacher
-from opd.teachers.reference import StartingStudent
+from opd.teachers.reference import ReferenceModel
 from opd.teachers.registry import make_teacher
 from opd.types import VIEWS, Prompt, Rollout
 
@@ -194,7 +194,7 @@ def prefers(facts: Facts) -> str:
     if config.teacher.kind == "server" and not config.teacher.urls:
         place = place_of("teacher", config, placement_of(config).teacher)
         config.teacher.urls = [start(facts, teacher_server(config, place))]
-    itself = StartingStudent(config, facts.family, on, None) if config.teacher.kind == "self" else None
+    itself = ReferenceModel(config, facts.family, on, None) if config.teacher.kind == "self" else None
     teacher = make_teacher(config, facts.family, on, itself)
     return preference(teacher, facts.prompts["data.train"], facts.family, min(MAX_TOKENS, config.rollout.max_tokens))
 

@@ -15,7 +15,7 @@ from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.devices import memory, placement
 from opd.inference.client import Server, check_model
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.models.files import whole_weights
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
@@ -244,18 +244,18 @@ def _refuse(config: Config, key: str, bad: int, of: int, fault: str) -> None:
 
 def clips(facts: Facts) -> str:
     """A sample of the training records, and all that are held out, decode and fit."""
-    limit = facts.max_model_len
-    if limit is None and starts_student(facts.config):
-        limit = facts.config.rollout.server.max_model_len
-    room = Room(facts.family, facts.config.rollout.max_tokens, limit)
+    length = facts.max_model_len
+    if length is None and starts_student(facts.config):
+        length = facts.config.rollout.server.max_model_len
+    limit = ContextLimit(facts.family, facts.config.rollout.max_tokens, length)
     if facts.config.data.augment.active:
         Augmenter(facts.config.data.augment, facts.config.run.seed, facts.family.sampling_rate)  # looks for its noise
-    return "; ".join(_decode(facts, key, room) for key in facts.prompts)
+    return "; ".join(_decode(facts, key, limit) for key in facts.prompts)
 
 
-def _decode(facts: Facts, key: str, room: Room) -> str:
+def _decode(facts: Facts, key: str, limit: ContextLimit) -> str:
     config, prompts, bad = facts.config, facts.prompts[key], facts.bad[key]
-    rate = room.family.sampling_rate
+    rate = limit.family.sampling_rate
     size = config.data.check if key == "data.train" and config.data.check else len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
     found = [f"{b['place']}: {b['reason']}" for b in bad]
@@ -264,8 +264,8 @@ def _decode(facts: Facts, key: str, room: Room) -> str:
         try:
             waves = {p: audio.load(p, rate, config.data.max_audio_seconds) for p in audio_paths(prompt)}
             seconds += [len(w) / rate for w in waves.values()]
-            waves = {p: room.filled(w) for p, w in waves.items()}
-            longest = max(longest, room.check(prompt, waves))
+            waves = {p: limit.filled(w) for p, w in waves.items()}
+            longest = max(longest, limit.check(prompt, waves))
         except types.BadAudio as e:
             long += isinstance(e, types.TooLong)
             found.append(f"{prompt.place}: {e}")
@@ -274,7 +274,7 @@ def _decode(facts: Facts, key: str, room: Room) -> str:
         if key == "data.train" and len(facts.heard) < HEARD:
             facts.heard.append(prompt)
             facts.clips |= waves
-    room_left = "" if room.max_model_len is None else f" + {room.max_tokens} of {room.max_model_len}"
+    room_left = "" if limit.max_model_len is None else f" + {limit.max_tokens} of {limit.max_model_len}"
     heard = seconds[1:]
     length = f"clips of {min(heard):.1f} to {max(heard):.1f} s, {np.mean(heard):.1f} on average, " if heard else ""
     counts = f"{key}: {len(chosen)} of {len(prompts)} decoded, {len(found)} bad, {long} of them too long, "

@@ -21,7 +21,7 @@ from opd.doctor import preflight
 from opd.doctor.checks import Facts
 from opd.evaluate.records import Item, eval_config, read_items
 from opd.models.base import Family
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.prompts import audio
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
@@ -38,8 +38,8 @@ CHUNK = 32  # records whose clips are in memory at a time, and that an interrupt
 class Gap:
     """Measures records on the student's live servers, and the teacher's where there is one."""
 
-    def __init__(self, config: Config, family: Family, room: Room) -> None:
-        self.config, self.family, self.room = config, family, room
+    def __init__(self, config: Config, family: Family, limit: ContextLimit) -> None:
+        self.config, self.family, self.limit = config, family, limit
         self.sampler = VllmSampler(config, family, config.rollout.urls)
         has_teacher = config.teacher.kind == "server"
         self.teacher = ServerTeacher(config, family, torch.device("cpu")) if has_teacher else None
@@ -53,7 +53,7 @@ class Gap:
         out: list[dict[str, Any]] = [
             {"seconds": sum(len(clips[p]) for p in audio_paths(i.prompt)) / rate, "views": {}} for i in items
         ]
-        clips = {path: self.room.filled(clip) for path, clip in clips.items()}
+        clips = {path: self.limit.filled(clip) for path, clip in clips.items()}
         tests = [i for i, item in enumerate(items) if item.part == "test"]
         asked: dict[View, list[int]] = {"speech": list(range(len(items))), "text": tests}
         for view in VIEWS:
@@ -157,7 +157,7 @@ def run(config: Config, log: MetricsLog) -> None:
             facts.prompts[f"eval.{part}"], facts.bad[f"eval.{part}"] = some, []
     print(preflight.clips(facts), flush=True)
     limit = facts.max_model_len or config.rollout.server.max_model_len
-    gap = Gap(config, facts.family, Room(facts.family, config.rollout.max_tokens, limit))
+    gap = Gap(config, facts.family, ContextLimit(facts.family, config.rollout.max_tokens, limit))
     folder = Path(config.run.dir)
     journal = Journal(folder / "measured", 0)
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Room:
+class ContextLimit:
     """What a server takes: a prompt and its response together have at most `max_model_len` ids, None: no server."""
 
     family: Family

@@ -34,7 +34,7 @@ class Tokens:
     targets: Tensor  # [N], the response
     sampler_logp: Tensor  # [N], 0 where no student sampled
     temperature: float  # of the sampler
-    teacher: Tensor | None = None  # [N, V] logits, for objectives that read rows (ObjectiveConfig.reads_rows)
+    teacher_logits: Tensor | None = None  # [N, V], for objectives that read them (ObjectiveConfig.reads_logits)
     teacher_logp: Tensor | None = None  # [N] of the targets, for the others
     top_ids: Tensor | None = None  # [N, K], with objective.top_k: ids that the teacher was asked for; -1: none
     top_logp: Tensor | None = None  # [N, K], the teacher's
@@ -51,14 +51,14 @@ class Tokens:
             self.made[temperature] = torch.log_softmax(logits, -1)
         return self.made[temperature]
 
-    def rows(self, temperature: float = 1.0) -> Tensor:
+    def teacher(self, temperature: float = 1.0) -> Tensor:
         """[N, V] log-probabilities of the teacher."""
-        assert self.teacher is not None, "this objective reads the teacher's rows"
-        return torch.log_softmax(self.teacher / temperature if temperature != 1.0 else self.teacher, -1)
+        assert self.teacher_logits is not None, "this objective reads the teacher's logits"
+        return torch.log_softmax(self.teacher_logits / temperature if temperature != 1.0 else self.teacher_logits, -1)
 
-    def pick(self, rows: Tensor) -> Tensor:
+    def pick(self, values: Tensor) -> Tensor:
         """[N, V] -> [N]: at the targets."""
-        return rows.gather(-1, self.targets[:, None])[:, 0]
+        return values.gather(-1, self.targets[:, None])[:, 0]
 
     def kept(self, student: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities [N, K] of student and teacher at the ids asked for, EXCLUDED where there is none."""
@@ -122,12 +122,12 @@ def sft_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 def kd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Off-policy distillation (arXiv 2509.14930): CE(y) + mu tau^2 KL(teacher^tau || student^tau).
 
-    y is the teacher's response. At mu = 0 it is sequence-level distillation, without the teacher's rows.
+    y is the teacher's response. At mu = 0 it is sequence-level distillation, without the teacher's logits.
     """
     ce = -t.pick(t.student())
-    if not o.reads_rows:
+    if not o.reads_logits:
         return Terms(ce, {"kd/ce": ce})
-    kl = divergence(t.rows(o.tau), t.student(o.tau))
+    kl = divergence(t.teacher(o.tau), t.student(o.tau))
     return Terms(ce + o.mu * o.tau**2 * kl, {"kd/ce": ce, "kd/kl": kl})
 
 
@@ -152,7 +152,7 @@ def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     objective.top_k over the student's K best ids and a bucket for the rest (`reverse_kl_with_tail`).
     """
     student = t.student()
-    kl = divergence(student, t.rows()) if o.top_k is None else reverse_kl_with_tail(*t.kept(student))
+    kl = divergence(student, t.teacher()) if o.top_k is None else reverse_kl_with_tail(*t.kept(student))
     return Terms(kl, {}, kl)
 
 
@@ -163,7 +163,7 @@ def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """
     student = t.student()
     if o.top_k is None:
-        loss = generalized_jsd(student, t.rows(), o.divergence_beta)
+        loss = generalized_jsd(student, t.teacher(), o.divergence_beta)
     else:
         ours, theirs = t.kept(student)
         loss = jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, o.divergence_beta)
@@ -176,7 +176,7 @@ def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     H is the teacher's entropy at the token, h objective.entropy_threshold (nats): forward KL comes in where the
     teacher is unsure, so that a student keeps what it would also have said.
     """
-    student, teacher = t.student(), t.rows()
+    student, teacher = t.student(), t.teacher()
     reverse, unsure = divergence(student, teacher), (entropy(teacher) > o.entropy_threshold).to(student.dtype)
     return Terms(reverse + unsure * divergence(teacher, student), {"entropy_aware/unsure": unsure}, reverse)
 
@@ -188,7 +188,7 @@ def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     second level, a judged reward for whole responses by GRPO, is left out: nothing here is rewarded.
     """
     assert t.importance is not None
-    kl = divergence(t.student(), t.rows())
+    kl = divergence(t.student(), t.teacher())
     return Terms(t.importance * kl, {"cord/weight": t.importance}, kl)
 
 
@@ -218,9 +218,9 @@ def salad_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     follows in the transcript, the record's response."""
     student = t.student()
     nll = -t.pick(student)
-    if not o.reads_rows:
+    if not o.reads_logits:
         return Terms(nll, {"salad/nll": nll})
-    kl = divergence(t.rows(), student)
+    kl = divergence(t.teacher(), student)
     return Terms(o.alpha * kl + (1.0 - o.alpha) * nll, {"salad/kl": kl, "salad/nll": nll})
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from opd.objectives.micro_batch import MicroBatch
 
 ELEMENTS = 1 << 26  # of a chunk's logits: 256 MiB in float32, times the few that an objective needs
-Rows = Callable[[slice], Tensor]  # logits [n, V] of the tokens of a chunk, made when they are asked for
+Logits = Callable[[slice], Tensor]  # logits [n, V] of the tokens of a chunk, made when they are asked for
 Aligned = Callable[[Tensor, int], Tensor]  # the student's logits [T, V] of a response, its number -> its loss
 
 
@@ -36,11 +36,11 @@ class TokenLoss:
         mb: MicroBatch,
         objective: ObjectiveConfig,
         temperature: float,
-        teacher: Rows | None = None,
-        reference: Rows | None = None,
+        teacher: Logits | None = None,
+        reference: Logits | None = None,
         aligned: Aligned | None = None,
     ) -> None:
-        """`teacher`, `reference`: rows of the same tokens, without gradient; `aligned`: see `uld`."""
+        """`teacher`, `reference`: logits of the same tokens, without gradient; `aligned`: see `uld`."""
         self.objective, self.temperature = objective, temperature
         self.teacher, self.reference, self.aligned = teacher, reference, aligned
         real = mb.mask.bool()
@@ -75,7 +75,6 @@ class TokenLoss:
 
     def __call__(self, logits: Tensor, part: slice) -> Tensor:
         """The chunk's share of the loss: logits [n, V] of the tokens `part`, with gradient -> scalar."""
-        rows = self.teacher(part) if self.teacher else None
 
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[part]
@@ -85,7 +84,7 @@ class TokenLoss:
             self.targets[part],
             self.sampler_logp[part],
             self.temperature,
-            teacher=rows,
+            teacher_logits=self.teacher(part) if self.teacher else None,
             teacher_logp=self.teacher_logp[part],
             top_ids=cut(self.top_ids),
             top_logp=cut(self.top_logp),

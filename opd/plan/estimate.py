@@ -212,7 +212,7 @@ def _rank(plan: Plan) -> tuple[float, int]:
 
 
 def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: float, response: int) -> Lengths:
-    """Tokens of prompts; a server's max_model_len leaves longer records out (opd/prompts/clips.py, Room)."""
+    """Tokens of prompts; a server's max_model_len leaves longer records out (opd/prompts/clips.py, ContextLimit)."""
     text, speech = machine.text_tokens, machine.text_tokens + student.audio_tokens(seconds)
     if starts_student(config):
         room = max(1, config.rollout.server.max_model_len - config.rollout.max_tokens)

@@ -258,7 +258,7 @@ def rows(config: Config) -> int:
         return 14 + (3 if o.reference > 0 else 0)
     with_rows = {"kd": 9, "entropy_aware": 10, "jsd": 8 if at_end else 12}.get(o.name, 8)
     at_two = o.name == "xopd" and config.rollout.temperature != 1.0  # temperatures
-    return (with_rows if o.reads_rows else 5 + at_two) + (3 if o.reference > 0 else 0)
+    return (with_rows if o.reads_logits else 5 + at_two) + (3 if o.reference > 0 else 0)
 
 
 def chunk_tokens(vocab: int, tokens: int) -> int:
@@ -372,7 +372,7 @@ def learner_memory(
             clips = mb.rows * clips_per_row
             always["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
         loss, reads = always | loss_bytes(student, config, mb), Bytes()
-        if local and config.objective.reads_rows:
+        if local and config.objective.reads_logits:
             loss["teacher's, of the micro-batch"], reads = read_bytes(local, student.decoder.vocab, config, lengths, mb)
         backward = {**always, "largest gradient": max(with_gradient) * d, "a layer's backward": adds}
         return {"teacher reads": reads, "loss": loss, "backward": backward}
@@ -389,7 +389,7 @@ def learner_memory(
         gather = {"teacher's gathered parameters": shared}
     if reads:
         out.phases["teacher reads"] = reads | gather
-    if local and config.objective.asks_teacher and not config.objective.reads_rows:
+    if local and config.objective.asks_teacher and not config.objective.reads_logits:
         samples = prompts * n * len(views)
         found = teacher_bytes(local, student.decoder.vocab, config, lengths, samples)
         out.phases["teacher scores"] = found | gather

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from opd import types
 from opd.config.schema import Config
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
 from opd.settings import UserError
@@ -24,9 +24,11 @@ from opd.types import Prompt, audio_paths
 class ClipLoader:
     """Decodes the clips of prompts and keeps the account of bad records."""
 
-    def __init__(self, config: Config, rate: int, records: int, bad_before: int = 0, room: Room | None = None) -> None:
+    def __init__(
+        self, config: Config, rate: int, records: int, bad_before: int = 0, limit: ContextLimit | None = None
+    ) -> None:
         """records: in the training manifest, bad ones included; bad_before: found bad when it was read."""
-        self.config, self.rate, self.records, self.room = config, rate, records, room
+        self.config, self.rate, self.records, self.limit = config, rate, records, limit
         self.bad: dict[str, str] = {}  # place -> reason
         self.bad_before = bad_before
         self._listed = listed(config)
@@ -93,9 +95,9 @@ class ClipLoader:
         return f"{record}/{place}"
 
     def _fitting(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self.room is not None:
-            clips = {p: self.room.filled(c) for p, c in clips.items()}
-            self.room.check(prompt, clips)
+        if self.limit is not None:
+            clips = {p: self.limit.filled(c) for p, c in clips.items()}
+            self.limit.check(prompt, clips)
         return clips
 
     def load_batch(

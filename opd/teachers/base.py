@@ -8,7 +8,7 @@ import numpy as np
 
 from opd.config.schema import Config
 from opd.models.base import Family
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.settings import UserError
 from opd.teachers.tokenizers import check_tokenizers, text_prompt_ids
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, render
@@ -19,14 +19,14 @@ Reply = tuple[tuple[int, ...], bool]  # token ids with end of turn, truncated
 class Teacher(Protocol):
     """Seam: a frozen LLM that reads the text view. All but that of `uld` share the student's tokenizer."""
 
-    gives_rows: bool  # whether `rows` is there to be asked
+    gives_logits: bool  # whether `rows` is there to be asked
     grades: bool  # whether `score` is
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         """Log-probabilities of each rollout's own token ids, at temperature 1, in the text view."""
         ...
 
-    def rows(self, samples: list[Sample]) -> Rows:
+    def logits(self, samples: list[Sample]) -> Logits:
         """Logits of the samples' response tokens in the text view, one response after another."""
         ...
 

@@ -36,13 +36,13 @@ class Retold:
     their_offsets: list[tuple[int, int]]
 
 
-class OtherTeacher(LocalTeacher):
+class CrossTokenizerTeacher(LocalTeacher):
     """A local model that need not share the student's tokenizer: it gives neither log-probs nor rows of its tokens.
 
     Both tokenizers must be byte-level BPE, as those of Qwen, Llama 3 and Mistral v0.3 are.
     """
 
-    gives_rows = grades = False
+    gives_logits = grades = False
 
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         super().__init__(config, family, device)

@@ -17,7 +17,7 @@ from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.sharding import DTYPES, all_reduce, load_sharded
 from opd.objectives.divergences import EXCLUDED
-from opd.objectives.token_loss import Rows, chunks
+from opd.objectives.token_loss import Logits, chunks
 from opd.settings import UserError
 from opd.teachers.base import Reply, _asked, _cut, _first_line, _Reader
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
@@ -30,7 +30,7 @@ class LocalTeacher(_Reader):
     calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work.
     """
 
-    gives_rows = True
+    gives_logits = True
 
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
@@ -93,7 +93,7 @@ class LocalTeacher(_Reader):
         ids = torch.from_numpy(np.concatenate([_asked(r) for r in rollouts])[part]).to(rows.device)
         return logp, ids, rows.gather(-1, ids.clamp(min=0))
 
-    def rows(self, samples: list[Sample]) -> Rows:
+    def logits(self, samples: list[Sample]) -> Logits:
         """Logits of the samples' response tokens, one response after another, banned ids and ids it lacks at EXCLUDED.
 
         Reads them at once; makes the logits of a chunk when they are asked for. A sharded teacher, of whose output

@@ -20,14 +20,14 @@ from opd.models.lora import switched_off
 from opd.models.sharding import DTYPES, load_sharded
 from opd.models.speech_lm import SpeechLM, at_responses
 from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, render
 
 Running = tuple[SpeechLM, Callable[..., Any]]
 
 
-class StartingStudent:
+class ReferenceModel:
     """Reads without gradient what the student may hear or read.
 
     A second copy of student.path, which stays the start when a run is resumed; with teacher.shard each rank holds a
@@ -60,7 +60,7 @@ class StartingStudent:
         """What `SpeechLM.states` gave -> logits [n, V]; of a sharded student those are what it gave."""
         return states if self.sharded else self.model.project(states)
 
-    def rows(self, mb: MicroBatch, inputs: dict[str, Any]) -> Rows:
+    def logits(self, mb: MicroBatch, inputs: dict[str, Any]) -> Logits:
         """Logits of the micro-batch's response tokens, each in its own view.
 
         inputs: `Learner.inputs` of it. What of the audio path is trained it hears with its own.
@@ -72,7 +72,7 @@ class StartingStudent:
 class SelfTeacher(LocalTeacher):
     """The student at the start, reading the text view under its own chat template."""
 
-    def __init__(self, config: Config, family: Family, start: StartingStudent) -> None:
+    def __init__(self, config: Config, family: Family, start: ReferenceModel) -> None:
         self.config, self.family, self.tokenizer, self.start = config, family, family.tokenizer, start
         self.sharded, self.device = start.sharded, start.device
         self._knows(family.vocab_size, family.banned_ids, family.eos_ids, family.vocab_size)

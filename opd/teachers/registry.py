@@ -11,39 +11,39 @@ from opd.config.placement import of_routes
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.teachers.base import Teacher
-from opd.teachers.cross_tokenizer import OtherTeacher
+from opd.teachers.cross_tokenizer import CrossTokenizerTeacher
 from opd.teachers.local import LocalTeacher
-from opd.teachers.reference import Running, SelfTeacher, StartingStudent
+from opd.teachers.reference import ReferenceModel, Running, SelfTeacher
 from opd.teachers.routed import RoutedTeacher
 from opd.teachers.server import ServerTeacher
 
-Make = Callable[[Config, Family, torch.device, StartingStudent | None], Teacher]
+Make = Callable[[Config, Family, torch.device, ReferenceModel | None], Teacher]
 
 
-def make_teacher(config: Config, family: Family, device: torch.device, start: StartingStudent | None = None) -> Teacher:
+def make_teacher(config: Config, family: Family, device: torch.device, start: ReferenceModel | None = None) -> Teacher:
     """The teacher that the recipe asks for; `start`: what `make_start` gave."""
     return TEACHERS[config.teacher.kind or "local"](config, family, device, start)
 
 
-def make_start(config: Config, family: Family, device: torch.device, learner: Running | None) -> StartingStudent | None:
+def make_start(config: Config, family: Family, device: torch.device, learner: Running | None) -> ReferenceModel | None:
     """The student at the start, where a teacher is it or the objective refers to it."""
-    return StartingStudent(config, family, device, learner) if uses_start(config) else None
+    return ReferenceModel(config, family, device, learner) if uses_start(config) else None
 
 
-def _local(config: Config, family: Family, device: torch.device, start: StartingStudent | None) -> Teacher:
-    return (OtherTeacher if config.objective.name == "uld" else LocalTeacher)(config, family, device)
+def _local(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:
+    return (CrossTokenizerTeacher if config.objective.name == "uld" else LocalTeacher)(config, family, device)
 
 
-def _server(config: Config, family: Family, device: torch.device, start: StartingStudent | None) -> Teacher:
+def _server(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:
     return ServerTeacher(config, family, device)
 
 
-def _self(config: Config, family: Family, device: torch.device, start: StartingStudent | None) -> Teacher:
+def _self(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:
     assert start is not None
     return SelfTeacher(config, family, start)
 
 
-def _routed(config: Config, family: Family, device: torch.device, start: StartingStudent | None) -> Teacher:
+def _routed(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:
     found = {name: make_teacher(c, family, device, start) for name, c in of_routes(config).items()}
     return RoutedTeacher(config, found)
 

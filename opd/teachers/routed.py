@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd.config.schema import Config
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.teachers.base import Reply, Teacher
 from opd.teachers.routes import route_of
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
@@ -32,7 +32,7 @@ class RoutedTeacher:
     def __init__(self, config: Config, teachers: dict[str, Teacher]) -> None:
         """`teachers`: by route."""
         self.config, self.teachers = config, teachers
-        self.gives_rows = all(t.gives_rows for t in teachers.values())
+        self.gives_logits = all(t.gives_logits for t in teachers.values())
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         return self._ask([r.prompt for r in rollouts], lambda t, at: t.score([rollouts[i] for i in at]))
@@ -40,15 +40,15 @@ class RoutedTeacher:
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
         return self._ask(prompts, lambda t, at: t.respond([prompts[i] for i in at], max_tokens))
 
-    def rows(self, samples: list[Sample]) -> Rows:
-        found: list[tuple[Tensor, Tensor, Rows]] = []  # of a teacher: which tokens are its own, how many came before
+    def logits(self, samples: list[Sample]) -> Logits:
+        found: list[tuple[Tensor, Tensor, Logits]] = []  # of a teacher: which tokens are its own, how many came before
         lengths = torch.tensor([len(s.response_ids) for s in samples])
         for teacher, at in self._split([s.scored.rollout.prompt for s in samples]):
             mine = torch.zeros(len(samples), dtype=torch.bool)
             mine[at] = True
             own = mine.repeat_interleave(lengths)
             before = torch.cat([torch.zeros(1, dtype=torch.long), own.cumsum(0)])
-            found.append((own, before, teacher.rows([samples[i] for i in at])))
+            found.append((own, before, teacher.logits([samples[i] for i in at])))
 
         def rows(part: slice) -> Tensor:
             out: Tensor | None = None

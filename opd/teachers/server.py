@@ -11,7 +11,7 @@ import torch.distributed as dist
 from opd.config.schema import Config
 from opd.inference.client import BAN, Request, given, post_all
 from opd.models.base import Family
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.teachers.base import Reply, _asked, _cut, _Reader
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
@@ -23,7 +23,7 @@ class ServerTeacher(_Reader):
     masked there. A text LLM gives them next to nothing, so the difference to the local teacher is of that size.
     """
 
-    gives_rows = False
+    gives_logits = False
 
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         from transformers import AutoConfig
@@ -87,8 +87,8 @@ class ServerTeacher(_Reader):
         answers = self._ask("/v1/completions", bodies)
         return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in answers]
 
-    def rows(self, samples: list[Sample]) -> Rows:
-        raise AssertionError("a server gives no rows; who asks looks at gives_rows")
+    def logits(self, samples: list[Sample]) -> Logits:
+        raise AssertionError("a server gives no rows; who asks looks at gives_logits")
 
     def _ask(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
         requests = [Request(path, {"model": "teacher"} | b, len(b["prompt"]) + b["max_tokens"]) for b in bodies]

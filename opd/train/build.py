@@ -13,7 +13,7 @@ from opd.config.needs import asks_teacher_servers, evaluates, needs_teacher, tea
 from opd.config.schema import Config
 from opd.inference.client import Server, check_model
 from opd.inference.weight_sync import WeightSync
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
 from opd.prompts.clips import ClipLoader, list_bad, listed
 from opd.prompts.manifest import read_manifest
@@ -28,7 +28,7 @@ from opd.train import checkpoint
 from opd.train.batch import view_shares
 from opd.train.evaluator import Evaluator
 from opd.train.learner import Learner
-from opd.train.loop import evaluate, judge, loop, push, rest
+from opd.train.loop import evaluate, judge, loop, push, sleep_servers
 from opd.train.parts import Parts, status
 from opd.types import View
 
@@ -45,11 +45,11 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
     views: list[View] = list(view_shares(config))
     sampler = sync = None
-    room = Room(family, config.rollout.max_tokens, None)
+    limit = ContextLimit(family, config.rollout.max_tokens, None)
     if config.rollout.urls:
         sampler = VllmSampler(config, family, config.rollout.urls, rank)
         taken = [check_model(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
-        room = Room(family, config.rollout.max_tokens, min(taken))
+        limit = ContextLimit(family, config.rollout.max_tokens, min(taken))
         sync = WeightSync(sampler.servers, family, config, rank)
         sync.sleep()  # before anything else needs the device
     for key, url, model in teacher_servers(config):
@@ -66,14 +66,14 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     if rank == 0:
         known = listed(config)
         list_bad(config, [b for b in bad if b["place"] not in known])
-    clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), room)
+    clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), limit)
     source = make_source(config, views, sampler, writer, family)
     parts = Parts(config, learner, teacher, stream, clips, source, log, sampler, sync)
     if evaluates(config):
         assert teacher is not None
         assert sampler is not None
         held = [read_manifest(p, config.eval.limit)[0] if p else [] for p in (config.eval.test, config.eval.retention)]
-        eval_clips = ClipLoader(config, family.sampling_rate, sum(map(len, held)), 0, room)
+        eval_clips = ClipLoader(config, family.sampling_rate, sum(map(len, held)), 0, limit)
 
         def say(what: str) -> None:
             if log is not None:
@@ -125,7 +125,7 @@ def run(config: Config) -> None:
         if config.rollout.student_writes:
             push(parts, version=start)
         else:
-            rest(parts)
+            sleep_servers(parts)
         status(parts, "training", start)
         done = loop(parts, start)
         if config.eval.end:

@@ -18,7 +18,7 @@ from opd.models.base import Family
 from opd.models.sharding import all_reduce
 from opd.objectives.divergences import divergence
 from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import Rows, chunks
+from opd.objectives.token_loss import Logits, chunks
 from opd.prompts.clips import ClipLoader
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode, gold_ids
@@ -54,8 +54,10 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._scorer = Scorer(self.config.eval)
         best = self.config.eval.best or ""
-        if best == "forgetting" and not self.teacher.gives_rows:
-            raise UserError("eval.best forgetting: needs the teacher's whole rows, so teacher.kind local or self")
+        if best == "forgetting" and not self.teacher.gives_logits:
+            raise UserError(
+                "eval.best forgetting: needs the teacher's full-vocabulary logits, so teacher.kind local or self"
+            )
         if best in ("misalignment", "forgetting") and self.test and all(p.response is None for p in self.test):
             raise UserError(f"eval.best {best}: follows gold responses: expected a `response` in records of eval.test")
         if best.startswith("reverse_kl") and not self.teacher.grades:
@@ -148,8 +150,8 @@ class Evaluator:
 
     def _divergences(self, groups: dict[str, dict[str, Estimate]] | None = None) -> dict[str, Estimate]:
         """Misalignment KL(student|text || student|speech), forgetting KL(teacher|text || student|text), in nats per
-        token of the gold response, of records that have one. Forgetting needs the teacher's full rows: absent without
-        them. Misalignment by the records' group goes into `groups`.
+        token of the gold response, of records that have one. Forgetting needs the teacher's full-vocabulary logits and
+        is absent without them. Misalignment by the records' group goes into `groups`.
         """
         prompts = [p for p in self.test if p.response is not None][: self.config.eval.kl_limit]
         if not prompts:
@@ -161,11 +163,11 @@ class Evaluator:
             mb, read = self._student(text, clips)
             heard = self._student(speech, clips)[1]
             self._gather(sums[0], chunk, self._kl(mb, read, heard))
-            if self.teacher.gives_rows:
-                self._gather(sums[1], chunk, self._kl(mb, self.teacher.rows(mb.samples), read))
+            if self.teacher.gives_logits:
+                self._gather(sums[1], chunk, self._kl(mb, self.teacher.logits(mb.samples), read))
             self._gather(sums[2], chunk, mb.mask.sum(-1))
         sums = all_reduce(sums, "sum")
-        names = ["misalignment", "forgetting"] if self.teacher.gives_rows else ["misalignment"]
+        names = ["misalignment", "forgetting"] if self.teacher.gives_logits else ["misalignment"]
         if groups is not None:
             groups["misalignment"] = by_group(sums[0].tolist(), sums[2].tolist(), prompts)
         return {n: ratio_stderr(sums[i].tolist(), sums[2].tolist(), questions(prompts)) for i, n in enumerate(names)}
@@ -185,18 +187,18 @@ class Evaluator:
                 own = self.sampler.sample(jobs, clips, 1, 1.0)
                 scored = self._scored(own)
                 mb, student = self._student(make_samples(scored, clips, self.family), clips)
-                rows = self.teacher.rows(mb.samples) if self.teacher.gives_rows else None
+                rows = self.teacher.logits(mb.samples) if self.teacher.gives_logits else None
                 self._gather(sums[0], chunk, self._kl(mb, student, rows))
                 self._gather(sums[1], chunk, mb.mask.sum(-1))
             sums = all_reduce(sums, "sum")
             out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist(), questions(prompts))
         return out
 
-    def _student(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Rows]:
+    def _student(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Logits]:
         mb, states = self.learner.eval_states(samples, clips)
         return mb, lambda part: self.learner.model.project(states[part])
 
-    def _kl(self, mb: MicroBatch, p: Rows, q: Rows | None) -> torch.Tensor:
+    def _kl(self, mb: MicroBatch, p: Logits, q: Logits | None) -> torch.Tensor:
         """KL(p || q) summed over the tokens of each response, [B]; without q the targets' estimate of it against the
         teacher's log-probs."""
         real = mb.mask.bool()
@@ -213,7 +215,7 @@ class Evaluator:
         return out.sum(-1)
 
     def _scored(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        if self.teacher.gives_rows:
+        if self.teacher.gives_logits:
             return [ScoredRollout(r, None) for r in rollouts]
         return self.teacher.score(rollouts)
 

@@ -24,7 +24,7 @@ from opd.train.batch import collate
 from opd.types import VIEWS, Batch, Sample
 
 if TYPE_CHECKING:
-    from opd.teachers.reference import StartingStudent
+    from opd.teachers.reference import ReferenceModel
 
 
 CLIPS_PER_CALL = 8  # of the frozen tower
@@ -34,7 +34,7 @@ GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
 class Learner:
     """Forward, backward and step of the student; knows nothing of servers, teachers or data."""
 
-    reference: StartingStudent | None = None  # with objective.reference
+    reference: ReferenceModel | None = None  # with objective.reference
 
     def __init__(self, config: Config, family: Family, model_path: str) -> None:
         import deepspeed
@@ -69,7 +69,7 @@ class Learner:
     def step(self, batch: Batch, step: int, teacher: Any = None) -> dict[str, float]:
         """One gradient step on the batches of all ranks; returns the metrics of the step, the same on every rank.
 
-        `teacher.rows(samples)` gives its distributions to objectives that read them.
+        `teacher.logits(samples)` gives its distributions to objectives that read them.
         """
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
@@ -92,15 +92,15 @@ class Learner:
     ) -> Tensor:
         objective = self.config.objective
         inputs = self.inputs(mb, audio, clips)
-        rows = reference = aligned = None
+        logits = reference = aligned = None
         if objective.name == "uld":
             aligned = teacher.aligned(mb.samples)
-        elif objective.reads_rows:
-            rows = teacher.rows(mb.samples)
+        elif objective.reads_logits:
+            logits = teacher.logits(mb.samples)
         if objective.reference > 0:
             assert self.reference is not None
-            reference = self.reference.rows(mb, inputs)
-        loss = TokenLoss(mb, objective, self.config.rollout.temperature, rows, reference, aligned)
+            reference = self.reference.logits(mb, inputs)
+        loss = TokenLoss(mb, objective, self.config.rollout.temperature, logits, reference, aligned)
         total = self.call(**inputs, loss=loss, mask=mb.mask)
         stats.total("loss", total)
         self._count(mb, loss.found(), stats)

@@ -24,7 +24,7 @@ def loop(parts: Parts, start: int) -> int:
     """Warm start and X-OPD alike: respond, score, step, push. Returns how many steps are done at its end."""
     c, learner = parts.config, parts.learner
     on_policy = c.rollout.student_writes
-    grader = parts.teacher if c.objective.asks_teacher and not c.objective.reads_rows else None
+    scorer = parts.teacher if c.objective.asks_teacher and not c.objective.reads_logits else None
     for step in range(start, c.train.steps):
         if parts.verdict.stop:
             return step
@@ -33,19 +33,19 @@ def loop(parts: Parts, start: int) -> int:
         prompts, clips = load_clips(parts, mine, parts.stream.epoch(step))
         clock.lap("rest")
         rollouts = parts.source.respond(prompts, clips, step)
-        rest(parts)
+        sleep_servers(parts)
         clock.lap("rollout")
-        scored = grader.score(rollouts) if grader else [ScoredRollout(r, None) for r in rollouts]
+        scored = scorer.score(rollouts) if scorer else [ScoredRollout(r, None) for r in rollouts]
         clock.lap("teacher")
         batch = make_batch(make_samples(scored, clips, learner.family), clips, c)
-        stats = learner.step(batch, step, parts.teacher if c.objective.reads_rows else None)
+        stats = learner.step(batch, step, parts.teacher if c.objective.reads_logits else None)
         clock.lap("learner")
         if on_policy:
             push(parts, version=step + 1)
             clock.lap("sync")
         report_step(parts, step + 1, batch, stats, clock)
-        look(parts, step + 1)
-        keep(parts, step + 1)
+        maybe_evaluate(parts, step + 1)
+        maybe_checkpoint(parts, step + 1)
     return c.train.steps
 
 
@@ -68,22 +68,22 @@ def push(parts: Parts, version: int) -> None:
     parts.sampler.version = version
 
 
-def rest(parts: Parts) -> None:
+def sleep_servers(parts: Parts) -> None:
     """Have the servers sleep until the next push, where they share the learner's device."""
     if parts.sync is not None:
         parts.sync.sleep()
 
 
-def look(parts: Parts, step: int) -> None:
+def maybe_evaluate(parts: Parts, step: int) -> None:
     """An interim evaluation every eval.every steps; the last step has its own at the end of the run."""
     c = parts.config
     if c.eval.every and step % c.eval.every == 0 and not (c.eval.end and step == c.train.steps):
         evaluate(parts, c.run.stage, step, interim=True)
         if not c.rollout.student_writes:
-            rest(parts)
+            sleep_servers(parts)
 
 
-def keep(parts: Parts, step: int) -> None:
+def maybe_checkpoint(parts: Parts, step: int) -> None:
     """A checkpoint, where one is due: every train.checkpoint_every steps, at the end, and of the best evaluation."""
     c, seen = parts.config, parts.verdict
     last = step == c.train.steps or bool(seen.stop)

@@ -19,7 +19,7 @@ from live import STUDENT, config_of, opd
 from opd.evaluate.benchmark.settings import Benchmark, JudgeConfig, read
 from opd.evaluate.records import model
 from opd.inference.client import ServerError
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
 from opd.prompts import audio
 from opd.rollout.sampler import VllmSampler
@@ -54,7 +54,7 @@ def asked_directly(data: Path, url: str, out: Path, texts: list[str]) -> list[st
     """What the student says to the first recordings and a text behind each, by training's own sampler."""
     config = config_of("2_xopd", data, out, f"student.path={STUDENT}", f"rollout.max_tokens={TOKENS}")
     family = family_of(STUDENT)
-    room = Room(family, TOKENS, None)
+    room = ContextLimit(family, TOKENS, None)
     records = [json.loads(x) for x in (data / "test.jsonl").read_text().splitlines()]
     jobs: Any = []
     clips = {}
@@ -127,7 +127,7 @@ def student(benchmark: Path, data: Path, url: str, kept: Path, *overrides: str) 
     found = Student(
         config,
         read(benchmark, list(overrides)),
-        Room(family_of(STUDENT), 0, 512),
+        ContextLimit(family_of(STUDENT), 0, 512),
         Journal(kept, 0),
         model(STUDENT, "float32"),
     )

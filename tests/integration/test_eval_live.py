@@ -16,7 +16,7 @@ from live import STUDENT, TEACHER, opd, serving_student
 from opd.doctor.probe import PlainStudent
 from opd.evaluate.records import eval_config, read_items
 from opd.evaluate.worker import Gap
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
 from opd.objectives.divergences import divergence
 from opd.prompts import audio
@@ -73,7 +73,7 @@ def measured(data: Path, student_url: str, teacher_url: str, tmp_path_factory: p
     out = tmp_path_factory.mktemp("gap")
     config = eval_config("recipes/tiny/2_xopd.yaml", with_urls(data, student_url, teacher_url), out, True)
     family = family_of(STUDENT)
-    gap = Spy(config, family, Room(family, config.rollout.max_tokens, 512))
+    gap = Spy(config, family, ContextLimit(family, config.rollout.max_tokens, 512))
     gap.watch()
     items = [i for i in read_items(config) if i.part == "test"]
     found = gap.measure(items)
@@ -136,7 +136,7 @@ def test_the_estimates_are_unbiased(measured: Any) -> None:
 
     def theirs(rollouts: list[Rollout]) -> list[torch.Tensor]:
         samples = make_samples([ScoredRollout(r, None) for r in rollouts], clips, gap.family)
-        return [teacher.rows([s])(slice(0, len(s.response_ids))).log_softmax(-1) for s in samples]
+        return [teacher.logits([s])(slice(0, len(s.response_ids))).log_softmax(-1) for s in samples]
 
     pairs = {"misalignment": (read, logits(read), logits(heard)), "forgetting": (wrote, theirs(wrote), logits(wrote))}
     for name, (rollouts, p, q) in pairs.items():

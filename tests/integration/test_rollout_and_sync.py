@@ -126,5 +126,5 @@ def test_both_teachers_agree(data: Path, teacher_url: str, setup, tmp_path: Path
     for a, b in zip(here.score(rollouts), there.score(rollouts), strict=True):
         assert np.abs(a.teacher_logprobs - b.teacher_logprobs).max() < 1e-3
     assert here.respond(prompts, 24) == there.respond(prompts, 24)
-    rows = here.rows(make_samples(here.score(rollouts), clips, local.family)[:2])(slice(None))
+    rows = here.logits(make_samples(here.score(rollouts), clips, local.family)[:2])(slice(None))
     assert (rows[:, local.family.banned_ids] == EXCLUDED).all()

@@ -28,7 +28,7 @@ from opd.models.speech_lm import SpeechLM
 from opd.models.tiny import build
 from opd.objectives import token_loss
 from opd.objectives.divergences import EXCLUDED
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.train import extensions
 from opd.train.batch import collate, make_batch, make_samples
 from opd.train.learner import Learner
@@ -73,7 +73,7 @@ def scored(config: Config, banned: list[int], vocab: int) -> list[tuple[int, Sco
 
 
 class Teacher:
-    """Rows drawn by a response's content."""
+    """Logits drawn by a response's content."""
 
     def __init__(self, family: Family) -> None:
         self.banned, self.vocab = family.banned_ids, family.vocab_size
@@ -85,7 +85,7 @@ class Teacher:
         rows[:, self.banned] = EXCLUDED
         return rows
 
-    def rows(self, samples: list[Sample]) -> Rows:
+    def logits(self, samples: list[Sample]) -> Logits:
         flat = torch.cat([self.row(s) for s in samples])
         return lambda part: flat[part]
 

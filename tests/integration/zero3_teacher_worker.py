@@ -20,7 +20,7 @@ from opd.models.base import Family
 from opd.models.load import family_of
 from opd.models.speech_lm import SpeechLM
 from opd.teachers.local import LocalTeacher
-from opd.teachers.reference import SelfTeacher, StartingStudent
+from opd.teachers.reference import ReferenceModel, SelfTeacher
 from opd.teachers.registry import make_start
 from opd.train import extensions
 from opd.train.batch import collate, make_batch, make_samples
@@ -50,8 +50,8 @@ def differences(sharded: LocalTeacher, whole: LocalTeacher, mine: list[Rollout],
     """Greatest differences of log-probs and logits, and the number of responses that differ."""
     pairs = zip(sharded.score(mine), whole.score(mine), strict=True)
     scores = max((float(np.abs(a.teacher_logprobs - b.teacher_logprobs).max()) for a, b in pairs), default=0.0)
-    rows = [float((sharded.rows([s])(ALL) - whole.rows([s])(ALL)).abs().max()) for s in samples[:2]]
-    rows.append(float((sharded.rows(samples)(ALL) - whole.rows(samples)(ALL)).abs().max()) if samples else 0.0)
+    rows = [float((sharded.logits([s])(ALL) - whole.logits([s])(ALL)).abs().max()) for s in samples[:2]]
+    rows.append(float((sharded.logits(samples)(ALL) - whole.logits(samples)(ALL)).abs().max()) if samples else 0.0)
     asked = [r.prompt for r in mine]
     replies = zip(sharded.respond(asked, 12), whole.respond(asked, 12), strict=True)
     return [scores, max(rows), float(sum(a != b for a, b in replies))]
@@ -75,7 +75,7 @@ def heard(rank: int) -> list[ScoredRollout]:
 
 
 @torch.no_grad()
-def kl_now(learner: Learner, start: StartingStudent) -> float | None:
+def kl_now(learner: Learner, start: ReferenceModel) -> float | None:
     """On rank 0: mean KL(student || start) over the tokens of both ranks, of whole models and one answer at a time."""
     weights = {n: w for n, w in learner.gathered(trainable_only=False) if w is not None}
     if learner.rank > 0:
@@ -105,7 +105,7 @@ def at_the_start(student: str, rank: int, *more: str) -> dict[str, object]:
     assert start is not None
     teacher = SelfTeacher(config, family, start)
     plain = load_config("recipes/tiny/2_xopd.yaml", [*small, *itself])
-    unsharded = StartingStudent(plain, family, cpu, None)
+    unsharded = ReferenceModel(plain, family, cpu, None)
     batch = make_batch(make_samples(heard(rank), CLIP, family), CLIP, config)
     steps, expected = [], []
     for step in range(3):

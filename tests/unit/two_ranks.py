@@ -14,7 +14,7 @@ from torch import Tensor
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.load import family_of
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.train.batch import make_batch
 from opd.train.learner import Learner
 from opd.types import Sample
@@ -31,12 +31,12 @@ CASES = [
 
 
 class Teacher:
-    """Rows by what a sample is."""
+    """Logits by what a sample is."""
 
     def __init__(self, rows: dict[Any, Tensor]) -> None:
         self.made = rows
 
-    def rows(self, samples: list[Sample]) -> Rows:
+    def logits(self, samples: list[Sample]) -> Logits:
         rollouts = [s.scored.rollout for s in samples]
         flat = torch.cat([self.made[r.prompt.id, r.view, r.token_ids] for r in rollouts])
         return lambda part: flat[part]

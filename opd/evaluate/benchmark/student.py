@@ -20,7 +20,7 @@ from opd.config.schema import Config
 from opd.evaluate.benchmark.settings import Benchmark
 from opd.evaluate.benchmark.sound import clip, seconds
 from opd.models.base import Family
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.settings import UserError
@@ -38,12 +38,14 @@ class Student(lmms):
 
     is_simple = True
 
-    def __init__(self, config: Config, benchmark: Benchmark, room: Room, journal: Journal, model: Any) -> None:
+    def __init__(
+        self, config: Config, benchmark: Benchmark, context: ContextLimit, journal: Journal, model: Any
+    ) -> None:
         """`model`: what tells these weights from others, for the journal's keys."""
         super().__init__()
         self.accelerator = None  # else lmms-eval starts one
-        self.config, self.benchmark, self.room, self.journal, self.model = config, benchmark, room, journal, model
-        self.family: Family = room.family
+        self.config, self.benchmark, self.context, self.journal, self.model = config, benchmark, context, journal, model
+        self.family: Family = context.family
         self.limit = benchmark.max_audio_seconds or config.data.max_audio_seconds
         self.tell: Callable[[str], None] = print
         self.cut_off: Counter[str] = Counter()  # answers that max_tokens ended, by task
@@ -143,7 +145,7 @@ class Student(lmms):
             for k, value in enumerate(media):
                 wave, cut = clip(value, self.family.sampling_rate, self.limit, self.benchmark.longer == "cut")
                 self.clips_cut[task] += cut
-                clips[f"{name}/{k}"] = self.room.filled(wave)
+                clips[f"{name}/{k}"] = self.context.filled(wave)
             if not media:
                 raise BadAudio("it has no sound")
             if len(media) > self.family.entry.clips:
@@ -155,11 +157,11 @@ class Student(lmms):
             ids = len(self.family.prompt_ids(render(prompt, "speech"), [len(w) for w in clips.values()]))
         except BadAudio as e:
             raise UserError(f"task {_place(r)}: {e}") from e
-        room = self.room.max_model_len
-        if room is not None and ids + max_tokens > room:
+        limit = self.context.max_model_len
+        if limit is not None and ids + max_tokens > limit:
             raise UserError(
                 f"task {_place(r)}: its {ids} prompt ids and max_tokens {max_tokens} do not fit into the server's "
-                f"{room} ids; raise rollout.server.max_model_len, or lower benchmark.max_tokens"
+                f"{limit} ids; raise rollout.server.max_model_len, or lower benchmark.max_tokens"
             )
         return prompt, clips
 

@@ -15,7 +15,7 @@ from opd.doctor import preflight
 from opd.doctor.checks import Facts
 from opd.evaluate.benchmark.settings import Benchmark, read, split
 from opd.evaluate.records import model
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.processes.supervise import RunFailed
 from opd.processes.with_servers import served
 from opd.settings import UserError
@@ -50,11 +50,11 @@ def run(config: Config, benchmark: Benchmark, out: Path, log: MetricsLog, check_
     facts = Facts(config)
     preflight.student(facts)
     preflight.servers(facts)
-    room = Room(facts.family, 0, facts.max_model_len)
+    limit = ContextLimit(facts.family, 0, facts.max_model_len)
     asked = argparse.Namespace(process_with_media=False, reasoning_tags=None, output_path=str(out / RAW))
     journal = Journal(out / "answers", 0)
     try:
-        lm = student.Student(config, benchmark, room, journal, model(config.student.path, config.student.dtype))
+        lm = student.Student(config, benchmark, limit, journal, model(config.student.path, config.student.dtype))
         lm.tell = lambda said: log.status("evaluating", said, 0, 1)
         found = evaluator.simple_evaluate(
             model=lm,

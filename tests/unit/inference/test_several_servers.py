@@ -238,7 +238,7 @@ def test_servers_sleep_between_the_answers_and_the_push(
         sync.sleep()  # as at the start, before the learner is loaded
         train.push(parts, 0)
         train.loop(parts, 0)
-        train.rest(parts)
+        train.sleep_servers(parts)
         train.evaluate(parts, "xopd", 2)
     finish = ["gather", "/start_weight_update", "/finish_weight_update", "/wake_up?tags=kv_cache"]
     asleep, wake = "/sleep?level=1", "/wake_up?tags=weights"

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from opd.config.load import load_config
 from opd.config.schema import LoraConfig
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
 from opd.models.lora import adapted, adapters, pieces, save_adapter
 from opd.models.registry import FAMILIES, family_entry
@@ -23,7 +23,7 @@ from opd.models.speech_lm import SpeechLM
 from opd.models.tiny import build
 from opd.prompts.audio import whole_frames
 from opd.settings import UserError
-from opd.teachers.reference import SelfTeacher, StartingStudent
+from opd.teachers.reference import ReferenceModel, SelfTeacher
 from opd.train.batch import collate
 from opd.types import BadAudio, Message, Prompt, Rollout, Sample, ScoredRollout
 
@@ -201,14 +201,14 @@ def test_clips_that_a_family_does_not_take(made: Any) -> None:
     parts = [{"type": "audio", "path": k, "transcript": "t"} for k in ("a", "b")]
     prompt = Prompt("q", ({"role": "user", "content": parts},))
     with pytest.raises(BadAudio, match="it has 2 clips; glmasr takes 1"):
-        Room(family, 8, None).check(prompt, CLIPS)
+        ContextLimit(family, 8, None).check(prompt, CLIPS)
 
 
 def test_short_clips_are_filled_up_where_the_tower_needs_it(made: Any) -> None:
     short = np.ones(8000, np.float32)
-    room = Room(made("qwen3_asr")[0], 8, None)
+    room = ContextLimit(made("qwen3_asr")[0], 8, None)
     assert len(room.filled(short)) == 16000 and len(room.filled(np.ones(20000, np.float32))) == 20320
-    assert len(Room(made("voxtral")[0], 8, None).filled(short)) == 8000
+    assert len(ContextLimit(made("voxtral")[0], 8, None).filled(short)) == 8000
 
 
 def test_a_granite_checkpoint_with_an_adapter_inside_is_refused(made: Any, tmp_path: Path) -> None:
@@ -237,12 +237,12 @@ def test_the_student_at_the_start_reads_and_writes_as_its_own_teacher(made, name
     family, hf = made(name)
     student = f"student.path={Path(family.path)}"
     config = load_config("recipes/tiny/2_xopd.yaml", [student, "student.family=", "teacher.kind=self", "teacher.path="])
-    teacher = SelfTeacher(config, family, StartingStudent(config, family, torch.device("cpu"), None))
+    teacher = SelfTeacher(config, family, ReferenceModel(config, family, torch.device("cpu"), None))
     asked = [Prompt(t, ({"role": "user", "content": t},)) for t in ("sort two", "what is one plus two plus three?")]
     replies = [ids for ids, _ in teacher.respond(asked, 6)]
     rollouts = [Rollout(p, "text", ids, None, -1, False) for p, ids in zip(asked, replies, strict=True)]
     samples = [Sample(ScoredRollout(r, None), family.prompt_ids(list(r.prompt.messages), []), []) for r in rollouts]
-    rows = teacher.rows(samples)(slice(0, sum(map(len, replies))))
+    rows = teacher.logits(samples)(slice(0, sum(map(len, replies))))
     assert rows.argmax(-1).tolist() == [i for ids in replies for i in ids]
     mb = collate(samples)
     inputs = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from opd.models.context_limit import Room
+from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
 from opd.models.speech_lm import SpeechLM
 from opd.objectives.divergences import EXCLUDED
@@ -67,13 +67,13 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_bad(family) -> None:
     part = {"type": "audio", "path": "a", "transcript": "sort two one"}
     prompt = Prompt("p", ({"role": "user", "content": [part]},))
     ids = len(family.prompt_ids([{"role": "user", "content": [part]}], [len(CLIPS["a"])]))
-    Room(family, 24, ids + 24).check(prompt, CLIPS)
+    ContextLimit(family, 24, ids + 24).check(prompt, CLIPS)
     with pytest.raises(BadAudio, match=rf"its {ids} prompt ids and rollout.max_tokens=24 do not fit .* {ids + 23} ids"):
-        Room(family, 24, ids + 23).check(prompt, CLIPS)
-    Room(family, 24, None).check(prompt, CLIPS)
+        ContextLimit(family, 24, ids + 23).check(prompt, CLIPS)
+    ContextLimit(family, 24, None).check(prompt, CLIPS)
     forged = Prompt("p", ({"role": "user", "content": [{**part, "transcript": "sort <|AUDIO|> one"}]},))
     with pytest.raises(BadAudio, match=r"contains <\|AUDIO\|>"):
-        Room(family, 24, None).check(forged, CLIPS)
+        ContextLimit(family, 24, None).check(forged, CLIPS)
 
 
 @pytest.mark.parametrize("samples", [800, 1600, 15999, 16000, 16001, 16160, 47777, 479999, 480000, 500000])

@@ -72,7 +72,7 @@ def test_expected_gradient_is_the_reverse_kl_gradient(temperature: float, stale:
         # with stale weights a later token is weighed by its own ratio alone: prefixes stay the sampler's
         expected = expected + sampler.sum().exp() * terms.loss.sum()
         if temperature == 1.0:
-            terms = reverse_kl_terms(Tokens(logits, y, sampler, 1.0, teacher=theirs), dense_of)
+            terms = reverse_kl_terms(Tokens(logits, y, sampler, 1.0, teacher_logits=theirs), dense_of)
             dense = dense + sampler.sum().exp() * terms.loss.sum()  # each prefix as often as it is sampled
         else:
             ours = torch.log_softmax(logits, -1)

@@ -246,7 +246,7 @@ def test_peak_of_a_real_pass(
     def loss() -> torch.Tensor:
         o = c.objective
         made = TokenLoss(
-            packed, o, c.rollout.temperature, drawn if o.reads_rows else None, drawn if o.reference else None
+            packed, o, c.rollout.temperature, drawn if o.reads_logits else None, drawn if o.reference else None
         )
         inputs = {"ids": ids, "position_ids": places, "attends": attends.clone(), "row": row, "positions": positions}
         return model(loss=made, mask=ones, **inputs)
@@ -277,7 +277,7 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         best = (ids, -torch.rand(1, n, 4) - 4) if c.objective.top_k else (None, None)
         mb = MicroBatch([], none, none, none, none, none, ids[..., 0], one, one, -one, -one, one[:, 0].bool(), *best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
-        made.teacher = made.teacher if c.objective.reads_rows else None
+        made.teacher = made.teacher if c.objective.reads_logits else None
         made.importance = torch.ones(n)
         banned = torch.zeros(vocab).bool()
         with LiveMemory() as live:

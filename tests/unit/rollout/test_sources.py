@@ -259,10 +259,10 @@ def test_objectives_and_their_sources(name: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["name=reverse_kl"], "rows unless objective.top_k is set: teacher.kind must be local or self, found server"),
-        (["name=cord"], "reads full vocabulary rows: teacher.kind must be local or self, found server"),
-        (["name=entropy_aware"], "reads full vocabulary rows: teacher.kind must be local or self, found server"),
-        (["name=uld"], "reads full vocabulary rows: teacher.kind must be local, found server"),
+        (["name=reverse_kl"], "logits unless objective.top_k is set: teacher.kind must be local or self, found server"),
+        (["name=cord"], "reads full-vocabulary logits: teacher.kind must be local or self, found server"),
+        (["name=entropy_aware"], "reads full-vocabulary logits: teacher.kind must be local or self, found server"),
+        (["name=uld"], "reads full-vocabulary logits: teacher.kind must be local, found server"),
     ],
 )
 def test_rows_need_a_local_teacher(settings: list[str], message: str) -> None:

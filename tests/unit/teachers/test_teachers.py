@@ -43,14 +43,14 @@ from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import adapters
 from opd.objectives.divergences import EXCLUDED
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.plan.learner_memory import frozen
 from opd.plan.shapes import student_shape, teacher_shape
 from opd.prompts.manifest import parse_record
 from opd.settings import UserError
 from opd.teachers import reference as starting
 from opd.teachers.local import LocalTeacher
-from opd.teachers.reference import SelfTeacher, StartingStudent
+from opd.teachers.reference import ReferenceModel, SelfTeacher
 from opd.teachers.registry import make_start, make_teacher
 from opd.teachers.routed import RoutedTeacher
 from opd.teachers.routes import route_of
@@ -78,8 +78,8 @@ def answered(family: Family, views: tuple[str, ...] = ("speech", "text")) -> lis
     return make_samples([ScoredRollout(r, np.zeros(len(r.token_ids), np.float32)) for r in rollouts], CLIPS, family)
 
 
-def all_of(rows: Rows, parts: tuple[int, ...] = (0, 1, 9, COUNT)) -> Tensor:
-    """Rows asked for in uneven chunks."""
+def all_of(rows: Logits, parts: tuple[int, ...] = (0, 1, 9, COUNT)) -> Tensor:
+    """Logits asked for in uneven chunks."""
     return torch.cat([rows(slice(a, b)) for a, b in zip(parts, parts[1:], strict=False)])
 
 
@@ -104,7 +104,7 @@ def test_it_reads_the_text_of_what_was_heard(family: Family, double: None) -> No
     c = config(*SELF)
     teacher = make_teacher(c, family, CPU, make_start(c, family, CPU, running(make_learner(family, c))))
     want = read(family)
-    torch.testing.assert_close(all_of(teacher.rows(answered(family))), torch.cat(want), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(all_of(teacher.logits(answered(family))), torch.cat(want), atol=1e-5, rtol=1e-6)
     scored = teacher.score([s.scored.rollout for s in answered(family)])
     for s, logits, (_, _, answer) in zip(scored, want, ANSWERS, strict=True):
         logp = torch.log_softmax(logits, -1)[range(len(answer)), list(answer)]
@@ -144,7 +144,7 @@ def test_with_adapters_it_is_the_learner_without_them(family: Family) -> None:
     before, replies = learner.eval_logits(answered(family), CLIPS)[1], teacher.respond(prompts, 12)
     perturb(learner.model)
     after = learner.eval_logits(answered(family), CLIPS)[1]
-    rows = all_of(teacher.rows(answered(family)))
+    rows = all_of(teacher.logits(answered(family)))
     torch.testing.assert_close(rows, torch.cat(read(family)), atol=1e-5, rtol=1e-6)
     assert teacher.respond(prompts, 12) == replies
     assert float((after - before).abs().max()) > 0.1
@@ -157,18 +157,18 @@ def test_with_adapters_it_reads_without_dropout(family: Family) -> None:
     c = config(*SELF, LORA)
     learner = make_learner(family, c)
     teacher = make_teacher(c, family, CPU, make_start(c, family, CPU, running(learner)))
-    before = all_of(teacher.rows(answered(family)))
+    before = all_of(teacher.logits(answered(family)))
     layers = [m for m in learner.model.hf.modules() if hasattr(m, "attention_dropout")]
     for layer in layers:
         layer.attention_dropout = 0.5
     assert layers and learner.model.training
-    assert torch.equal(all_of(teacher.rows(answered(family))), before)
+    assert torch.equal(all_of(teacher.logits(answered(family))), before)
     assert learner.model.training  # still
 
 
 def test_a_greedy_answer_is_not_bent_by_the_checkpoints_own_settings(family: Family) -> None:
     c = config(*SELF)
-    start = StartingStudent(c, family, CPU, None)
+    start = ReferenceModel(c, family, CPU, None)
     teacher, hf = SelfTeacher(c, family, start), start.model.hf
     (plain,) = teacher.respond([PROMPTS["a"]], 8)
     hf.generation_config.repetition_penalty, hf.generation_config.min_new_tokens = 9.0, 8  # type: ignore[union-attr]
@@ -264,10 +264,10 @@ def test_each_record_has_its_teacher(family: Family) -> None:
         prompt = Prompt(f"{r.prompt.id}-{route}", r.prompt.messages, group="sums" if route == "sums" else "other")
         s.scored = ScoredRollout(Rollout(prompt, r.view, r.token_ids, r.logprobs, 0, False), None)
     rollouts = [s.scored.rollout for s in samples]
-    rows = all_of(teacher.rows(samples))
+    rows = all_of(teacher.logits(samples))
     lengths = [len(s.response_ids) for s in samples]
     for i, (got, route) in enumerate(zip(rows.split(lengths), routes, strict=True)):
-        want = {n: t.rows([samples[i]])(slice(0, lengths[i])) for n, t in alone.items()}
+        want = {n: t.logits([samples[i]])(slice(0, lengths[i])) for n, t in alone.items()}
         torch.testing.assert_close(got, want[route], atol=1e-4, rtol=1e-5)
         assert float((want["sums"] - want["*"]).abs().max()) > 1  # they differ: no other could pass
     for got, r, route in zip(teacher.score(rollouts), rollouts, routes, strict=True):
@@ -278,16 +278,16 @@ def test_each_record_has_its_teacher(family: Family) -> None:
     assert teacher.respond(asked, 8) == want_replies
     only = [s for s, route in zip(samples, routes, strict=True) if route == "sums"]
     n = sum(len(s.response_ids) for s in only)
-    assert torch.equal(teacher.rows(only)(slice(0, n)), alone["sums"].rows(only)(slice(0, n)))
+    assert torch.equal(teacher.logits(only)(slice(0, n)), alone["sums"].logits(only)(slice(0, n)))
     assert teacher.score([]) == [] and teacher.respond([], 8) == []
 
 
 def test_routes_give_rows_only_if_all_do(family: Family) -> None:
     c = config(*ROUTED)
     teacher, alone = routed(family, c)
-    assert teacher.gives_rows
-    alone["*"].gives_rows = False  # as of a server
-    assert not RoutedTeacher(c, alone).gives_rows
+    assert teacher.gives_logits
+    alone["*"].gives_logits = False  # as of a server
+    assert not RoutedTeacher(c, alone).gives_logits
 
 
 def test_a_field_of_the_record_names_its_route(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_field_of_the_record_names_its_route(tmp_path: Path) -> None:
         ([*ROUTED, "teacher.routes={a: {kind: routed}}"], "teacher.routes.a.routes: expected with"),
         (
             [*ROUTED, "teacher.routes={a: {urls: [http://a], path: b}}", "objective.name=reverse_kl"],
-            "teacher.routes.a: objective.name reverse_kl reads full vocabulary rows, which no server gives",
+            "teacher.routes.a: objective.name reverse_kl reads full-vocabulary logits, which no server gives",
         ),
         ([*SELF, "objective.name=uld"], "uld is for one local teacher, found teacher.kind self"),
         (["teacher.routes={a: {pth: b}}"], "unknown key teacher.routes.a.pth"),

@@ -18,7 +18,7 @@ from opd.doctor.preflight import tokenizers
 from opd.doctor.tokenizers import stop_ids, templates
 from opd.models.base import Family
 from opd.settings import UserError
-from opd.teachers.cross_tokenizer import OtherTeacher, Retold
+from opd.teachers.cross_tokenizer import CrossTokenizerTeacher, Retold
 from opd.teachers.registry import make_teacher
 from opd.teachers.tokenizers import check_byte_level
 from opd.train.batch import make_batch, make_samples
@@ -62,9 +62,9 @@ def uld(other: str, *more: str) -> Config:
     return config("objective.name=uld", f"teacher.path={other}", *more)
 
 
-def teacher_of(family: Family, c: Config) -> OtherTeacher:
+def teacher_of(family: Family, c: Config) -> CrossTokenizerTeacher:
     found = make_teacher(c, family, CPU)
-    assert isinstance(found, OtherTeacher) and not found.gives_rows and not found.grades
+    assert isinstance(found, CrossTokenizerTeacher) and not found.gives_logits and not found.grades
     return found
 
 
@@ -116,7 +116,7 @@ def test_what_has_no_end_or_is_no_text(family: Family, other: str) -> None:
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-def by_hand(teacher: OtherTeacher, rollout: Rollout, logits: Tensor) -> Tensor:
+def by_hand(teacher: CrossTokenizerTeacher, rollout: Rollout, logits: Tensor) -> Tensor:
     """Sorted probabilities of each group that ends at the same byte, L1, averaged over groups (arXiv 2402.12030)."""
     r = teacher.retell(rollout)
     ids = torch.tensor([[*teacher.prompt_ids(rollout.prompt), *r.theirs]])
@@ -222,7 +222,7 @@ def test_a_step_weighs_responses_as_the_batch_does(family: Family, other: str, a
     assert max(float(g.abs().max()) for g in gradient(learner).values()) > 1e-3
 
 
-def by_loss(teacher: OtherTeacher, sample: Sample, logits: Tensor) -> Tensor:
+def by_loss(teacher: CrossTokenizerTeacher, sample: Sample, logits: Tensor) -> Tensor:
     return teacher.aligned([sample])(logits, 0)
 
 

@@ -163,7 +163,7 @@ def _evaluator(config: Config, teacher: Any, family: Any, rank: int, world: int)
     return Evaluator(config, family, learner, teacher, sampler, clips, prompts(), prompts()[:4])
 
 
-class Rows:
+class ByHand:
     """Log-probabilities [T, V] of a text, by plain forward passes."""
 
     def __init__(self, family: Any) -> None:
@@ -235,20 +235,20 @@ def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: p
     sums = dict.fromkeys(("misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text"), 0.0)
     tokens = dict.fromkeys(sums, 0)
     of_even = [0.0, 0]
-    by_hand = Rows(family)
+    by_hand = ByHand(family)
     for p in prompts()[:9]:
         gold = [*family.tokenizer(p.response, add_special_tokens=False).input_ids, family.eos_ids[0]]
         speech, text = (by_hand.student(p, v, gold) for v in VIEWS)
         sums["misalignment"] += kl(text, speech)
         if p.group == "even":
             of_even = [of_even[0] + kl(text, speech), of_even[1] + len(gold)]
-        sums["forgetting"] += kl(by_hand.teacher(teacher.model, p, gold), text)
+        sums["forgetting"] += kl(by_hand.rows(teacher.model, p, gold), text)
         tokens["misalignment"] += len(gold)
         tokens["forgetting"] += len(gold)
         for view in VIEWS:
             word = p.answer if view == "text" or p.group == "even" else "ten."
             own = [*family.tokenizer(word, add_special_tokens=False).input_ids, family.eos_ids[0]]
-            sums[f"reverse_kl/{view}"] += kl(by_hand.student(p, view, own), by_hand.teacher(teacher.model, p, own))
+            sums[f"reverse_kl/{view}"] += kl(by_hand.student(p, view, own), by_hand.rows(teacher.model, p, own))
             tokens[f"reverse_kl/{view}"] += len(own)
     for name, total in sums.items():
         assert alone[name]["mean"] == pytest.approx(total / tokens[name], rel=1e-4), name
@@ -326,7 +326,7 @@ def test_records_without_a_response_have_no_share_in_divergences_along_it(
 @pytest.mark.parametrize(
     ("best", "rows", "grades", "message"),
     [
-        ("forgetting", False, True, "eval.best forgetting: needs the teacher's whole rows"),
+        ("forgetting", False, True, "eval.best forgetting: needs the teacher's full-vocabulary logits"),
         ("reverse_kl/text", True, False, "eval.best reverse_kl/text: a teacher with another tokenizer"),
     ],
 )
@@ -335,8 +335,8 @@ def test_what_the_teacher_cannot_measure_is_refused(
 ) -> None:
     config.eval.best = best  # type: ignore[assignment]
     with pytest.raises(UserError, match=message):
-        _evaluator(config, SimpleNamespace(gives_rows=rows, grades=grades), family_of(STUDENT), 0, 1)
-    _evaluator(config, SimpleNamespace(gives_rows=True, grades=True), family_of(STUDENT), 0, 1)
+        _evaluator(config, SimpleNamespace(gives_logits=rows, grades=grades), family_of(STUDENT), 0, 1)
+    _evaluator(config, SimpleNamespace(gives_logits=True, grades=True), family_of(STUDENT), 0, 1)
 
 
 def test_a_whole_evaluation_notes_the_records_of_an_interim_one(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from opd.models.base import Family
 from opd.models.lora import Piece
-from opd.objectives.token_loss import Rows
+from opd.objectives.token_loss import Logits
 from opd.train.batch import _dummy, make_batch
 from opd.train.learner import _groups, learning_rate
 from opd.types import Sample
@@ -73,7 +73,7 @@ def test_gradient_of_the_warm_start(family: Family, reference: Reference, budget
     rows = {(s, v, a): r for (s, v, a), r in zip(ANSWERS, reference.rows, strict=True)}
 
     class Teacher:
-        def rows(self, samples: list[Sample]) -> Rows:
+        def logits(self, samples: list[Sample]) -> Logits:
             rollouts = [s.scored.rollout for s in samples]
             flat = torch.cat([rows[r.prompt.id, r.view, r.token_ids] for r in rollouts])
             return lambda part: flat[part]

@@ -142,13 +142,13 @@ def test_evaluations_in_training(
     slept: list[Any] = []
     lines: list[dict[str, Any]] = []
     monkeypatch.setattr(train, "push", lambda parts, version: pushed.append(version))
-    monkeypatch.setattr(train, "rest", slept.append)
+    monkeypatch.setattr(train, "sleep_servers", slept.append)
     log = SimpleNamespace(evaluation=lines.append, status=lambda *_: None)
     learner = SimpleNamespace(engine=SimpleNamespace(zero_optimization_stage=lambda: 3), world_size=1, world=1)
     evaluator = SimpleNamespace(interim=lambda: {"retention": {"mean": 1.0, "stderr": 0.0, "n": 1}})
     parts: Any = SimpleNamespace(config=config, log=log, learner=learner, evaluator=evaluator, seconds=7.0)
     for step in range(1, 7):
-        train.look(parts, step)
+        train.maybe_evaluate(parts, step)
     assert [line["step"] for line in lines] == steps and all(line["interim"] for line in lines)
     assert lines[0]["stage"] == config.run.stage and lines[0]["train_seconds"] == 7.0
     # off-policy nothing else gives the servers the current weights, and they shall sleep again
@@ -181,7 +181,7 @@ class Watched:
         monkeypatch.setattr(train.checkpoint, "save", save)
         monkeypatch.setattr(train, "report_step", report)
         monkeypatch.setattr(train, "load_clips", lambda *_: ([], {}))
-        for name in ("make_batch", "make_samples", "push", "rest"):
+        for name in ("make_batch", "make_samples", "push", "sleep_servers"):
             monkeypatch.setattr(train, name, lambda *_, **__: None)
 
     def interim(self) -> dict[str, Any]:
