@@ -242,13 +242,13 @@ def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: p
         sums["misalignment"] += kl(text, speech)
         if p.group == "even":
             of_even = [of_even[0] + kl(text, speech), of_even[1] + len(gold)]
-        sums["forgetting"] += kl(by_hand.rows(teacher.model, p, gold), text)
+        sums["forgetting"] += kl(by_hand.teacher(teacher.model, p, gold), text)
         tokens["misalignment"] += len(gold)
         tokens["forgetting"] += len(gold)
         for view in VIEWS:
             word = p.answer if view == "text" or p.group == "even" else "ten."
             own = [*family.tokenizer(word, add_special_tokens=False).input_ids, family.eos_ids[0]]
-            sums[f"reverse_kl/{view}"] += kl(by_hand.student(p, view, own), by_hand.rows(teacher.model, p, own))
+            sums[f"reverse_kl/{view}"] += kl(by_hand.student(p, view, own), by_hand.teacher(teacher.model, p, own))
             tokens[f"reverse_kl/{view}"] += len(own)
     for name, total in sums.items():
         assert alone[name]["mean"] == pytest.approx(total / tokens[name], rel=1e-4), name
