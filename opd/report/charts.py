@@ -1,10 +1,11 @@
-"""The charts of a report, as inline SVG that takes the page's text colour and has no background of its own."""
+"""The charts of a report."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from opd.report.html import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, figure
+from opd.report.blocks import Figure
+from opd.report.figure import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, figure
 from opd.report.pipelines import PHASES, Pipeline, phases
 from opd.report.runs import VIEWS, Run
 
@@ -12,11 +13,36 @@ BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}
 PHASE_COLOURS = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY), strict=True))
 POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
 
-# name of the metric, label of its axis, least span of the axis: noise around a constant shall look like one
+# names of the metrics, label of the axis, its least span: noise around a constant shall look like one
 Panel = tuple[tuple[str, ...], str, float]
+CURVES: dict[str, tuple[str, list[Panel]]] = {
+    "kl": (
+        "Reverse KL on the student's own samples, by view (text dashed).",
+        [(("reverse_kl/speech", "reverse_kl/text"), "nats per token", 0.01)],
+    ),
+    "ratio": (
+        "Importance ratio of learner to sampler, and the share of tokens where it is cut off.",
+        [
+            (("ratio/mean",), "importance ratio, mean", 0.02),
+            (("ratio/clipped",), "importance ratio, share clipped", 0.02),
+        ],
+    ),
+    "length": (
+        "Responses: mean length, and the share that never ended.",
+        [(("length/mean",), "tokens", 1.0), (("length/truncated",), "share truncated", 0.02)],
+    ),
+    "loss": (
+        "Loss, which each objective defines for itself, and the norm of the gradient.",
+        [(("loss",), "loss", 0.01), (("grad_norm",), "gradient norm", 0.01)],
+    ),
+    "mismatch": (
+        "Mean |learner - sampler| log-prob of the sampled tokens, and the student's entropy.",
+        [(("mismatch/logprob",), "nats per token", 1e-6), (("entropy",), "entropy, nats per token", 0.01)],
+    ),
+}
 
 
-def accuracy(pipelines: list[Pipeline], key: str) -> str:
+def accuracy(pipelines: list[Pipeline]) -> Figure:
     """Bars with standard errors by stage, a group of bars for each pipeline."""
     shown = [p for p in pipelines if p.stages]
     places, ticks, x = [], [], 0.0
@@ -42,14 +68,15 @@ def accuracy(pipelines: list[Pipeline], key: str) -> str:
         axes.set_ylabel("accuracy")
 
     caption = "Accuracy by stage, with standard errors" + ("; pipelines side by side." if len(shown) > 1 else ".")
-    return figure(key, caption, draw, (max(8.0, 1.1 * x), 3.2))
+    return figure("accuracy", caption, draw, (max(8.0, 1.1 * x), 3.2))
 
 
-def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) -> str:
-    """Step metrics against the steps of the whole pipeline: a colour per pipeline, or per run or view of the only one.
+def curves(pipelines: list[Pipeline], key: str) -> Figure:
+    """Metrics of CURVES against the steps of a pipeline: a colour per pipeline, or per run or view of a single one.
 
     A run that several pipelines begin with is drawn once, in grey; other runs before a pipeline's last are paler.
     """
+    caption, panels = CURVES[key]
     pale = {r.name for p in pipelines for r in p.runs[:-1]} if len(pipelines) > 1 else set()
 
     def draw(figure: Any) -> None:
@@ -85,7 +112,7 @@ def _widen(axes: Any, least: float) -> None:
         axes.set_ylim(start, start + least)
 
 
-def times(runs: list[Run], key: str) -> str:
+def times(runs: list[Run]) -> Figure:
     """Seconds of a mean step by phase, a bar for each run."""
     found = [(r, seconds) for r in runs if (seconds := phases(r))["step"]["n"]]
 
@@ -101,7 +128,7 @@ def times(runs: list[Run], key: str) -> str:
         axes.set_xlabel("seconds per step")
 
     caption = "Where a step's time goes: mean seconds by phase, a run's first step left out when there are more."
-    return figure(key, caption, draw, (8.0, 1.4 + 0.4 * len(found)))
+    return figure("time", caption, draw, (8.0, 1.4 + 0.4 * len(found)))
 
 
 def _placed(pipelines: list[Pipeline]) -> list[tuple[Run, int, str]]:

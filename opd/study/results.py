@@ -27,11 +27,10 @@ def write(study: Study, say: Callable[[str], None]) -> None:
 
     Those that are there and hold a complete row which is not complete any more are moved aside first.
     """
-    from opd.study.page import page  # it draws
-    from opd.study.tables import markdown
+    from opd.study.tables import pages  # it draws
 
     content = summarise(study)
-    texts = {"study.json": json.dumps(content, indent=2), "study.md": markdown(content), "study.html": page(content)}
+    texts = {"study.json": json.dumps(content, indent=2), **pages(content)}
     try:
         study.out.mkdir(parents=True, exist_ok=True)
         lost = [row for row in _complete(study.out) if row not in _complete_rows(content)]

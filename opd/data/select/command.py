@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from opd.data.engine.stage import Drop, Record, audio_parts
 from opd.data.select import clusters
 from opd.data.stages.turns import last_question
 from opd.evaluate.records import read_records
-from opd.report.html import BLUE, document, figure, table, table_row
+from opd.report.blocks import Heading, Paragraph, Table, document
+from opd.report.figure import BLUE, figure
 from opd.settings import Section, UserError
 from opd.storage.json_lines import write_atomic
 
@@ -106,12 +106,8 @@ def select(source: str, probes: list[Path], out: Path, settings: Selection) -> l
     odds = probability / (sizes / sizes.sum())  # how much likelier a text of a cluster is drawn than by chance
     of = found.corpus
     picked = [records[i] | {"cluster": str(of[i]), "odds": float(odds[of[i]])} for i in chosen]
-    total = {
-        "texts": len(chosen),
-        "of": len(records),
-        "unusable": len(bad),
-        "hours": float(seconds[chosen].sum() / 3600),
-    }
+    hours = float(seconds[chosen].sum() / 3600)
+    total = {"texts": len(chosen), "of": len(records), "unusable": len(bad), "hours": hours}
     return _write(picked, rows, total, settings, source, out)
 
 
@@ -190,22 +186,15 @@ def _page(rows: list[Row], total: dict[str, Any], source: str) -> str:
         xs, ys = [r.misalignment for r in rows], [r.probability for r in rows]
         ax.scatter(xs, ys, s=sizes, color=BLUE, alpha=0.6, label="a cluster; larger: more probe records")
 
-    head = ["cluster", "M(c)", "WER %", "texts", "probe records", "probability %", "chosen"]
-    body = [
-        table_row(
-            f"{r.cluster}: {' · '.join(e.partition(': ')[2][:60] for e in r.examples)}",
-            [
-                f"{r.misalignment:.3f}",
-                "" if r.wer is None else f"{100 * r.wer:.1f}",
-                str(r.texts),
-                str(r.probes),
-                f"{100 * r.probability:.2f}",
-                str(r.chosen),
-            ],
-        )
-        for r in sorted(rows, key=lambda r: -r.probability)
-    ]
-    told = f"{total['texts']} of {total['of']} texts of {escape(source)}, about {total['hours']:.2f} hours of speech."
+    heads = ["cluster", "M(c)", "WER %", "texts", "probe records", "probability %", "chosen"]
+    lines = []
+    for r in sorted(rows, key=lambda r: -r.probability):
+        name = f"{r.cluster}: {' · '.join(e.partition(': ')[2][:60] for e in r.examples)}"
+        wer = "" if r.wer is None else f"{100 * r.wer:.1f}"
+        chance = f"{100 * r.probability:.2f}"
+        lines.append([name, f"{r.misalignment:.3f}", wer, str(r.texts), str(r.probes), chance, str(r.chosen)])
+    told = f"{total['texts']} of {total['of']} texts of {source}, about {total['hours']:.2f} hours of speech."
     plot = figure("clusters", "Misalignment and probability of every cluster.", draw, (7.0, 4.0))
-    rows_told = table(head, body, "Likeliest first, with texts of each.")
-    return document("What to speak", f"<h1>What to speak</h1><p>{told}</p>{plot}{rows_told}")
+    table = Table(heads, lines, "Likeliest first, with texts of each.")
+    title = "What to speak"
+    return document(title, [Heading(title, 1), Paragraph(told), plot, table])

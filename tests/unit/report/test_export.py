@@ -107,6 +107,9 @@ def test_the_card_says_what_the_hub_asks_for(tmp_path: Path) -> None:
     assert spoken["args"] == {"unit": "share", "stderr": 0.02, "n": 100}
     assert set(by_set["data/tiny/retention.jsonl"]) == {"accuracy on a skill that was not trained"}
     text = (out / "README.md").read_text()
+    assert text.split("---\n")[2].startswith("\n# xopd\n\norg/speech-llm, trained further so") and text.endswith(
+        "stage.\n"
+    )
     assert "| accuracy, spoken questions | share | 0.25 ± 0.02 | 0.75 ± 0.02 | 100 |" in text
     assert "- student: org/speech-llm: unknown, see https://huggingface.co/org/speech-llm" in text
     assert "- teacher: recipes/tiny/teacher: unknown" in text and "arXiv 2603.24596" in text and "λ 0.5" in text

@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from report_runs import Page
 from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 
+from opd.report.blocks import Paragraph, Table, markdown
+from opd.study.charts import charts
 from opd.study.command import main
 from opd.study.grid import Study
-from opd.study.page import charts
 from opd.study.results import summarise
 from opd.study.runs import Run
 from opd.study.stats import interval, paired, t_quantile
-from opd.study.tables import Table, Text, blocks, markdown
+from opd.study.tables import blocks
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_the_table_by_hand(path: Path) -> None:
 def test_the_plot_of_costs_by_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(path, [], None, False, False, FakeLauncher(lambda r: numbers(r) | {"forgetting": 0.1}))
     drawn: list[Any] = []
-    monkeypatch.setattr("opd.study.page.figure", lambda key, caption, draw, *_: drawn.append(draw) or "")
+    monkeypatch.setattr("opd.study.charts.figure", lambda key, caption, draw, *_: drawn.append(draw) or "")
     charts(summarise(Study(path))["worlds"][0], "w")
     figure = Figure()
     drawn[-1](figure)
@@ -158,7 +159,7 @@ def test_a_row_with_another_teacher_is_held_against_the_teacher_of_the_others(tm
     assert not {"forgetting", "reverse_kl/speech"} & (row["metrics"].keys() | row["differences"]["kd"].keys())
     assert kd["metrics"]["drop/speech"]["mean"] == 12.0 and kd["metrics"]["forgetting"]["mean"] == 0.01
     assert not kd["notes"] and "its teacher is not base's" in row["notes"][-1]
-    (line,) = [x for x in markdown(content).splitlines() if x.startswith("| own | 0.0001 | 65.0")]
+    (line,) = [x for x in markdown(blocks(content)).splitlines() if x.startswith("| own | 0.0001 | 65.0")]
     assert line.split(" | ")[4:8] == ["31.6 ± 66.9", "5.3 ± 0.0", "0.75 ± 0.00", "–"]
 
 
@@ -180,7 +181,7 @@ def test_what_is_not_there_has_no_number(path: Path) -> None:
     assert kd["state"] == "2 of 3 seeds finished" and not kd["metrics"] and kd["samples"] is None
     assert base["state"] == "0 of 3 seeds finished"
     assert set(kd["by_seed"]) == {0, 1}
-    text = markdown(content)
+    text = markdown(blocks(content))
     assert "| kd (incomplete) | 0.0001 | – | – |" in text and "0.5" not in text.split("##", 1)[1].replace("0.0001", "")
     assert {r["state"] for r in content["runs"]} == {"finished", "missing"}
 
@@ -198,17 +199,17 @@ def test_both_pages_say_the_same(path: Path) -> None:
     assert [t.heads[0] for t in tables] == ["row", "row - base", "row", "row"]
     for table in tables:
         assert table.about in text and table.about in shown
-        for line in [table.heads, *table.lines]:
+        for line in [table.heads, *table.rows]:
             assert f"| {' | '.join(line)} |" in text and "".join(line) in shown
     # whose absence from one of the two this test is for
-    assert tables[-1].heads[:2] == ["row", "rate"] and [x[:2] for x in tables[-1].lines] == [
+    assert tables[-1].heads[:2] == ["row", "rate"] and [x[:2] for x in tables[-1].rows] == [
         ["kd", "0.0001"],
         ["kd", "0.0002"],
     ]
     assert "| kd | 0.0001 | 0.500 | 0.900 | 1.000 | yes | chosen |" in text
     few = "2 seeds are few: the intervals are wide, and rely on a normal distribution."
     assert f"**{few}**" in text and f'<p class="warn">{few}</p>' in page
-    (about,) = [b.text for b in found if isinstance(b, Text) and b.text.startswith("Test split, seeds 0, 1: ")]
+    (about,) = [b.text for b in found if isinstance(b, Paragraph) and b.text.startswith("Test split, seeds 0, 1: ")]
     assert "drop S and T are percent below" in about and about in text and about in shown
     assert "**more is incomplete**: 1 of 2" in text and "<strong>more is incomplete</strong>: 1 of 2" in page
     # all columns can be seen: cells wrap, and what is still too wide scrolls
