@@ -89,20 +89,13 @@ def select(source: str, probes: list[Path], out: Path, settings: Selection) -> l
     chosen = clusters.draw(found.corpus, probability, seconds, 3600 * settings.hours, settings.seed)
     if len(chosen) == 0:
         raise UserError(f"hours: {settings.hours:g} h hold no text; the shortest takes {seconds.min():.1f} s")
-    counts = np.bincount(found.corpus[chosen], minlength=found.count)
-    rows = [
-        Row(
-            c,
-            int(sizes[c]),
-            int((found.probe == c).sum()),
-            float(m[c]),
-            None if np.isnan(wer[c]) else float(wer[c]),
-            float(probability[c]),
-            int(counts[c]),
-            [texts[i] for i in np.flatnonzero(found.corpus == c)[:EXAMPLES]],
-        )
-        for c in range(found.count)
-    ]
+    probed, drawn = (np.bincount(of, minlength=found.count) for of in (found.probe, found.corpus[chosen]))
+    rows = []
+    for c in range(found.count):
+        error = None if np.isnan(wer[c]) else float(wer[c])
+        examples = [texts[i] for i in np.flatnonzero(found.corpus == c)[:EXAMPLES]]
+        numbers = int(sizes[c]), int(probed[c]), float(m[c]), error, float(probability[c]), int(drawn[c])
+        rows.append(Row(c, *numbers, examples))
     odds = probability / (sizes / sizes.sum())  # how much likelier a text of a cluster is drawn than by chance
     of = found.corpus
     picked = [records[i] | {"cluster": str(of[i]), "odds": float(odds[of[i]])} for i in chosen]
