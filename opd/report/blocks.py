@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
+ID = "\ue000"  # of no script: no text has it
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as inline SVG, or a player of the sound at a data URI; Markdown goes without."""
+    """A chart as inline SVG, or a player of the sound at a data URI; Markdown goes without.
+
+    Ids in the SVG begin with `ID`, for which the template writes the number of the block: no two charts share one.
+    """
 
     caption: str
     svg: str = ""
@@ -76,9 +80,9 @@ def document(title: str, blocks: Iterable[Block], layout: str = "") -> str:
     """A whole HTML page, which loads nothing from anywhere. `layout`: wide, for many columns, and wrap, for more."""
     from jinja2 import Environment
 
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    text = TEMPLATE.read_text(encoding="utf-8")
-    return template.from_string(text).render(title=title, blocks=list(blocks), layout=layout)
+    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    template = env.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(title=title, blocks=list(blocks), layout=layout, ID=ID)
 
 
 def markdown(blocks: Iterable[Block]) -> str:

@@ -13,32 +13,28 @@ BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}
 PHASE_COLOURS = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY), strict=True))
 POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
 
-# names of the metrics, label of the axis, its least span: noise around a constant shall look like one
-Panel = tuple[tuple[str, ...], str, float]
-CURVES: dict[str, tuple[str, list[Panel]]] = {
-    "kl": (
-        "Reverse KL on the student's own samples, by view (text dashed).",
-        [(("reverse_kl/speech", "reverse_kl/text"), "nats per token", 0.01)],
-    ),
-    "ratio": (
-        "Importance ratio of learner to sampler, and the share of tokens where it is cut off.",
-        [
-            (("ratio/mean",), "importance ratio, mean", 0.02),
-            (("ratio/clipped",), "importance ratio, share clipped", 0.02),
-        ],
-    ),
-    "length": (
-        "Responses: mean length, and the share that never ended.",
-        [(("length/mean",), "tokens", 1.0), (("length/truncated",), "share truncated", 0.02)],
-    ),
-    "loss": (
-        "Loss, which each objective defines for itself, and the norm of the gradient.",
-        [(("loss",), "loss", 0.01), (("grad_norm",), "gradient norm", 0.01)],
-    ),
-    "mismatch": (
-        "Mean |learner - sampler| log-prob of the sampled tokens, and the student's entropy.",
-        [(("mismatch/logprob",), "nats per token", 1e-6), (("entropy",), "entropy, nats per token", 0.01)],
-    ),
+# what a chart shows: of each panel its metrics, the label of its axis and the least span of that, so that noise around
+# a constant looks like one
+CURVES = {
+    "Reverse KL on the student's own samples, by view (text dashed).": [
+        ("reverse_kl/speech reverse_kl/text", "nats per token", 0.01),
+    ],
+    "Importance ratio of learner to sampler, and the share of tokens where it is cut off.": [
+        ("ratio/mean", "importance ratio, mean", 0.02),
+        ("ratio/clipped", "importance ratio, share clipped", 0.02),
+    ],
+    "Responses: mean length, and the share that never ended.": [
+        ("length/mean", "tokens", 1.0),
+        ("length/truncated", "share truncated", 0.02),
+    ],
+    "Loss, which each objective defines for itself, and the norm of the gradient.": [
+        ("loss", "loss", 0.01),
+        ("grad_norm", "gradient norm", 0.01),
+    ],
+    "Mean |learner - sampler| log-prob of the sampled tokens, and the student's entropy.": [
+        ("mismatch/logprob", "nats per token", 1e-6),
+        ("entropy", "entropy, nats per token", 0.01),
+    ],
 }
 
 
@@ -68,15 +64,15 @@ def accuracy(pipelines: list[Pipeline]) -> Figure:
         axes.set_ylabel("accuracy")
 
     caption = "Accuracy by stage, with standard errors" + ("; pipelines side by side." if len(shown) > 1 else ".")
-    return figure("accuracy", caption, draw, (max(8.0, 1.1 * x), 3.2))
+    return figure(caption, draw, (max(8.0, 1.1 * x), 3.2))
 
 
-def curves(pipelines: list[Pipeline], key: str) -> Figure:
+def curves(pipelines: list[Pipeline], caption: str) -> Figure:
     """Metrics of CURVES against the steps of a pipeline: a colour per pipeline, or per run or view of a single one.
 
     A run that several pipelines begin with is drawn once, in grey; other runs before a pipeline's last are paler.
     """
-    caption, panels = CURVES[key]
+    panels = CURVES[caption]
     pale = {r.name for p in pipelines for r in p.runs[:-1]} if len(pipelines) > 1 else set()
 
     def draw(figure: Any) -> None:
@@ -85,7 +81,7 @@ def curves(pipelines: list[Pipeline], key: str) -> Figure:
             ax.grid(True, axis="y")
             ax.set(xlabel="step of the pipeline", ylabel=label)
             for run, start, colour in _placed(pipelines):
-                for name in names:
+                for name in names.split():
                     style: dict[str, Any] = {"color": colour, "linestyle": "--" if name.endswith("/text") else "-"}
                     style["alpha"] = 0.55 if run.name in pale else 1.0
                     view = name.rpartition("/")[2]
@@ -100,7 +96,7 @@ def curves(pipelines: list[Pipeline], key: str) -> Figure:
 
     if any(len(r.steps) > POINTS for p in pipelines for r in p.runs):
         caption += f" Means of consecutive steps, at most {POINTS} points a curve."
-    return figure(key, caption, draw, (8.0, 3.2))
+    return figure(caption, draw, (8.0, 3.2))
 
 
 def _widen(axes: Any, least: float) -> None:
@@ -128,7 +124,7 @@ def times(runs: list[Run]) -> Figure:
         axes.set_xlabel("seconds per step")
 
     caption = "Where a step's time goes: mean seconds by phase, a run's first step left out when there are more."
-    return figure("time", caption, draw, (8.0, 1.4 + 0.4 * len(found)))
+    return figure(caption, draw, (8.0, 1.4 + 0.4 * len(found)))
 
 
 def _placed(pipelines: list[Pipeline]) -> list[tuple[Run, int, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
-from opd.report.blocks import Figure
+from opd.report.blocks import ID, Figure
 
 # After Okabe and Ito, told apart by colour-blind readers too, and shifted to stand out from white and from black alike
 BLUE, ORANGE, GREEN, PINK = "#2b83c6", "#c97a00", "#1a9a72", "#c2679b"
@@ -34,8 +34,8 @@ SETTINGS = {
 Draw = Callable[[Any], None]  # fills a matplotlib figure
 
 
-def figure(key: str, caption: str, draw: Draw, inches: tuple[float, float], unit: str = "step") -> Figure:
-    """A chart with its caption; without SVG when there is nothing to plot. Keys tell ids of charts apart.
+def figure(caption: str, draw: Draw, inches: tuple[float, float], unit: str = "step") -> Figure:
+    """A chart with its caption; without SVG when there is nothing to plot.
 
     `unit` of the x axis is for readers who do not see the curves.
     """
@@ -58,7 +58,7 @@ def figure(key: str, caption: str, draw: Draw, inches: tuple[float, float], unit
         buffer = io.StringIO()
         nothing: dict[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         canvas.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return Figure(caption, _inline(buffer.getvalue(), key, alt))
+    return Figure(caption, _inline(buffer.getvalue(), alt))
 
 
 def _spoken(line: Any, unit: str) -> str:
@@ -67,15 +67,15 @@ def _spoken(line: Any, unit: str) -> str:
     return f"{line.axes.get_ylabel()} of {line.get_label().strip()}: {ends}."
 
 
-def _inline(svg: str, key: str, alt: str) -> str:
+def _inline(svg: str, alt: str) -> str:
     """matplotlib's file as an element of a page: no prologue or name spaces, ids of its own, the page's text colour."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         for name, value in list(element.items()):
             del element.attrib[name]
-            value = value.replace(INK, "currentColor").replace("url(#", f"url(#{key}-")
-            own = {"id": f"{key}-{value}", "href": value.replace("#", f"#{key}-")}
+            value = value.replace(INK, "currentColor").replace("url(#", f"url(#{ID}")
+            own = {"id": ID + value, "href": value.replace("#", f"#{ID}")}
             element.set(short := name.rpartition("}")[2], own.get(short, value))
     root.attrib |= {"role": "img", "aria-label": alt}
     return ElementTree.tostring(root, encoding="unicode")

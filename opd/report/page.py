@@ -35,7 +35,7 @@ def _blocks(pipelines: list[Pipeline], report: dict[str, Any]) -> Iterator[Block
     yield Heading("By skill")
     yield from _skills(pipelines)
     yield Heading("Training")
-    yield from (curves(pipelines, key) for key in CURVES)
+    yield from (curves(pipelines, caption) for caption in CURVES)
     yield Heading("Time")
     yield times(runs)
     yield _times(runs)
@@ -99,7 +99,7 @@ HEADLINE: dict[str, Cell] = {
     "retention": lambda s: _percent(s["retention"]),
     "reverse KL in nats per token of own spoken samples": _mean("reverse_kl", "speech", 2),
 }
-RIGHT: dict[str, Cell] = {
+ACCURACIES: dict[str, Cell] = {
     "spoken": _accuracy("speech"),
     "typed": _accuracy("text"),
     "teacher, typed": _accuracy("teacher"),
@@ -108,7 +108,7 @@ RIGHT: dict[str, Cell] = {
     "drop, typed": _mean("drop", "text", 1, " %"),
     "records": lambda s: str(next((e["n"] for e in s["accuracy"].values() if e and e.get("n")), "–")),
 }
-APART: dict[str, Cell] = {
+DIVERGENCES: dict[str, Cell] = {
     "reverse KL, spoken": _mean("reverse_kl", "speech"),
     "reverse KL, typed": _mean("reverse_kl", "text"),
     "misalignment M": _mean("misalignment"),
@@ -122,9 +122,9 @@ def _stages(pipelines: list[Pipeline]) -> Iterator[Table]:
     about = "Accuracy, and the mean relative drop below the teacher. ± is one standard error over records."
     if any(s["records"] != p.stages[-1]["records"] for p in pipelines for s in p.stages):
         about += " * measured on other held-out records than its pipeline's last stage: not comparable with it."
-    yield _by_stage(pipelines, RIGHT, about)
+    yield _by_stage(pipelines, ACCURACIES, about)
     about = "Divergences, in nats per token; steps and seconds of the stage's own run."
-    yield _by_stage(pipelines, APART, about)
+    yield _by_stage(pipelines, DIVERGENCES, about)
 
 
 def _skills(pipelines: list[Pipeline]) -> Iterator[Block]:

@@ -12,7 +12,7 @@ STROKES, MARKERS = ("-", "--", ":"), ("o", "s", "^")  # a row beyond the colours
 World = dict[str, Any]
 
 
-def charts(world: World, key: str) -> list[Figure]:
+def charts(world: World) -> list[Figure]:
     """Accuracy by view against steps, seconds and forgetting; spoken accuracy against retention."""
     forgetting = "forgetting F, nats per token"
     costs = (
@@ -23,9 +23,9 @@ def charts(world: World, key: str) -> list[Figure]:
     about = "Accuracy by view against forgetting, spoken accuracy against retention, 95 % intervals."
     curves = "Accuracy by view against {}, means over seeds, on the first eval.every_limit records of the split."
     return [
-        lines(world, f"{key}-steps", curves.format("steps, all stages counted"), "step", "step"),
-        lines(world, f"{key}-seconds", curves.format("seconds of training"), "seconds", "seconds of training"),
-        scatter(world, f"{key}-cost", about, costs),
+        lines(world, curves.format("steps, all stages counted"), "step", "step"),
+        lines(world, curves.format("seconds of training"), "seconds", "seconds of training"),
+        scatter(world, about, costs),
     ]
 
 
@@ -39,7 +39,7 @@ def look(k: int) -> tuple[str, int]:
     return COLOURS[k % len(COLOURS)], k // len(COLOURS) % len(STROKES)
 
 
-def lines(world: World, key: str, caption: str, x: str, label: str) -> Figure:
+def lines(world: World, caption: str, x: str, label: str) -> Figure:
     """A line per row; its last point is the final evaluation, its first the untrained student's."""
     zero = next((r["curve"][0] for r in world["rows"] if r["name"] == BASE and r["curve"]), None)
 
@@ -54,10 +54,10 @@ def lines(world: World, key: str, caption: str, x: str, label: str) -> Figure:
                 xs, ys = [p[x] for p in points], [p[f"accuracy/{view}"] for p in points]
                 ax.plot(xs, ys, **style, markersize=3, linewidth=1.4, label=r["name"])
 
-    return figure(key, caption, draw, (8.0, 3.4), "second" if x == "seconds" else "step")
+    return figure(caption, draw, (8.0, 3.4), "second" if x == "seconds" else "step")
 
 
-def scatter(world: World, key: str, caption: str, panels: tuple[tuple[str, str, str], ...]) -> Figure:
+def scatter(world: World, caption: str, panels: tuple[tuple[str, str, str], ...]) -> Figure:
     """A point with its intervals for each complete row; of a panel: view, metric and label of its x axis."""
     rows, order = [r for r in world["rows"] if r["complete"]], [r["name"] for r in trained(world)]
 
@@ -72,4 +72,4 @@ def scatter(world: World, key: str, caption: str, panels: tuple[tuple[str, str, 
                     at = {"x": found["mean"], "xerr": found["half"], "y": right["mean"], "yerr": right["half"]}
                     ax.errorbar(**at, fmt=MARKERS[again], color=colour, elinewidth=0.8, label=r["name"])
 
-    return figure(key, caption, draw, (10.0, 3.4))
+    return figure(caption, draw, (10.0, 3.4))

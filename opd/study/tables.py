@@ -48,7 +48,7 @@ def blocks(content: dict[str, Any]) -> Iterator[Block]:
         yield Paragraph(
             f"{len(seeds)} seeds are few: the intervals are wide, and rely on a normal distribution.", "warn"
         )
-    for k, world in enumerate(content["worlds"]):
+    for world in content["worlds"]:
         yield Heading(world["name"])
         heads = ["row", "rate", *(c[0] for c in COLUMNS), "samples", "seconds"]
         yield Table(heads, cells(world), "Means over seeds ± half of their 95 % confidence intervals.")
@@ -57,7 +57,7 @@ def blocks(content: dict[str, Any]) -> Iterator[Block]:
         for other in others:
             yield from differences(world, other)
         yield from groups(world, others[-1:])
-        yield from charts(world, f"w{k}")
+        yield from charts(world)
         yield Heading("Choice of the learning rate", 3)
         yield sweeps(world)
 
@@ -124,10 +124,8 @@ def groups(world: World, others: list[str]) -> Iterator[Table]:
         lines = [[r["name"], *(_cell(r["groups"][of].get(g), scale, digits) for g in names)] for r in rows]
         yield Table(["row", *names], lines, f"{what}, ± half of its 95 % confidence interval.")
         for other in others:
-            found = {
-                r["name"]: r["differences"][other]["groups"].get(of, {}) for r in rows if other in r["differences"]
-            }
-            lines = [[row, *(_cell(d.get(g), scale, digits, "+") for g in names)] for row, d in found.items()]
+            found = [(r["name"], r["differences"][other]["groups"]) for r in rows if other in r["differences"]]
+            lines = [[row, *(_cell(d.get(of, {}).get(g), scale, digits, "+") for g in names)] for row, d in found]
             if lines:
                 about = f"{what}, differences to {other}, paired by seed, ± half of their 95 % confidence intervals."
                 yield Table([f"row - {other}", *names], lines, about)

@@ -74,11 +74,11 @@ def _blocks(content: dict[str, Any], sheets: Sequence[Sheet]) -> Iterator[Block]
     yield from _warnings(content)
     yield _table(splits, COLUMNS, ABOUT)
     yield Heading("Lengths")
-    yield _histogram("seconds", "Lengths of clips.", "seconds", {s.name: s.seconds for s in sheets})
-    yield _histogram("words", "Lengths of questions.", "words", {s.name: s.words for s in sheets})
+    yield _histogram("Lengths of clips.", "seconds", {s.name: s.seconds for s in sheets})
+    yield _histogram("Lengths of questions.", "words", {s.name: s.words for s in sheets})
     if any(s.wer for s in sheets):
         caption = "Word error rate of a recogniser, against the transcripts."
-        yield _histogram("wer", caption, "WER, %", {s.name: [100 * w for w in s.wer] for s in sheets})
+        yield _histogram(caption, "WER, %", {s.name: [100 * w for w in s.wer] for s in sheets})
     for what, title in (("groups", "Groups"), ("speakers", "Speakers")):
         if any(split[what] for split in splits.values()):
             yield Heading(title)
@@ -141,7 +141,7 @@ def _count(found: Any) -> str:
     return f"{found['records']} ({found['hours']:.2f})" if isinstance(found, dict) else str(found)
 
 
-def _histogram(key: str, caption: str, label: str, values: dict[str, Sequence[float]]) -> Figure:
+def _histogram(caption: str, label: str, values: dict[str, Sequence[float]]) -> Figure:
     import numpy as np
 
     everything = [v for of in values.values() for v in of]
@@ -163,7 +163,7 @@ def _histogram(key: str, caption: str, label: str, values: dict[str, Sequence[fl
                 colour = COLOURS[k % len(COLOURS)]
                 ax.plot((edges[:-1] + edges[1:]) / 2, shares, drawstyle="steps-mid", color=colour, label=name)
 
-    return figure(key, caption, draw, (8.0, 2.8), label)
+    return figure(caption, draw, (8.0, 2.8), label)
 
 
 def _details(name: str, split: Split) -> Iterator[Details]:

@@ -187,7 +187,7 @@ def _page(rows: list[Row], total: dict[str, Any], source: str) -> str:
         chance = f"{100 * r.probability:.2f}"
         lines.append([name, f"{r.misalignment:.3f}", wer, str(r.texts), str(r.probes), chance, str(r.chosen)])
     told = f"{total['texts']} of {total['of']} texts of {source}, about {total['hours']:.2f} hours of speech."
-    plot = figure("clusters", "Misalignment and probability of every cluster.", draw, (7.0, 4.0))
+    plot = figure("Misalignment and probability of every cluster.", draw, (7.0, 4.0))
     table = Table(heads, lines, "Likeliest first, with texts of each.")
     title = "What to speak"
     return document(title, [Heading(title, 1), Paragraph(told), plot, table])

@@ -106,8 +106,8 @@ def test_the_table_by_hand(path: Path) -> None:
 def test_the_plot_of_costs_by_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(path, [], None, False, False, FakeLauncher(lambda r: numbers(r) | {"forgetting": 0.1}))
     drawn: list[Any] = []
-    monkeypatch.setattr("opd.study.charts.figure", lambda key, caption, draw, *_: drawn.append(draw) or "")
-    charts(summarise(Study(path))["worlds"][0], "w")
+    monkeypatch.setattr("opd.study.charts.figure", lambda caption, draw, *_: drawn.append(draw) or "")
+    charts(summarise(Study(path))["worlds"][0])
     figure = Figure()
     drawn[-1](figure)
     labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes]
