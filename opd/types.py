@@ -62,7 +62,7 @@ class ScoredRollout:
     """A rollout with the teacher's log-probabilities of the same tokens, read in the text view."""
 
     rollout: Rollout
-    teacher_logprobs: np.ndarray | None  # [T] float32; None when the objective reads full rows instead
+    teacher_logprobs: np.ndarray | None  # [T] float32; None when the objective reads logits instead
     top_ids: np.ndarray | None = None  # [T, K] int64 with objective.top_k, -1 where there is none
     top_logprobs: np.ndarray | None = None  # [T, K] float32, the teacher's
 
@@ -75,6 +75,7 @@ class Sample:
     prompt_ids: list[int]  # of the rollout's view, audio placeholders expanded
     clips: list[str]  # keys into Batch.clips, in the order of the placeholders; [] in the text view
     weight: float = 0.0  # of every token of this response in the loss: lambda and the global denominator
+    place: int = -1  # in Batch.samples; -1: it only fills up
 
     @property
     def response_ids(self) -> tuple[int, ...]:

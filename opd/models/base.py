@@ -130,9 +130,13 @@ class Family(ABC):
         with torch.device("meta"):
             return getattr(transformers, self.model_class)(self.config)
 
+    def published_config(self) -> Any:
+        """The config of our checkpoints: that of the one which was read, in most families."""
+        return self.full_config
+
     def save_extras(self, hf: Any, folder: Path) -> None:
         """Everything of a checkpoint but the weights: config, generation config, processor."""
-        self.full_config.save_pretrained(folder)
+        self.published_config().save_pretrained(folder)
         hf.generation_config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 

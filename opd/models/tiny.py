@@ -69,7 +69,7 @@ def config_and_processor(name: str, folder: Path) -> tuple[Any, Any]:
         tokenizer = _bpe([*spec["special"], *spec.get("names", {}).values()], spec["eos"], spec.get("names", {}))
         known = {"ROWS": len(tokenizer) + PADDED, **tokenizer.get_added_vocab()}
         more["chat_template"] = CHAT.substitute({piece: json.dumps(text) for piece, text in spec["chat"].items()})
-    config = transformers.AutoConfig.for_model(FAMILIES[name].model_types[0], **_filled(spec["config"], known))
+    config = transformers.AutoConfig.for_model(name, **_filled(spec["config"], known))
     kind = type(config).__name__.removesuffix("Config")
     config.architectures = [f"{kind}ForConditionalGeneration"]
     for part, arguments in spec["processor"].items():
@@ -93,7 +93,7 @@ def _bpe(special: list[str], eos: str, names: dict[str, str]) -> Any:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
     bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=600, special_tokens=special, **options))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=eos, pad_token=special[0], extra_special_tokens=names

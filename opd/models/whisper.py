@@ -1,4 +1,4 @@
-"""Families that hear long audio as windows of 30 s, each through a Whisper-style tower."""
+"""Families that take long audio in windows of 30 s, each through a Whisper-style tower."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Windowed(Family):
         return lengths(frames)[1]
 
     def run_tower(self, hf: Any, features: dict[str, Tensor]) -> list[Tensor]:
-        heard = iter(self.run_windows(hf.model.audio_tower, features["mel"], features["frames"]))
-        return [torch.cat([next(heard) for _ in range(int(n))]) for n in features["windows"]]
+        windows = iter(self.run_windows(hf.model.audio_tower, features["mel"], features["frames"]))
+        return [torch.cat([next(windows) for _ in range(int(n))]) for n in features["windows"]]
 
     def run_windows(self, tower: Any, mel: Tensor, frames: Tensor) -> list[Tensor]:
         """Tower output per window, each [S, width that the adapter takes]."""

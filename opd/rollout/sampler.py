@@ -62,17 +62,17 @@ class VllmSampler:
         the same recipe. Raises ServerError when a server failed, none holds the learner's weights, or one read the
         prompt differently from the learner or answered without what was asked for.
         """
-        requests, seeds, read = [], [], []
+        requests, seeds, prompt_ids = [], [], []
         for prompt, view, key in jobs:
             seeds.append(zlib.crc32(f"{self.config.run.seed}/{key}/{view}".encode()) & 0x7FFFFFF)
             messages = render(prompt, view)
-            read.append(self.family.prompt_ids(messages, _heard(prompt, view, clips)))
+            prompt_ids.append(self.family.prompt_ids(messages, _clip_lengths(prompt, view, clips)))
             body = self._request(messages, clips, n, temperature, seeds[-1])
-            tokens = len(read[-1]) + n * self.config.rollout.max_tokens
+            tokens = len(prompt_ids[-1]) + n * self.config.rollout.max_tokens
             requests.append(Request("/v1/chat/completions", body, tokens))
         rollouts: list[Rollout] = []
         answers = self._ask(requests, check)
-        for (prompt, view, _), seed, expected, answer in zip(jobs, seeds, read, answers, strict=True):
+        for (prompt, view, _), seed, expected, answer in zip(jobs, seeds, prompt_ids, answers, strict=True):
             _check_prompt(prompt, view, expected, answer["prompt_token_ids"])
             rollouts += [self._rollout(prompt, view, seed, c, n) for c in sorted(answer["choices"], key=_index)]
         assert len(rollouts) == n * len(jobs)
@@ -86,10 +86,10 @@ class VllmSampler:
         other ids than the prompt's and the response's. Any weights that the servers hold will do.
         """
         found: list[np.ndarray | None] = []
-        requests, read = [], []
+        requests, sequences = [], []
         for r in rollouts:
             messages = render(r.prompt, r.view)
-            ids = [*self.family.prompt_ids(messages, _heard(r.prompt, r.view, clips)), *r.token_ids]
+            ids = [*self.family.prompt_ids(messages, _clip_lengths(r.prompt, r.view, clips)), *r.token_ids]
             body: dict[str, Any] = {"model": "student", "temperature": 1.0, "prompt_logprobs": 0}
             body["return_token_ids"] = True
             if r.view == "text":
@@ -100,8 +100,8 @@ class VllmSampler:
                 path, body = "/v1/chat/completions", body | {"max_completion_tokens": 1, "add_generation_prompt": False}
                 body |= {"messages": [*sent, {"role": "assistant", "content": said}], "continue_final_message": True}
             requests.append(Request(path, body, len(ids) + 1))
-            read.append(ids)
-        for r, ids, answer in zip(rollouts, read, self._ask(requests, check=False), strict=True):
+            sequences.append(ids)
+        for r, ids, answer in zip(rollouts, sequences, self._ask(requests, check=False), strict=True):
             told = answer if r.view == "speech" else answer["choices"][0]
             if r.view == "speech" and told["prompt_token_ids"] != ids:
                 found.append(None)
@@ -184,7 +184,7 @@ def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
     return out
 
 
-def _heard(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:
+def _clip_lengths(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:
     """Samples of each clip that a view holds."""
     return [len(clips[k]) for k in audio_paths(prompt)] if view == "speech" else []
 

@@ -51,11 +51,11 @@ def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Conf
         counts[views.index(r.view)] += _counts(r, config) * torch.tensor([1.0, tokens], dtype=torch.float64)
         counts[-1] += torch.tensor([1.0, tokens], dtype=torch.float64)
     counts = all_reduce(counts, "sum")
-    for s in samples:
+    for place, s in enumerate(samples):
         r = s.scored.rollout
         responses, tokens = counts[views.index(r.view)].tolist()
         denominator = responses * len(s.response_ids) if config.objective.average == "response" else tokens
-        s.weight = shares[r.view] * _counts(r, config) / denominator
+        s.weight, s.place = shares[r.view] * _counts(r, config) / denominator, place
     micro = split(samples, config.train.micro_batch_tokens)
     most = int(all_reduce(torch.tensor(float(len(micro))), "max"))
     assert micro, "a rank without samples"
@@ -74,7 +74,7 @@ def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
 
     A group whose row alone would pass the budget is cut; a lone sample may pass it.
     """
-    rows = [part for group in _groups(samples) for part in _cut(group, budget)]
+    rows = [part for group in _groups(samples) for part in _cut([samples[i] for i in group], budget)]
     micro: list[list[list[Sample]]] = []
     for row in sorted(rows, key=_row_length, reverse=True):
         if micro and _row_length(micro[-1][0]) * (len(micro[-1]) + 1) <= budget:
@@ -87,9 +87,7 @@ def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
 def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
     """Pack samples that share a prompt into rows and pad on the right; [B, ...] tensors keep the samples' order."""
     groups = _groups(samples)
-    index = {id(s): i for i, s in enumerate(samples)}
-    assert len(index) == len(samples), "a sample twice in one micro-batch"
-    longest = max(map(_row_length, groups))
+    longest = max(_row_length([samples[i] for i in group]) for group in groups)
     steps = max(len(s.response_ids) for s in samples)
     n = len(samples)
     ids = torch.full((len(groups), longest), pad_id, dtype=torch.long)
@@ -99,12 +97,13 @@ def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
     positions, targets = torch.zeros(n, steps, dtype=torch.long), torch.zeros(n, steps, dtype=torch.long)
     mask, teacher, sampler = (torch.zeros(n, steps) for _ in range(3))
     for g, group in enumerate(groups):
-        p = at = len(group[0].prompt_ids)
-        ids[g, :p] = torch.tensor(group[0].prompt_ids)
+        prompt = samples[group[0]].prompt_ids
+        p = at = len(prompt)
+        ids[g, :p] = torch.tensor(prompt)
         places[g, :p] = torch.arange(p)
         part[g, :p] = 0
-        for k, s in enumerate(group, 1):
-            i, t = index[id(s)], len(s.response_ids)
+        for k, i in enumerate(group, 1):
+            s, t = samples[i], len(samples[i].response_ids)
             ids[g, at : at + t] = torch.tensor(s.response_ids)
             places[g, at : at + t] = torch.arange(p, p + t)
             part[g, at : at + t] = k
@@ -118,11 +117,23 @@ def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
                     assert len(values) == t, f"{s.scored.rollout.prompt.id}: {t} tokens, {len(values)} log-probs"
                     into[i, :t] = torch.from_numpy(np.asarray(values, np.float32))
             at += t
-    attends = _attends(part)
-    weights = mask * torch.tensor([s.weight for s in samples])[:, None]
-    sampled = torch.tensor([s.scored.rollout.logprobs is not None for s in samples])
-    inputs = (ids, places, attends, row, positions, targets, mask, weights, teacher, sampler, sampled)
-    return MicroBatch(samples, *inputs, *_top(samples, steps))
+    top_ids, top_logp = _top(samples, steps)
+    return MicroBatch(
+        samples=samples,
+        ids=ids,
+        position_ids=places,
+        attends=_attends(part),
+        row=row,
+        positions=positions,
+        targets=targets,
+        mask=mask,
+        weights=mask * torch.tensor([s.weight for s in samples])[:, None],
+        teacher_logp=teacher,
+        sampler_logp=sampler,
+        sampled=torch.tensor([s.scored.rollout.logprobs is not None for s in samples]),
+        top_ids=top_ids,
+        top_logp=top_logp,
+    )
 
 
 def _top(samples: list[Sample], steps: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -147,11 +158,11 @@ def _attends(part: Tensor) -> Tensor:
     return (causal & seen & (part >= 0)[:, None, :] | torch.eye(length, dtype=torch.bool))[:, None]
 
 
-def _groups(samples: list[Sample]) -> list[list[Sample]]:
-    """Samples by prompt ids and clips, in order of first appearance."""
-    groups: dict[tuple[Any, ...], list[Sample]] = {}
-    for s in samples:
-        groups.setdefault((tuple(s.prompt_ids), tuple(s.clips)), []).append(s)
+def _groups(samples: list[Sample]) -> list[list[int]]:
+    """Places of the samples with the same prompt ids and clips, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, s in enumerate(samples):
+        groups.setdefault((tuple(s.prompt_ids), tuple(s.clips)), []).append(i)
     return list(groups.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import zlib
@@ -21,7 +20,6 @@ import plain_losses
 
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models import base
 from opd.models.base import Family
 from opd.models.load import family_of
 from opd.models.speech_lm import SpeechLM
@@ -98,8 +96,7 @@ def plain(model: SpeechLM, config: Config, samples: list[Sample], clips: Any) ->
     for s in samples:
         mb = collate([s])
         audio = model.encode(family.features([clips[k] for k in s.clips])) if s.clips else None
-        names = ("ids", "position_ids", "attends", "row", "positions")
-        logits = model(**{n: getattr(mb, n) for n in names}, audio=audio)[0].double()
+        logits = model.response_logits(**mb.inputs, audio=audio)[0].double()
         rows = teacher.row(s).double()
         tokens = []
         for t, y in enumerate(s.response_ids):
@@ -158,7 +155,7 @@ def compare(student: str, rank: int, cases: list[str]) -> dict[str, Any]:
         expected, want = plain(whole, config, make_samples([s for _, s in both], clips, family), clips)
         batch = make_batch(make_samples([s for r, s in both if r == rank], clips, family), clips, config)
         caught.clear()
-        loss = learner.step(batch, 0, Teacher(family))["loss"]
+        loss = learner.step(batch, 0, Teacher(family)).metrics["loss"]
         assert caught.keys() == want.keys() and len(batch.micro_batches) > 1
         errors = {n: float((caught[n] - g).abs().max() / g.abs().max()) for n, g in want.items()}
         worst = max(errors, key=lambda n: errors[n])
@@ -170,7 +167,7 @@ def main(student: str, out: str) -> None:
     extensions.build()
     deepspeed.init_distributed("gloo", verbose=False)
     rank = dist.get_rank()
-    base.chunks = functools.partial(token_loss.chunks, elements=4 * 503)  # few tokens: several chunks
+    token_loss.ELEMENTS = 4 * 503  # few tokens: several chunks
     tied = Path(out, "tied")
     if rank == 0:
         build("qwen3_asr", tied)

@@ -86,8 +86,7 @@ def kl_now(learner: Learner, start: ReferenceModel) -> float | None:
     for sample in make_samples(heard(0) + heard(1), CLIP, family):
         mb = collate([sample])
         audio = now.encode(family.features([CLIP[k] for k in sample.clips])) if sample.clips else None
-        inputs = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
-        p, q = (m(audio=audio, **inputs).log_softmax(-1) for m in (now, start))
+        p, q = (m("response_logits", audio=audio, **mb.inputs).log_softmax(-1) for m in (now, start))
         kls.append((p.exp() * (p - q)).sum(-1)[0])
     return float(torch.cat(kls).mean())
 
@@ -110,7 +109,7 @@ def at_the_start(student: str, rank: int, *more: str) -> dict[str, object]:
     steps, expected = [], []
     for step in range(3):
         expected.append(kl_now(learner, unsharded))
-        steps.append(learner.step(batch, step, teacher))
+        steps.append(learner.step(batch, step, teacher).metrics)
     mine = rollouts((3, 0)[rank])
     samples = make_samples([ScoredRollout(r, None) for r in rollouts(2 + rank)], {}, family)
     whole = SelfTeacher(plain, family, unsharded)

@@ -21,7 +21,7 @@ from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.load import family_of
 from opd.models.lora import adapters
-from opd.models.speech_lm import SpeechLM
+from opd.models.speech_lm import SpeechLM, Task
 from opd.objectives.divergences import EXCLUDED
 from opd.teachers.reference import Running
 from opd.train.batch import make_batch, make_samples, view_shares
@@ -56,8 +56,8 @@ class PlainEngine:
         self.boundaries: list[bool] = []
         self.steps = 0
 
-    def __call__(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
+    def __call__(self, task: Task, **inputs: Any) -> Any:
+        return self.module(task, **inputs)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         self.boundaries.append(is_boundary)
@@ -76,14 +76,14 @@ class PlainEngine:
 def make_learner(family: Family, c: Config) -> Learner:
     """A Learner whose engine is plain, with fresh weights, in float64: only the logits are rounded."""
     it: Any = object.__new__(Learner)
-    it.config, it.family, it.advantages, it.rank, it.world = c, family, {}, 0, 1
+    it.config, it.family, it.rank, it.world = c, family, 0, 1
     it.device = torch.device("cpu")
     it.model = SpeechLM(family.load(torch.float64, "sdpa"), family, list(c.student.train), c.student.lora).train()
     it.engine = PlainEngine(it.model)
     it.optimizer = torch.optim.SGD([p for p in it.model.parameters() if p.requires_grad], lr=1.0)
     it._silent_clip = family.features([np.zeros(8000, np.float32)])
     trained = set(c.student.train)
-    it._silence = it.model(features=it._silent_clip) if "adapter" in trained and "tower" not in trained else None
+    it._silence = it.model.encode(it._silent_clip) if "adapter" in trained and "tower" not in trained else None
     return it
 
 
@@ -227,4 +227,4 @@ def perturb(model: SpeechLM) -> None:
 def one_step(family: Family, c: Config, samples: list[Sample], **more: Any) -> tuple[Learner, Batch, dict[str, float]]:
     learner = make_learner(family, c)
     batch = make_batch(samples, CLIPS, c)
-    return learner, batch, learner.step(batch, 0, **more)
+    return learner, batch, learner.step(batch, 0, **more).metrics

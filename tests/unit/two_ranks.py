@@ -64,7 +64,7 @@ def one_gradient(learner: Learner, case: list[str], budget: int, samples: list[S
     learner.config = c
     learner.model.zero_grad()
     batch = make_batch(samples[learner.rank :: learner.world], CLIPS, c)
-    metrics = learner.step(batch, 0, Teacher(rows))
+    metrics = learner.step(batch, 0, Teacher(rows)).metrics
     return metrics, {n: g.clone() for n, g in gradient(learner).items()}
 
 

@@ -18,7 +18,7 @@ import opd.train.evaluator
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.models.load import family_of
-from opd.models.speech_lm import SpeechLM, places
+from opd.models.speech_lm import SpeechLM, at_responses
 from opd.objectives.divergences import EXCLUDED
 from opd.rollout.sources import decode
 from opd.scoring.scorer import Scorer, ScoringConfig
@@ -110,14 +110,12 @@ class Student:
     @torch.no_grad()
     def eval_states(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> Any:
         mb = collate(samples)
-        heard = {k: self.model(features=self.model.family.features([clips[k]]))[0] for k in mb.clips}
-        given = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends")}
-        audio = [heard[k] for k in mb.clips] if mb.clips else None
-        return mb, self.model(**given, audio=audio, at=places(mb.row, mb.positions, mb.mask))
+        audio = [self.model.encode(self.model.family.features([clips[k]]))[0] for k in mb.clips]
+        return mb, self.model.states(**at_responses(mb.inputs, mb.mask), audio=audio or None)
 
     @torch.no_grad()
     def at_output_layer(self, run: Any) -> torch.Tensor:
-        return self.model(run=run)
+        return self.model.at_output_layer(run)
 
 
 class Sampler:
@@ -160,7 +158,16 @@ def _evaluator(config: Config, teacher: Any, family: Any, rank: int, world: int)
     learner, sampler = Student(family, rank, world), Sampler()
     sampler.family = family
     clips = SimpleNamespace(load=lambda p: {p.id: CLIPS[p.id]})
-    return Evaluator(config, family, learner, teacher, sampler, clips, prompts(), prompts()[:4])
+    return Evaluator(
+        config=config,
+        family=family,
+        learner=learner,
+        teacher=teacher,
+        sampler=sampler,
+        clips=clips,
+        test=prompts(),
+        retention=prompts()[:4],
+    )
 
 
 class ByHand:

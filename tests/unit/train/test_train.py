@@ -17,6 +17,7 @@ from opd.storage.checkpoints import checkpoints
 from opd.storage.metrics import MetricsLog
 from opd.train import __main__, checkpoint, step_log
 from opd.train import loop as train
+from opd.train.learner import StepResult
 from opd.train.verdict import Verdict
 
 RECIPE = str(Path(__file__).parents[3] / "recipes/tiny/2_xopd.yaml")
@@ -118,14 +119,14 @@ def test_the_line_of_a_step(tmp_path: Path) -> None:
     batch: Any = SimpleNamespace(samples=samples, tokens=20, responses=4)
     clock = train.Clock()
     clock.lap("rollout")
-    step_log.report_step(parts, 5, batch, {"mismatch/logprob": 0.4, "loss": 1.5}, clock)
+    step_log.report_step(parts, 5, batch, StepResult({"mismatch/logprob": 0.4, "loss": 1.5}, []), clock)
     (line,) = written
     assert line["length/truncated"] == 0.25 and line["length/mean"] == 5.0 and line["version/lag"] == 1
     assert line["loss"] == 1.5 and line["step"] == 5 and line["tokens"] == 20
     assert line["time/step"] == pytest.approx(line["time/rollout"] + line["time/rest"])
     assert line["seconds"] == parts.seconds == pytest.approx(10.0 + line["time/step"])
     with pytest.raises(RuntimeError, match=r"step 6: mean .* is 0.600, more than rollout.max_mismatch=0.5"):
-        step_log.report_step(parts, 6, batch, {"mismatch/logprob": 0.6}, clock)
+        step_log.report_step(parts, 6, batch, StepResult({"mismatch/logprob": 0.6}, []), clock)
 
 
 @pytest.mark.parametrize(
