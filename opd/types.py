@@ -7,7 +7,7 @@ Shape legend, used in every file:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ class Prompt:
     id: str
     messages: tuple[Message, ...]
     response: str | None = None  # gold response, for `source: dataset` and teacher-forced metrics
+    _: KW_ONLY
     answer: str | None = None  # what an evaluation compares with
     match: Match = "exact"
     group: str = ""
@@ -53,6 +54,7 @@ class Rollout:
     version: int  # of the weights that sampled; -1 when no student sampled it
     truncated: bool  # the length limit ended it, not an end-of-turn token
     seed: int = 0
+    _: KW_ONLY
     top_ids: np.ndarray | None = None  # [T, K] of the sampler's best ids, with objective.top_k of the student
     stands_for: int = 1  # responses, in a mean over responses
 

@@ -24,7 +24,6 @@ class GraniteSpeech(Family):
 
     model_class = "GraniteSpeechForConditionalGeneration"
     parts = {"model.encoder.": "tower", "model.projector.": "adapter"}
-    names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
 
     def feature_extractor(self) -> Any:
         return self.processor.audio_processor

@@ -18,8 +18,6 @@ class Qwen2Audio(Family):
     """Inputs, parts and names of Qwen2-Audio."""
 
     model_class = "Qwen2AudioForConditionalGeneration"
-    parts = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
-    names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         return log_mel(self.extractor, clips)

@@ -15,9 +15,6 @@ from opd.models.qwen2_audio import lengths, log_mel, trimmed_tower
 class Windowed(Family):
     """Splits clips into windows, and joins what the tower makes of them."""
 
-    names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
-    parts = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
-
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         """`mel` [windows, bins, F], `frames` [windows] and `windows` [C]."""
         size = self.extractor.n_samples

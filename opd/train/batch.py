@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from opd.config.schema import Config
 from opd.models.base import Family
@@ -86,62 +87,60 @@ def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
 
 def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
     """Pack samples that share a prompt into rows and pad on the right; [B, ...] tensors keep the samples' order."""
-    groups = _groups(samples)
-    longest = max(_row_length([samples[i] for i in group]) for group in groups)
-    steps = max(len(s.response_ids) for s in samples)
-    n = len(samples)
-    ids = torch.full((len(groups), longest), pad_id, dtype=torch.long)
-    places = torch.zeros(len(groups), longest, dtype=torch.long)
-    part = torch.full((len(groups), longest), -1)  # 0 prompt, k the k-th response, -1 padding
-    row = torch.zeros(n, dtype=torch.long)
-    positions, targets = torch.zeros(n, steps, dtype=torch.long), torch.zeros(n, steps, dtype=torch.long)
-    mask, teacher, sampler = (torch.zeros(n, steps) for _ in range(3))
-    for g, group in enumerate(groups):
+    ids, places, parts = [], [], []  # of each row; parts: 0 prompt, k the k-th response
+    row = torch.zeros(len(samples), dtype=torch.long)
+    positions: list[list[int]] = [[] for _ in samples]
+    for g, group in enumerate(_groups(samples)):
         prompt = samples[group[0]].prompt_ids
-        p = at = len(prompt)
-        ids[g, :p] = torch.tensor(prompt)
-        places[g, :p] = torch.arange(p)
-        part[g, :p] = 0
+        p = len(prompt)
+        ids.append([*prompt])
+        places.append([*range(p)])
+        parts.append([0] * p)
         for k, i in enumerate(group, 1):
-            s, t = samples[i], len(samples[i].response_ids)
-            ids[g, at : at + t] = torch.tensor(s.response_ids)
-            places[g, at : at + t] = torch.arange(p, p + t)
-            part[g, at : at + t] = k
-            row[i] = g
-            positions[i, 0] = p - 1
-            positions[i, 1:t] = torch.arange(at, at + t - 1)
-            targets[i, :t] = torch.tensor(s.response_ids)
-            mask[i, :t] = 1
-            for into, values in ((teacher, s.scored.teacher_logprobs), (sampler, s.scored.rollout.logprobs)):
-                if values is not None:
-                    assert len(values) == t, f"{s.scored.rollout.prompt.id}: {t} tokens, {len(values)} log-probs"
-                    into[i, :t] = torch.from_numpy(np.asarray(values, np.float32))
-            at += t
-    top_ids, top_logp = _top(samples, steps)
+            response, at = samples[i].response_ids, len(ids[g])
+            t = len(response)
+            row[i], positions[i] = g, [p - 1, *range(at, at + t - 1)]
+            ids[g] += response
+            places[g] += range(p, p + t)
+            parts[g] += [k] * t
+    top_ids, top_logp = _top(samples)
     return MicroBatch(
         samples=samples,
-        ids=ids,
-        position_ids=places,
-        attends=_attends(part),
+        ids=_padded(ids, pad_id),
+        position_ids=_padded(places),
+        attends=_attends(_padded(parts, -1)),
         row=row,
-        positions=positions,
-        targets=targets,
-        mask=mask,
-        weights=mask * torch.tensor([s.weight for s in samples])[:, None],
-        teacher_logp=teacher,
-        sampler_logp=sampler,
+        positions=_padded(positions),
+        targets=_padded([s.response_ids for s in samples]),
+        mask=_padded([[1.0] * len(s.response_ids) for s in samples]),
+        weights=_padded([[s.weight] * len(s.response_ids) for s in samples]),
+        teacher_logp=_padded([_logprobs(s, s.scored.teacher_logprobs) for s in samples]),
+        sampler_logp=_padded([_logprobs(s, s.scored.rollout.logprobs) for s in samples]),
         sampled=torch.tensor([s.scored.rollout.logprobs is not None for s in samples]),
         top_ids=top_ids,
         top_logp=top_logp,
     )
 
 
-def _top(samples: list[Sample], steps: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def _padded(values: list[Any], fill: int = 0) -> Tensor:
+    return pad_sequence([torch.as_tensor(v) for v in values], batch_first=True, padding_value=fill)
+
+
+def _logprobs(sample: Sample, values: np.ndarray | None) -> np.ndarray:
+    """[T] float32, zeros where there are none."""
+    t = len(sample.response_ids)
+    found = np.zeros(t, np.float32) if values is None else np.asarray(values, np.float32)
+    assert len(found) == t, f"{sample.scored.rollout.prompt.id}: {t} tokens, {len(found)} log-probs"
+    return found
+
+
+def _top(samples: list[Sample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Ids [B, T, K] and the teacher's log-probs there, padded with -1 and 0; none where no sample has them."""
     most = max((s.scored.top_ids.shape[1] for s in samples if s.scored.top_ids is not None), default=0)
     if most == 0:
         return None, None
-    ids, logp = torch.full((len(samples), steps, most), -1), torch.zeros(len(samples), steps, most)
+    shape = len(samples), max(len(s.response_ids) for s in samples), most
+    ids, logp = torch.full(shape, -1), torch.zeros(shape)
     for i, s in enumerate(samples):
         if s.scored.top_ids is not None and s.scored.top_logprobs is not None:
             t, k = s.scored.top_ids.shape

@@ -276,12 +276,7 @@ def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
 
 def _optimizer(config: Config, params: list[Any], settings: dict[str, Any]) -> Any:
     o = config.optim
-    options: dict[str, Any] = {
-        "lr": o.lr,
-        "betas": (o.betas[0], o.betas[1]),
-        "eps": o.eps,
-        "weight_decay": o.weight_decay,
-    }
+    options: dict[str, Any] = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
     offload = (settings.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
