@@ -35,7 +35,7 @@ from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 ON, MIXED = "rollout.source=student", ["rollout.source=mix", "train.prompts_per_step=4"]
 CASES = {
     "xopd": ["objective.name=xopd", "objective.advantage_clip=1.5", "objective.ratio_max=1.2", ON],
-    "xopd, by token, heard": ["objective.name=xopd", "objective.average=token", "objective.lambda=0", ON],
+    "xopd, by token, speech": ["objective.name=xopd", "objective.average=token", "objective.lambda=0", ON],
     "kd": ["objective.name=kd", "objective.mu=0.7", "rollout.source=teacher"],
     "reverse_kl of best": ["objective.name=reverse_kl", "objective.top_k=5", ON],
     "jsd, mixed": ["objective.name=jsd", "objective.beta=0.3", *MIXED],
@@ -76,15 +76,15 @@ class Teacher:
     def __init__(self, family: Family) -> None:
         self.banned, self.vocab = family.banned_ids, family.vocab_size
 
-    def row(self, s: Sample) -> Tensor:
+    def of(self, s: Sample) -> Tensor:
         r = s.scored.rollout
         rng = torch.Generator().manual_seed(zlib.crc32(repr((r.prompt.id, r.token_ids)).encode()))
-        rows = 2.0 * torch.randn(len(r.token_ids), self.vocab, generator=rng)
-        rows[:, self.banned] = EXCLUDED
-        return rows
+        logits = 2.0 * torch.randn(len(r.token_ids), self.vocab, generator=rng)
+        logits[:, self.banned] = EXCLUDED
+        return logits
 
     def logits(self, samples: list[Sample]) -> Logits:
-        flat = torch.cat([self.row(s) for s in samples])
+        flat = torch.cat([self.of(s) for s in samples])
         return lambda part: flat[part]
 
 
@@ -97,14 +97,14 @@ def plain(model: SpeechLM, config: Config, samples: list[Sample], clips: Any) ->
         mb = collate([s])
         audio = model.encode(family.features([clips[k] for k in s.clips])) if s.clips else None
         logits = model.response_logits(**mb.inputs, audio=audio)[0].double()
-        rows = teacher.row(s).double()
+        theirs = teacher.of(s).double()
         tokens = []
         for t, y in enumerate(s.response_ids):
             r = s.scored
             top = list(zip(r.top_ids[t].tolist(), r.top_logprobs[t].tolist(), strict=True)) if o.top_k else []
             sampler = 0.0 if r.rollout.logprobs is None else float(r.rollout.logprobs[t])
             tokens.append(
-                plain_losses.Token(logits[t], usable, y, rows[t], float(r.teacher_logprobs[t]), sampler, tuple(top))
+                plain_losses.Token(logits[t], usable, y, theirs[t], float(r.teacher_logprobs[t]), sampler, tuple(top))
             )
         if o.name == "cord":
             kls = [

@@ -134,7 +134,7 @@ class Reference:
         self.logits: list[Tensor] = []
         self.sampler: list[Tensor] = []
         self.teacher: list[Tensor] = []
-        self.rows: list[Tensor] = []  # of a teacher's full distribution
+        self.teacher_logits: list[Tensor] = []
         for name, view, answer in ANSWERS:
             inputs = _inputs(family, PROMPTS[name], view)
             ids = torch.cat([inputs.pop("input_ids"), torch.tensor([answer])], 1)
@@ -144,8 +144,8 @@ class Reference:
             self.logits.append(out)
             self.sampler.append(own + 0.5 * torch.randn(len(answer), generator=noise))
             self.teacher.append(own + 2.0 * torch.randn(len(answer), generator=noise))
-            rows = out.detach() + torch.randn(out.shape, generator=noise)
-            self.rows.append(rows.masked_fill(banned, EXCLUDED))
+            theirs = out.detach() + torch.randn(out.shape, generator=noise)
+            self.teacher_logits.append(theirs.masked_fill(banned, EXCLUDED))
 
     @staticmethod
     def logp(logits: Tensor, answer: tuple[int, ...], temperature: float = 1.0) -> Tensor:
@@ -188,7 +188,7 @@ class Reference:
 
     def kd(self, c: Config, i: int) -> Tensor:
         o = c.objective
-        p, q = torch.softmax(self.rows[i] / o.tau, -1), torch.softmax(self.logits[i] / o.tau, -1)
+        p, q = torch.softmax(self.teacher_logits[i] / o.tau, -1), torch.softmax(self.logits[i] / o.tau, -1)
         allowed = p > 0
         kl = torch.stack([(a[k] * (a[k] / b[k]).log()).sum() for a, b, k in zip(p, q, allowed, strict=True)])
         return -self.logp(self.logits[i], ANSWERS[i][2]) + o.mu * o.tau**2 * kl
@@ -198,8 +198,8 @@ def _inputs(family: Family, prompt: Prompt, view: View) -> dict[str, Tensor]:
     """The Hugging Face processor's inputs of a view, written out by hand."""
     content = []
     for part in prompt.messages[0]["content"]:
-        heard = part["type"] == "audio" and view == "speech"
-        content.append({"type": "audio"} if heard else {"type": "text", "text": part.get("transcript", "\n")})
+        spoken = part["type"] == "audio" and view == "speech"
+        content.append({"type": "audio"} if spoken else {"type": "text", "text": part.get("transcript", "\n")})
     text = family.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )

@@ -67,15 +67,15 @@ def test_gradient_at_another_sampling_temperature(family: Family, reference: Ref
 
 @pytest.mark.parametrize(("budget", "mu"), [(WHOLE, 0.7), (90, 0.7), (90, 0.0)])
 def test_gradient_of_the_warm_start(family: Family, reference: Reference, budget: int, mu: float) -> None:
-    """At mu = 0 no teacher is asked for its rows."""
+    """At mu = 0 no teacher is asked for its logits."""
     kd = ["objective.name=kd", "rollout.source=dataset", f"objective.mu={mu}", "objective.tau=3.0"]
     c = config(*kd, f"train.micro_batch_tokens={budget}", "objective.lambda=0.25")
-    rows = {(s, v, a): r for (s, v, a), r in zip(ANSWERS, reference.rows, strict=True)}
+    made = {(s, v, a): r for (s, v, a), r in zip(ANSWERS, reference.teacher_logits, strict=True)}
 
     class Teacher:
         def logits(self, samples: list[Sample]) -> Logits:
             rollouts = [s.scored.rollout for s in samples]
-            flat = torch.cat([rows[r.prompt.id, r.view, r.token_ids] for r in rollouts])
+            flat = torch.cat([made[r.prompt.id, r.view, r.token_ids] for r in rollouts])
             return lambda part: flat[part]
 
     loss, want = reference.objective(c, lambda i: reference.kd(c, i))
