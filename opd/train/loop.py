@@ -1,4 +1,4 @@
-"""Builds the parts, then runs the loop. Started on every rank by accelerate, deepspeed or torchrun."""
+"""The loop, and what it does between two steps: evaluate, save, push weights. One process on every rank runs it."""
 
 from __future__ import annotations
 
