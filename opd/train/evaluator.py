@@ -158,7 +158,7 @@ class Evaluator:
             return {}
         sums = torch.zeros(3, len(prompts), dtype=torch.float64)  # misalignment, forgetting, tokens
         for chunk in self._in_step(prompts):
-            clips = self._load([c for c in chunk if c[0] >= 0] or chunk)
+            clips = self._load(chunk)
             speech, text = (self._gold(chunk, v, clips) for v in VIEWS)
             mb, from_text = self._student(text, clips)
             from_speech = self._student(speech, clips)[1]
@@ -182,7 +182,7 @@ class Evaluator:
             prompts = self.test[: self.config.eval.kl_limit]
             sums = torch.zeros(2, len(prompts), dtype=torch.float64)
             for chunk in self._in_step(prompts):
-                clips = self._load([c for c in chunk if c[0] >= 0] or chunk)
+                clips = self._load(chunk)
                 jobs = [(p, view, f"reverse_kl/{i}") for i, p in chunk]
                 own = self.sampler.sample(jobs, clips, 1, 1.0)
                 scored = self._scored(own)
