@@ -2,7 +2,7 @@
 
 Each function returns a loss per token [N]; the batch's weights (train/batch.py) carry the mask, the view's share lambda
 and the global denominator, so that `(weights * loss).sum()` over all micro-batches and ranks is the objective. The
-in-modal and the cross-modal part of every objective therefore come from lambda alone. Names in the tables at the end.
+in-modal and the cross-modal part of every objective therefore come from lambda alone. Their names: LOSSES.
 
 N tokens of responses (a chunk of them: opd/objectives/token_loss.py), V vocabulary, K kept ids.
 """
@@ -156,18 +156,23 @@ def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     return Terms(kl, {}, kl)
 
 
-def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
-    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives.
+def forward_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Forward KL(teacher || student), the end beta = 0 of the generalised JSD."""
+    return Terms(_jsd(t, o, 0.0), {})
 
-    With objective.top_k the teacher is known on its K best ids and renormalised there (`jsd_on_teacher_top`).
-    """
+
+def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives."""
+    return Terms(_jsd(t, o, o.beta), {})
+
+
+def _jsd(t: Tokens, o: ObjectiveConfig, beta: float) -> Tensor:
+    """[N]. With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`)."""
     student = t.student()
     if o.top_k is None:
-        loss = generalized_jsd(student, t.teacher(), o.divergence_beta)
-    else:
-        ours, theirs = t.kept(student)
-        loss = jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, o.divergence_beta)
-    return Terms(loss, {})
+        return generalized_jsd(student, t.teacher(), beta)
+    ours, theirs = t.kept(student)
+    return jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, beta)
 
 
 def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -234,12 +239,13 @@ def uld_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     return Terms(loss, {"uld": loss})
 
 
-OBJECTIVES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
+# The loss of each of opd.config.objective.OBJECTIVES.
+LOSSES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
     "sft": sft_terms,
     "kd": kd_terms,
     "xopd": xopd_terms,
     "reverse_kl": reverse_kl_terms,
-    "forward_kl": jsd_terms,
+    "forward_kl": forward_kl_terms,
     "jsd": jsd_terms,
     "entropy_aware": entropy_aware_terms,
     "cord": cord_terms,
@@ -253,7 +259,7 @@ def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
     objective.reference adds c KL(student || student at the start) in the response's own view.
     """
-    terms = OBJECTIVES[o.name](t, o)
+    terms = LOSSES[o.name](t, o)
     if t.reference is not None:
         kl = divergence(t.student(), torch.log_softmax(t.reference, -1))
         terms.metrics["reference_kl"] = kl

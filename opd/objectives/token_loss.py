@@ -65,7 +65,7 @@ class TokenLoss:
     @property
     def previews(self) -> bool:
         """Whether the objective needs to see all tokens before it weighs the first (`preview`)."""
-        return self.objective.name == "cord"
+        return self.objective.about.previews
 
     def preview(self, logits: Callable[[slice], Tensor], parts: list[slice]) -> None:
         """Weigh the tokens of whole responses, from logits without gradient."""
