@@ -38,7 +38,7 @@ ANY_SOURCE = ("student", "teacher", "dataset", "mix")
 OBJECTIVES: dict[str, Objective] = {
     "sft": Objective("cross-entropy on given responses", sources=("dataset",), reads="nothing"),
     "kd": Objective(
-        "cross-entropy and forward KL on the teacher's responses, heard and read",
+        "cross-entropy and forward KL on the teacher's responses, in both views",
         WARM_START,
         sources=("teacher", "dataset"),
         weight="mu",

@@ -29,7 +29,7 @@ class MicroBatch:
     targets: Tensor  # [B, T], response ids
     mask: Tensor  # [B, T], 1 at response tokens
     weights: Tensor  # [B, T], of each token in the loss, 0 at padding
-    teacher_logp: Tensor  # [B, T], 0 where the objective reads rows instead
+    teacher_logp: Tensor  # [B, T], 0 where the objective reads logits instead
     sampler_logp: Tensor  # [B, T], 0 where no student sampled
     sampled: Tensor  # [B] bool: a student did
     top_ids: Tensor | None = None  # [B, T, K], with objective.top_k; -1 where there is none

@@ -28,7 +28,7 @@ Running = tuple[SpeechLM, Callable[..., Any]]
 
 
 class ReferenceModel:
-    """Reads without gradient what the student may hear or read.
+    """Reads without gradient the speech view or the text view.
 
     A second copy of student.path, which stays the start when a run is resumed; with teacher.shard each rank holds a
     part of it. Where adapters are all that differs from the start, the learner's own module with them switched off.
@@ -63,7 +63,7 @@ class ReferenceModel:
     def logits(self, mb: MicroBatch, inputs: dict[str, Any]) -> Logits:
         """Logits of the micro-batch's response tokens, each in its own view.
 
-        inputs: `Learner.inputs` of it. What of the audio path is trained it hears with its own.
+        inputs: `Learner.inputs` of it. Trained parts of the audio path are its own.
         """
         states = self(whole=self.sharded, **at_responses(inputs, mb.mask))
         return lambda part: self.project(states[part])

@@ -324,19 +324,19 @@ def test_records_without_a_response_have_no_share_in_divergences_along_it(
 
 
 @pytest.mark.parametrize(
-    ("best", "rows", "grades", "message"),
+    ("best", "logits", "scores", "message"),
     [
         ("forgetting", False, True, "eval.best forgetting: needs the teacher's full-vocabulary logits"),
         ("reverse_kl/text", True, False, "eval.best reverse_kl/text: a teacher with another tokenizer"),
     ],
 )
 def test_what_the_teacher_cannot_measure_is_refused(
-    config: Config, best: str, rows: bool, grades: bool, message: str
+    config: Config, best: str, logits: bool, scores: bool, message: str
 ) -> None:
     config.eval.best = best  # type: ignore[assignment]
     with pytest.raises(UserError, match=message):
-        _evaluator(config, SimpleNamespace(gives_logits=rows, grades=grades), family_of(STUDENT), 0, 1)
-    _evaluator(config, SimpleNamespace(gives_logits=True, grades=True), family_of(STUDENT), 0, 1)
+        _evaluator(config, SimpleNamespace(gives_logits=logits, gives_scores=scores), family_of(STUDENT), 0, 1)
+    _evaluator(config, SimpleNamespace(gives_logits=True, gives_scores=True), family_of(STUDENT), 0, 1)
 
 
 def test_a_whole_evaluation_notes_the_records_of_an_interim_one(
