@@ -23,9 +23,8 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (),
     """
     path = Path(recipe)
     if not path.is_file():
-        raise UserError(
-            f"{recipe}: " + ("expected a recipe file, found none" if path.exists() else "no such recipe file")
-        )
+        found = "expected a recipe file, found none" if path.exists() else "no such recipe file"
+        raise UserError(f"{recipe}: {found}")
     raw = read_yaml(path)
     for item in overrides:
         override(raw, item)
@@ -40,18 +39,9 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 # What may differ between a run and its resumption.
-NOT_COMPARED: tuple[str, ...] = (
-    "run.dir",
-    "run.overwrite",
-    "rollout.urls",
-    "rollout.transport",
-    "rollout.sleep",
-    "teacher.urls",
-    "teacher.shard",
-    "launch",
-    "metrics",
-    "train.keep_checkpoints",
-    "eval.warn",
+NOT_COMPARED = (
+    *("run.dir", "run.overwrite", "rollout.urls", "rollout.transport", "rollout.sleep"),
+    *("teacher.urls", "teacher.shard", "launch", "metrics", "train.keep_checkpoints", "eval.warn"),
 )
 
 

@@ -15,7 +15,7 @@ from opd.evaluate.results import METRICS, Record, metrics, sampled, term
 from opd.report.runs import read_run, section
 from opd.scoring.statistics import Estimate
 from opd.settings import UserError
-from opd.storage.json_lines import write_atomic
+from opd.storage.json_lines import finite, write_atomic
 from opd.storage.metrics import EVAL_METRICS
 
 MEASURED = {  # settings of an evaluation that say how it measures, not what; by their names in a recipe
@@ -46,7 +46,7 @@ def main(folders: list[Path], out: Path | None, common: bool, seed: int = 0, unl
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / "compare.json", json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n")
+            write_atomic(out / "compare.json", json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
             write_atomic(out / "compare.html", page.compare_page(content))
         except OSError as e:
             raise UserError(f"--out {out}: cannot write there ({e.strerror}); name another folder") from e
@@ -176,12 +176,3 @@ def _differences(first: Column, other: Column, seed: int) -> dict[str, Any]:
         if found := paired(name, ours, theirs, asked, seed):
             out[name] = found
     return out
-
-
-def _plain(node: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(node, dict):
-        return {k: _plain(v) for k, v in node.items()}
-    if isinstance(node, list):
-        return [_plain(v) for v in node]
-    return None if isinstance(node, float) and node != node else node

@@ -73,9 +73,9 @@ class Terms:
     """What an objective gives back."""
 
     loss: Tensor  # [N], with gradient
-    metrics: dict[str, Tensor]  # [N] each: the step's token means are logged under these names
-    reverse_kl: Tensor | None = None  # [N], of on-policy objectives: KL(student || teacher) or its sample
-    advantage: Tensor | None = None  # [N], log-ratio teacher / student of the targets, where the objective has it
+    # [N] each: the step's token means are logged under these names; `reverse_kl`, of on-policy objectives KL(student ||
+    # teacher) or its sample, by view; `advantage`, log-ratio teacher / student of the targets, with the samples
+    metrics: dict[str, Tensor]
 
 
 @dataclass
@@ -138,11 +138,13 @@ def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     logp = ratio_logp if t.temperature == 1.0 else t.pick(t.student())
     out = xopd(logp, t.teacher_logp, ratio_logp, t.sampler_logp, o.advantage_clip, o.ratio_max, o.ratio_above)
     metrics = {
+        "reverse_kl": -out.advantage,
+        "advantage": out.advantage,
         "advantage/mean": out.advantage,
         "ratio/mean": out.ratio,
         "ratio/clipped": (out.ratio > o.ratio_max).float(),
     }
-    return Terms(out.loss, metrics, -out.advantage, out.advantage)
+    return Terms(out.loss, metrics)
 
 
 def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -153,7 +155,7 @@ def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """
     student = t.student()
     kl = divergence(student, t.teacher()) if o.top_k is None else reverse_kl_with_tail(*t.kept(student))
-    return Terms(kl, {}, kl)
+    return Terms(kl, {"reverse_kl": kl})
 
 
 def forward_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -183,7 +185,8 @@ def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """
     student, teacher = t.student(), t.teacher()
     reverse, unsure = divergence(student, teacher), (entropy(teacher) > o.entropy_threshold).to(student.dtype)
-    return Terms(reverse + unsure * divergence(teacher, student), {"entropy_aware/unsure": unsure}, reverse)
+    loss = reverse + unsure * divergence(teacher, student)
+    return Terms(loss, {"reverse_kl": reverse, "entropy_aware/unsure": unsure})
 
 
 def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -194,7 +197,7 @@ def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """
     assert t.importance is not None
     kl = divergence(t.student(), t.teacher())
-    return Terms(t.importance * kl, {"cord/weight": t.importance}, kl)
+    return Terms(t.importance * kl, {"reverse_kl": kl, "cord/weight": t.importance})
 
 
 def cord_weights(kl: Tensor, response: Tensor, position: Tensor, o: ObjectiveConfig) -> Tensor:

@@ -49,13 +49,7 @@ class LocalTeacher(_Reader):
         except (OSError, ValueError) as e:
             raise UserError(f"teacher.path {config.teacher.path}: not loadable: {_first_line(e)}") from e
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would bend what is greedy
-        self.model.eval().requires_grad_(False)
-        if settings:
-            import deepspeed
-
-            self.engine, *_ = deepspeed.initialize(model=self.model, config=settings)  # its hooks gather and release
-        else:
-            self.model.to(device)
+        frozen(self.model, settings, device)
         self._knows(family.vocab_size, family.banned_ids, family.eos_ids, self.model.config.vocab_size)
 
     def _knows(self, vocab: int, banned: list[int], eos: list[int], outputs: int) -> None:
@@ -212,6 +206,17 @@ class LocalTeacher(_Reader):
 
     def _parts(self, count: int) -> list[slice]:
         return chunks(count, len(self.banned))
+
+
+def frozen(model: Any, settings: dict[str, Any] | None, device: torch.device) -> None:
+    """Make a model one that only reads: on `device`, or with `settings` of DeepSpeed in parts on all ranks."""
+    model.eval().requires_grad_(False)
+    if settings is None:
+        model.to(device)
+    else:
+        import deepspeed
+
+        deepspeed.initialize(model=model, config=settings)  # its hooks gather and release
 
 
 def _chunks(lengths: list[int], budget: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from opd.models.sharding import DTYPES, load_sharded
 from opd.models.speech_lm import SpeechLM, at_responses
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import Logits
-from opd.teachers.local import LocalTeacher
+from opd.teachers.local import LocalTeacher, frozen
 from opd.types import Prompt, render
 
 Running = tuple[SpeechLM, Callable[..., Any]]
@@ -103,10 +103,5 @@ def _copy(config: Config, family: Family, device: torch.device) -> SpeechLM:
 
     hf = load_sharded(load, settings) if settings else load()
     model = SpeechLM(hf, family, list(config.student.train))  # what is trained, it is given as the learner is
-    model.eval().requires_grad_(False)
-    if settings is None:
-        return model.to(device)
-    import deepspeed
-
-    deepspeed.initialize(model=model, config=settings)  # its hooks gather and release
+    frozen(model, settings, device)
     return model
