@@ -49,7 +49,7 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The text LLM that grades, and where it runs."""
+    """The text LLM that scores responses, and where it runs."""
 
     kind: Literal["local", "server", "self", "routed"] | None = Field(
         None, description="none: server where the placement has teacher servers and the objective can use them"
@@ -59,7 +59,7 @@ class TeacherConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     urls: list[str] = Field(
-        [], description="servers that grade, or write a warm start's responses; empty: `opd launch` starts them"
+        [], description="servers that score, or write a warm start's responses; empty: `opd launch` starts them"
     )
     shard: bool = Field(False, description="local, self: ZeRO-3 over the learner's ranks instead of a copy on each")
     batch_tokens: PositiveInt = Field(16384, description="local, self: padded tokens in one forward pass")
