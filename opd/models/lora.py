@@ -1,4 +1,4 @@
-"""Low-rank adapters on the LLM's linear layers (LoRA, arXiv 2106.09685), through PEFT; docs/lora.md.
+"""Low-rank adapters on the LLM's linear layers (LoRA, arXiv 2106.09685), through PEFT; docs/training.md.
 
 Whatever leaves the learner has the names and shapes of the plain model, adapters merged into what they adapt:
 W + alpha / r * B A. Weight sync and checkpoints know nothing of adapters.
