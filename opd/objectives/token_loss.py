@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from opd.config.limits import ELEMENTS
 from opd.config.objective import ObjectiveConfig
 from opd.objectives.divergences import divergence
 from opd.objectives.losses import Tokens, cord_weights, token_terms
 from opd.objectives.micro_batch import MicroBatch
 
+ELEMENTS = 1 << 26  # of a chunk's logits: 256 MiB in float32, times the few that an objective needs
 Logits = Callable[[slice], Tensor]  # logits [n, V] of the tokens of a chunk, made when they are asked for
 Aligned = Callable[[Tensor, int], Tensor]  # the student's logits [T, V] of a response, its number -> its loss
 

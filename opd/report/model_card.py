@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.config.objective import OBJECTIVES
+from opd.config.objective import METHODS
 from opd.report.runs import Run, student_of
 from opd.storage import checkpoints as saved
 
@@ -238,7 +238,7 @@ def _training(about: Exported) -> str:
     rows = []
     for number, run in enumerate(about.runs, 1):
         objective = str(_get(run, "objective", "name", NOT_RECORDED))
-        words, paper = (o.method, o.paper) if (o := OBJECTIVES.get(objective)) else (objective, "")
+        words, paper = METHODS.get(objective, (objective, ""))
         steps = about.step if run is about.runs[-1] else run.done
         lora = _get(run, "student", "lora", None)
         sampled = _get(run, "rollout", "source", "") in ("student", "mix")

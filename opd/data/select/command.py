@@ -20,12 +20,11 @@ from opd.data.engine.stage import Drop, Record, audio_parts
 from opd.data.select import clusters
 from opd.data.stages.turns import last_question
 from opd.evaluate.records import read_records
-from opd.evaluate.results import sampled
 from opd.report.html import BLUE, document, figure, table, table_row
 from opd.settings import Section, UserError
 from opd.storage.json_lines import write_atomic
 
-MEASURED = sampled("misalignment")  # of a record, by `opd eval`
+MEASURED = "misalignment/sampled"  # of a record, by `opd eval`
 EXAMPLES = 3  # texts of a cluster that the page shows
 
 
