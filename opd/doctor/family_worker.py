@@ -97,7 +97,7 @@ class Check(Probe):
         mine: View = VIEWS[self.rank % 2]
         scored = [ScoredRollout(r, self.graded(r)) for r in rollouts if r.view == mine]
         batch = make_batch(make_samples(scored, self.clips, self.family), self.clips, self.config)
-        return self.learner.step(batch, 0)["loss"]
+        return self.learner.step(batch, 0).metrics["loss"]
 
     def perturb(self) -> None:
         """The same on all ranks."""

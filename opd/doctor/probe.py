@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -150,9 +149,9 @@ class PlainStudent(Probe):
         """Logits [B, T, V] of a micro-batch's response tokens."""
         heard = [self.clips[k] for k in mb.clips] or [np.zeros(self.family.sampling_rate // 2, np.float32)]
         features = {k: v.to(self.device) for k, v in self.family.features(heard).items()}
-        inputs: dict[str, Any] = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
+        inputs = mb.inputs
         if self.model.tower_trained:
             inputs["features"] = features
         elif mb.clips or self.model.adapter_trained:
-            inputs["audio"] = self.model(features=features)
-        return self.model(**inputs)
+            inputs["audio"] = self.model.encode(features)
+        return self.model.response_logits(**inputs)

@@ -145,9 +145,9 @@ def pieces(hf: Any, trainable_only: bool) -> Iterator[Piece]:
     """
     layers = adapted(hf)
     blocks = {n.rpartition(".")[0] for n in layers}
-    own = {id(p.weight) for p in adapters(hf)}
+    own = {p.name for p in adapters(hf)}
     for name, p in hf.named_parameters():
-        if id(p) in own:
+        if name in own:
             continue
         plain = name.replace(BASE, ".")
         module, _, kind = plain.rpartition(".")

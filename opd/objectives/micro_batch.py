@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from opd.types import Sample
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MicroBatch:
     """Padded tensors of a few samples.
 
@@ -37,8 +37,14 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same with its tensors on `device`."""
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return MicroBatch(**moved)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What `SpeechLM` takes of it beside the audio."""
+        names = ("ids", "position_ids", "attends", "row", "positions")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def clips(self) -> list[str]:

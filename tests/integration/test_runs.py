@@ -214,7 +214,7 @@ def test_a_sharded_teacher_is_the_whole_one(tmp_path: Path) -> None:
 def test_warm_start_whose_responses_a_server_writes(
     data: Path, warm: Path, teacher_url: str, tmp_path: Path, mu: float
 ) -> None:
-    """At mu = 0 nothing reads the teacher's logits: the whole teacher is on the server. Else the ranks share another."""
+    """At mu = 0 nothing reads the teacher's logits: the whole teacher is on the server. Else the ranks share one."""
 
     def answered() -> float:
         page = httpx.get(f"{teacher_url}/metrics", trust_env=False).text
