@@ -32,8 +32,8 @@ SAMPLED = (
 
 def title(metric: str) -> str:
     """A metric's name for readers."""
-    plain = metric.removesuffix(" (sampled)")
-    return TITLES.get(plain, plain) + metric[len(plain) :]
+    plain = metric.removesuffix("/sampled")
+    return TITLES.get(plain, plain) + (" (sampled)" if metric != plain else "")
 
 
 def number(metric: str, value: float | None, sign: bool = False) -> str:
@@ -120,7 +120,7 @@ def _count(m: dict[str, Estimate]) -> str:
 def notes(content: dict[str, Any]) -> list[str]:
     """What a reader has to know of how the numbers came about."""
     c, found = content["counts"], [UNITS, ERRORS]
-    if any(n in content["metrics"] for n in ("misalignment", "forgetting", "reverse_kl/speech")):
+    if any(n.endswith("/sampled") for n in content["metrics"]):
         found.append(SAMPLED)
     for name, n in c["left_out"].items():
         found.append(f"{title(name)}: {n} records left out, whose response the server reads as other tokens.")

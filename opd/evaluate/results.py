@@ -14,13 +14,30 @@ from opd.storage.metrics import EVAL_METRICS
 
 Record = dict[str, Any]
 Term = tuple[float, float]  # numerator and denominator: a metric is a ratio of their sums
-DIVERGENCES = ("misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text")
-GROUPED = ("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech", "misalignment", "forgetting")
+OF_LOGITS = ("misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text")  # in a run: of full logits
 FEW = 12  # values of a field at most that is tabulated unasked
 EXAMPLES = 20
 WORSE = 0.5
 NONE = "(none)"
 VIEWS = ("speech", "text", "teacher")
+
+
+def sampled(name: str) -> str:
+    """Name of a divergence estimated along one sampled response a record, which is another number than a run's own."""
+    return f"{name}/sampled"
+
+
+DIVERGENCES = tuple(map(sampled, OF_LOGITS))
+METRICS = tuple(sampled(n) if n in OF_LOGITS else n for n in EVAL_METRICS)  # of an evaluation by `opd eval`
+GROUPED = (
+    *("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech"),
+    *(sampled("misalignment"), sampled("forgetting")),
+)
+
+
+def renamed(r: Record) -> Record:
+    """A record of before, when its divergences had the names of a run's own, under the names of today."""
+    return {sampled(k) if k in OF_LOGITS else k: v for k, v in r.items()}
 
 
 def term(name: str, r: Record) -> Term | None:
@@ -71,7 +88,7 @@ def estimate(name: str, records: Sequence[Record]) -> Estimate | None:
     return ratio_stderr(tops, bottoms, asked)
 
 
-def metrics(records: Sequence[Record], names: Sequence[str] = EVAL_METRICS) -> dict[str, Estimate]:
+def metrics(records: Sequence[Record], names: Sequence[str] = METRICS) -> dict[str, Estimate]:
     """All metrics that the records have, by the names of an evaluation."""
     return {n: e for n in names if (e := estimate(n, records)) is not None}
 

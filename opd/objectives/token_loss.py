@@ -10,7 +10,7 @@ N tokens of a micro-batch, one response after another, padding left out; H hidde
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from torch.nn import functional
 from opd.config.objective import ObjectiveConfig
 from opd.objectives.divergences import divergence
 from opd.objectives.losses import Tokens, cord_weights, token_terms
-
-if TYPE_CHECKING:
-    from opd.objectives.micro_batch import MicroBatch
+from opd.objectives.micro_batch import MicroBatch
 
 ELEMENTS = 1 << 26  # of a chunk's logits: 256 MiB in float32, times the few that an objective needs
 Logits = Callable[[slice], Tensor]  # logits [n, V] of the tokens of a chunk, made when they are asked for
@@ -65,7 +63,7 @@ class TokenLoss:
     @property
     def previews(self) -> bool:
         """Whether the objective needs to see all tokens before it weighs the first (`preview`)."""
-        return self.objective.name == "cord"
+        return self.objective.about.previews
 
     def preview(self, logits: Callable[[slice], Tensor], parts: list[slice]) -> None:
         """Weigh the tokens of whole responses, from logits without gradient."""
@@ -94,12 +92,7 @@ class TokenLoss:
             aligned=self.aligned(logits, int(self.response[part.start])) if self.aligned else None,
         )
         terms = token_terms(tokens, self.objective)
-        found = dict(terms.metrics)
-        if terms.reverse_kl is not None:
-            found["reverse_kl"] = terms.reverse_kl
-        if terms.advantage is not None:
-            found["advantage"] = terms.advantage
-        for name, values in found.items():
+        for name, values in terms.metrics.items():
             self.metrics.setdefault(name, []).append(values.detach())
         return (terms.loss * self.weights[part]).sum()
 

@@ -18,7 +18,7 @@ from opd.storage.json_lines import Line, conform, read_lines
 from opd.storage.metrics import EVAL_METRICS, STEP_METRICS
 
 VIEWS = ("speech", "text")
-RECORDS = ("test", "retention", "limit", "kl_limit")  # settings under eval that say what an evaluation measured
+MEASURED_ON = ("test", "retention", "limit", "kl_limit")  # settings under eval that say what an evaluation measured
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Run:
     @property
     def records(self) -> dict[str, Any]:
         """What its evaluations are measured on: only equal ones can be compared."""
-        return {k: section(self.config, "eval").get(k) for k in RECORDS}
+        return {k: section(self.config, "eval").get(k) for k in MEASURED_ON}
 
 
 class _Loose(BaseModel):

@@ -101,7 +101,7 @@ class Learner:
         objective = self.config.objective
         inputs = self.inputs(mb, audio, clips)
         logits = reference = aligned = None
-        if objective.name == "uld":
+        if objective.about.other_tokenizer:
             aligned = teacher.aligned(mb.samples)
         elif objective.reads_logits:
             logits = teacher.logits(mb.samples)

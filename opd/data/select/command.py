@@ -24,6 +24,7 @@ from opd.report.figure import BLUE, figure
 from opd.settings import Section, UserError
 from opd.storage.json_lines import write_atomic
 
+MEASURED = "misalignment/sampled"  # of a record, by `opd eval`
 EXAMPLES = 3  # texts of a cluster that the page shows
 
 
@@ -72,15 +73,15 @@ def select(source: str, probes: list[Path], out: Path, settings: Selection) -> l
         raise UserError(f"{source}: {few}" + f" ({told})" * bool(bad))
     if bad:
         print(f"{source}: {told}", file=sys.stderr)
-    measured = [r for folder in probes for r in read_records(folder) if r.get("misalignment")]
+    measured = [r for folder in probes for r in read_records(folder) if r.get(MEASURED)]
     if not measured:
         names = ", ".join(map(str, probes))
         raise UserError(f"{names}: expected records with a misalignment, found none; measure them with `opd eval`")
     asked = [_last_turn(str(r["question"])) for r in measured]
     print(f"{len(texts)} texts into {settings.clusters} clusters by {settings.embedding}: minutes if many", flush=True)
     found = clusters.cluster(texts, asked, settings.clusters, settings.embedding, settings.dimensions, settings.seed)
-    nats = np.array([r["misalignment"]["nats"] for r in measured], dtype=np.float64)
-    tokens = np.array([r["misalignment"]["tokens"] for r in measured], dtype=np.float64)
+    nats = np.array([r[MEASURED]["nats"] for r in measured], dtype=np.float64)
+    tokens = np.array([r[MEASURED]["tokens"] for r in measured], dtype=np.float64)
     m = clusters.misalignment(found.probe, nats, tokens, found.count, settings.prior)
     sizes = np.bincount(found.corpus, minlength=found.count)
     wer = _wer(found.probe, measured, found.count)

@@ -214,7 +214,7 @@ def test_a_chunk_and_what_is_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_tensors_of_a_chunk(settings: list[str], count: int) -> None:
-    assert memory.rows(config("teacher.kind=local", *settings)) == count
+    assert memory.chunk_tensors(config("teacher.kind=local", *settings)) == count
 
 
 def test_gathered_parameters() -> None:

@@ -342,8 +342,8 @@ def test_what_the_teacher_cannot_measure_is_refused(
 ) -> None:
     config.eval.best = best  # type: ignore[assignment]
     with pytest.raises(UserError, match=message):
-        _evaluator(config, SimpleNamespace(gives_logits=logits, grades=scores), family_of(STUDENT), 0, 1)
-    _evaluator(config, SimpleNamespace(gives_logits=True, grades=True), family_of(STUDENT), 0, 1)
+        _evaluator(config, SimpleNamespace(gives_logits=logits, gives_scores=scores), family_of(STUDENT), 0, 1)
+    _evaluator(config, SimpleNamespace(gives_logits=True, gives_scores=True), family_of(STUDENT), 0, 1)
 
 
 def test_a_whole_evaluation_notes_the_records_of_an_interim_one(
