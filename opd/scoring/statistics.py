@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+LEVEL = 0.95  # of every confidence interval
 Estimate = dict[str, float | int | None]
 
 

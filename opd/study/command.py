@@ -7,7 +7,6 @@ from pathlib import Path
 from opd.settings import UserError
 from opd.storage import run_folder
 from opd.study.grid import Study
-from opd.study.results import write
 from opd.study.schedule import TO_RUN, Launcher, Subprocesses, run_all
 from opd.study.spec import Row
 
@@ -42,6 +41,8 @@ def main(
         if failed:
             print(f"failed: {', '.join(run.name for run in failed)}", flush=True)
             code = code or 1
+    from opd.study.results import write  # pandas and scipy, which listing and running need not wait for
+
     write(study, _say)
     return code
 
