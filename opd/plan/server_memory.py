@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from opd.config.limits import scored_tokens
 from opd.config.placement import Servers, memory_share
 from opd.config.schema import Config
 from opd.plan.learner_memory import SIZES, tower_bytes
@@ -92,7 +93,7 @@ def batched_tokens(config: Config, kind: str, memory: int) -> int:
     if flag in s.args[:-1]:
         return int(s.args[s.args.index(flag) + 1])
     if kind == "teacher":
-        return max(2048, s.max_model_len, s.max_num_seqs)  # opd/processes/commands.py
+        return scored_tokens(config)
     default = next(tokens for least, tokens in DEFAULT_BATCH if memory >= least * GIB)
     return max(min(default, s.max_num_seqs * s.max_model_len), s.max_num_seqs)
 
