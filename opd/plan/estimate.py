@@ -6,6 +6,8 @@ The formulas are in learner_memory.py and server_memory.py, the estimate of time
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import psutil
@@ -86,7 +88,7 @@ class StepTime:
         return self.rollout + self.teacher + self.learner + self.sync
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """A recipe on a placement: bytes by role, what does not fit, bytes of a push, seconds of a step."""
 
@@ -103,9 +105,22 @@ class Plan:
     uses: list[Use]
     hosts: list[Use]
     push: int  # bytes; 0 where nothing is pushed
-    push_s: float
-    time: StepTime | None  # None on a CPU
-    shortfalls: list[str]  # one line for each thing that does not fit
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """One line for each thing that does not fit."""
+        return shortfalls(self)
+
+    @property
+    def push_s(self) -> float:
+        """Seconds of a push."""
+        transport = self.config.rollout.transport or "file"
+        return push_seconds(self.push, transport, self.machine.speeds.links[transport])
+
+    @cached_property
+    def time(self) -> StepTime | None:
+        """None on a CPU."""
+        return _time(self) if self.placement.devices_per_node else None
 
     @property
     def fits(self) -> bool:
@@ -129,13 +144,14 @@ def load(recipe: str, overrides: list[str]) -> Config:
     The earlier run is of a recipe in the same folder, whose run.dir is this one's student.path.
     """
     config = load_config(recipe, overrides)
+    path = config.student.path
     for other in sorted(Path(recipe).parent.glob("*.yaml")):
-        if _exists(config.student.path):
+        if _exists(path):
             break
         raw = read_yaml(other)
-        if (raw.get("run") or {}).get("dir") == config.student.path and (raw.get("student") or {}).get("path"):
-            config.student.path = raw["student"]["path"]
-    return config
+        if (raw.get("run") or {}).get("dir") == path:
+            path = (raw.get("student") or {}).get("path") or path
+    return config if path == config.student.path else load_config(recipe, [*overrides, f"student.path={path}"])
 
 
 def _exists(path: str) -> bool:
@@ -170,23 +186,28 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     typical = _lengths(config, machine, student, seconds, response)
     zero = Zero.of(deepspeed_settings(config))
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
-    kinds = _kinds(config, placement)
+    kinds: dict[Kind, list[Servers]] = {
+        "student": placement.rollout if starts_student(config) else [],
+        "teacher": placement.teacher if starts_teacher(config) else [],
+    }
     on_gpus = placement.devices_per_node > 0
     servers = alike(config, shapes, kinds, machine.bytes) if on_gpus else {}
-    uses = _devices(config, placement, machine, learner, servers) if on_gpus else []
-    rollouts = sum(len(g.parts()) for g in kinds.get("student", []))
-    pushed = push_bytes(config, student) if rollouts else 0
-    hosts = _hosts(config, placement, machine, learner, kinds, shapes, pushed)
-    transport = config.rollout.transport or "file"
-    push_s = push_seconds(pushed, transport, machine.speeds.links[transport])
-    plan = Plan(
-        config, placement, machine, student, teacher, longest, typical, zero, learner, servers, uses, hosts,
-        pushed, push_s, None, [],
-    )  # fmt: skip
-    if on_gpus:
-        plan.time = _time(plan, rollouts)
-    plan.shortfalls = shortfalls(plan)
-    return plan
+    push = push_bytes(config, student) if kinds["student"] else 0
+    return Plan(
+        config=config,
+        placement=placement,
+        machine=machine,
+        student=student,
+        teacher=teacher,
+        longest=longest,
+        typical=typical,
+        zero=zero,
+        learner=learner,
+        servers=servers,
+        uses=_devices(config, placement, machine, learner, servers) if on_gpus else [],
+        hosts=_hosts(config, placement, machine, learner, kinds, shapes, push),
+        push=push,
+    )
 
 
 def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Path) -> dict[str, Plan | str]:
@@ -203,12 +224,8 @@ def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Pa
 
 def recommended(plans: dict[str, Plan | str]) -> str | None:
     """The placement that fits with the shortest estimated step, of equals the one with fewest GPUs."""
-    fitting = {path: p for path, p in plans.items() if isinstance(p, Plan) and p.fits and p.time}
-    return min(fitting, key=lambda path: _rank(fitting[path]), default=None)
-
-
-def _rank(plan: Plan) -> tuple[float, int]:
-    return (plan.time.step if plan.time else float("inf"), plan.gpus)
+    fitting = [(p.time.step, p.gpus, path) for path, p in plans.items() if isinstance(p, Plan) and p.fits and p.time]
+    return min(fitting)[-1] if fitting else None
 
 
 def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: float, response: int) -> Lengths:
@@ -218,15 +235,6 @@ def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: flo
         room = max(1, config.rollout.server.max_model_len - config.rollout.max_tokens)
         text, speech = min(text, room), min(speech, room)
     return Lengths(speech, text, response, seconds)
-
-
-def _kinds(config: Config, placement: Placement) -> dict[Kind, list[Servers]]:
-    kinds: dict[Kind, list[Servers]] = {}
-    if starts_student(config):
-        kinds["student"] = placement.rollout
-    if starts_teacher(config) and placement.teacher:
-        kinds["teacher"] = placement.teacher
-    return kinds
 
 
 def _devices(
@@ -286,13 +294,11 @@ def _hosts(
             holds["learner ranks"] = ranks * (sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS)
         for kind, some in kinds.items():
             count = sum(len(g.parts()) for g in some if g.node == node)
+            weights = server_memory(config, shapes[kind], kind, 1, GIB, None).weights if count else 0
             if on_cpu and count:
-                one = server_memory(config, shapes[kind], kind, 1, GIB, None).weights + PROCESS
-                holds[f"{kind} servers"] = count * (one + config.rollout.server.kv_cache_gib * GIB)
+                holds[f"{kind} servers"] = count * (weights + PROCESS + config.rollout.server.kv_cache_gib * GIB)
             elif count and kind == "student" and config.rollout.sleep:
-                holds["weights of sleeping servers"] = (
-                    count * server_memory(config, shapes[kind], kind, 1, GIB, None).weights
-                )
+                holds["weights of sleeping servers"] = count * weights
         if ranks and config.rollout.transport == "file" and pushed:
             holds["weights on their way"] = pushed
         if holds:
@@ -300,15 +306,13 @@ def _hosts(
     return found
 
 
-def _time(plan: Plan, rollouts: int) -> StepTime:
+def _time(plan: Plan) -> StepTime:
     c, speeds, ranks = plan.config, plan.machine.speeds, plan.placement.ranks
     rollout, at_once = 0.0, 0
     if c.rollout.student_writes:  # as if all servers were alike, and the slowest of them
-        figures = [
-            decode_seconds(c, plan.student, server, rollouts, ranks, plan.typical, speeds)
-            for server in plan.servers
-            if server.kind == "student"
-        ]
+        students = {server: groups for server, groups in plan.servers.items() if server.kind == "student"}
+        count = sum(len(g.parts()) for groups in students.values() for g in groups)
+        figures = [decode_seconds(c, plan.student, s, count, ranks, plan.typical, speeds) for s in students]
         rollout, at_once = max(figures, default=(0.0, 0))
     serves = any(server.kind == "teacher" for server in plan.servers)
     devices = sum(len(g.devices) for g in plan.placement.teacher) if serves else ranks
@@ -357,16 +361,11 @@ def where(uses: list[Use]) -> str:
     words = []
     for node in sorted({u.node for u in uses}):
         devices = sorted(u.device for u in uses if u.node == node and u.device is not None)
-        joined = ", ".join(_ranges(devices))
-        words.append(f"node {node} GPU {joined}" if devices else f"node {node} host")
+        words.append(f"node {node} GPU {_ranges(devices)}" if devices else f"node {node} host")
     return "; ".join(words)
 
 
-def _ranges(numbers: list[int]) -> list[str]:
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
+def _ranges(numbers: list[int]) -> str:
+    """Of ascending numbers: those that follow one another differ from their place by the same."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
