@@ -7,7 +7,7 @@ from pathlib import Path
 from opd.settings import UserError
 from opd.storage import run_folder
 from opd.study.grid import Study
-from opd.study.schedule import TO_RUN, Launcher, Subprocesses, run_all
+from opd.study.schedule import TO_RUN, Subprocesses, run_all
 from opd.study.spec import Row
 
 
@@ -17,7 +17,7 @@ def main(
     jobs: int | None,
     dry_run: bool,
     report_only: bool,
-    launcher: Launcher | None = None,
+    launcher: Subprocesses | None = None,
 ) -> int:
     """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
 

@@ -180,7 +180,7 @@ def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
 def test_what_is_not_there_has_no_number(path: Path) -> None:
     study = Study(path)
     for seed in (0, 1, 2):
-        run = study.report_run(study.rows["well/kd"], seed)
+        run = study.run_at_choice(study.rows["well/kd"], "report", seed)
         assert run is not None
         if seed < 2:
             leave(run, numbers(run))
