@@ -6,7 +6,6 @@ The formulas are in learner_memory.py and server_memory.py, the estimate of time
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from opd.config.needs import needs_teacher, starts_student, starts_teacher
 from opd.config.placement import Placement, Servers, placement_of
 from opd.config.schema import Config
 from opd.plan.learner_memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
-from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, alike, server_memory
+from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kinds, ServerMemory, alike, server_memory
 from opd.plan.shapes import ModelShape, student_shape, teacher_shape
 from opd.plan.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
 from opd.settings import UserError, read_yaml
@@ -88,7 +87,7 @@ class StepTime:
         return self.rollout + self.teacher + self.learner + self.sync
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """A recipe on a placement: bytes by role, what does not fit, bytes of a push, seconds of a step."""
 
@@ -101,26 +100,30 @@ class Plan:
     typical: Lengths
     zero: Zero
     learner: LearnerMemory
-    servers: dict[ServerMemory, list[Servers]]  # groups of a kind that are alike share one figure; empty on a CPU
-    uses: list[Use]
-    hosts: list[Use]
-    push: int  # bytes; 0 where nothing is pushed
+    servers: dict[ServerMemory, list[Servers]] = field(init=False)  # alike groups share one figure; empty on a CPU
+    uses: list[Use] = field(init=False)
+    hosts: list[Use] = field(init=False)
+    push: int = field(init=False)  # bytes; 0 where nothing is pushed
+    time: StepTime | None = field(init=False)  # None on a CPU
+    shortfalls: list[str] = field(init=False)  # one line for each thing that does not fit
 
-    @property
-    def shortfalls(self) -> list[str]:
-        """One line for each thing that does not fit."""
-        return shortfalls(self)
+    def __post_init__(self) -> None:
+        """What follows from the parts."""
+        kinds: Kinds = {"student": (self.student, self.placement.rollout)} if starts_student(self.config) else {}
+        if self.teacher and starts_teacher(self.config):
+            kinds["teacher"] = self.teacher, self.placement.teacher
+        on_gpus = self.placement.devices_per_node > 0
+        self.servers = alike(self.config, kinds, self.machine.bytes) if on_gpus else {}
+        self.push = push_bytes(self.config, self.student) if "student" in kinds else 0
+        self.uses, self.hosts = self._devices() if on_gpus else [], self._hosts(kinds)
+        self.time = self._time() if on_gpus else None
+        self.shortfalls = shortfalls(self)
 
     @property
     def push_s(self) -> float:
         """Seconds of a push."""
         transport = self.config.rollout.transport or "file"
         return push_seconds(self.push, transport, self.machine.speeds.links[transport])
-
-    @cached_property
-    def time(self) -> StepTime | None:
-        """None on a CPU."""
-        return _time(self) if self.placement.devices_per_node else None
 
     @property
     def fits(self) -> bool:
@@ -136,6 +139,77 @@ class Plan:
     def gpus(self) -> int:
         """GPUs that hold something."""
         return len(self.uses)
+
+    def _devices(self) -> list[Use]:
+        """Every GPU that holds something. A server takes all its share; a shared one sleeps while the learner works."""
+        uses: dict[tuple[int, int], Use] = {}
+
+        def use_of(node: int, device: int) -> Use:
+            return uses.setdefault((node, device), Use(node, device, self.machine.bytes))
+
+        for server, groups in self.servers.items():
+            holds = {f"{server.kind} server's share": server.share}
+            if server.beyond:
+                holds["log-probs of prompts"] = server.beyond
+            for group in groups:
+                for device in group.devices:
+                    use_of(group.node, device).moments[f"{server.kind} server"] = dict(holds)
+        learner = self.learner
+        loss = CONTEXT + round(FRAGMENTS * learner.peak)
+        for ranks in self.placement.learner:
+            for device in ranks.devices:
+                use = use_of(ranks.node, device)
+                sleeping = {}
+                for holds in use.moments.values():
+                    holds["learner, at rest"] = learner.resident + CONTEXT
+                    sleeping = {"sleeping server": SLEEPING if self.config.rollout.sleep else sum(holds.values())}
+                use.moments[f"learner, {learner.worst}"] = {
+                    "states": learner.resident,
+                    **learner.phases[learner.worst],
+                    "CUDA context, fragments": loss,
+                    **sleeping,
+                }
+        return list(uses.values())
+
+    def _hosts(self, kinds: Kinds) -> list[Use]:
+        """A node's own memory: what is offloaded, sleeping weights, pushed files; on a CPU everything."""
+        rollout, learner, on_cpu = self.config.rollout, self.learner, not self.placement.devices_per_node
+        capacity = psutil.virtual_memory().total if on_cpu else None
+        if self.machine.host:
+            capacity = round(self.machine.host * GIB)
+        found = []
+        for node in range(self.placement.nodes):
+            holds: Bytes = {}
+            ranks = sum(len(g.devices) or g.count for g in self.placement.learner if g.node == node)
+            if ranks:
+                each = sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS
+                holds["learner ranks"] = ranks * each
+            for kind, (shape, groups) in kinds.items():
+                count = sum(len(g.parts()) for g in groups if g.node == node)
+                weights = server_memory(self.config, shape, kind, 1, GIB, None).weights
+                if on_cpu and count:
+                    holds[f"{kind} servers"] = count * (weights + PROCESS + rollout.server.kv_cache_gib * GIB)
+                elif count and kind == "student" and rollout.sleep:
+                    holds["weights of sleeping servers"] = count * weights
+            if ranks and rollout.transport == "file" and self.push:
+                holds["weights on their way"] = self.push
+            if holds:
+                found.append(Use(node, None, capacity, {"all together": holds}))
+        return found
+
+    def _time(self) -> StepTime:
+        c, speeds, ranks = self.config, self.machine.speeds, self.placement.ranks
+        rollout, at_once = 0.0, 0
+        if c.rollout.student_writes:  # as if all servers were alike, and the slowest of them
+            students = {s: groups for s, groups in self.servers.items() if s.kind == "student"}
+            count = sum(len(g.parts()) for groups in students.values() for g in groups)
+            figures = [decode_seconds(c, self.student, s, count, ranks, self.typical, speeds) for s in students]
+            rollout, at_once = max(figures, default=(0.0, 0))
+        serves = any(server.kind == "teacher" for server in self.servers)
+        devices = sum(len(g.devices) for g in self.placement.teacher) if serves else ranks
+        teacher = scoring_seconds(c, self.teacher, max(1, devices), self.typical, speeds) if self.teacher else 0.0
+        work = learner_flops(c, self.student, self.typical) / (ranks * speeds.flops(self.student))
+        return StepTime(rollout, teacher, work, self.push_s if c.rollout.student_writes else 0.0, at_once)
 
 
 def load(recipe: str, overrides: list[str]) -> Config:
@@ -172,9 +246,6 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
 
     machine, placement = machine or Machine(), placement_of(config)
     student, teacher = student_shape(config), teacher_shape(config) if needs_teacher(config) else None
-    shapes: dict[Kind, ModelShape] = {"student": student}
-    if teacher is not None:
-        shapes["teacher"] = teacher
     longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
     response = machine.response_tokens or max(1, config.rollout.max_tokens // 2)
     if response > config.rollout.max_tokens:
@@ -186,28 +257,7 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     typical = _lengths(config, machine, student, seconds, response)
     zero = Zero.of(deepspeed_settings(config))
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
-    kinds: dict[Kind, list[Servers]] = {
-        "student": placement.rollout if starts_student(config) else [],
-        "teacher": placement.teacher if starts_teacher(config) else [],
-    }
-    on_gpus = placement.devices_per_node > 0
-    servers = alike(config, shapes, kinds, machine.bytes) if on_gpus else {}
-    push = push_bytes(config, student) if kinds["student"] else 0
-    return Plan(
-        config=config,
-        placement=placement,
-        machine=machine,
-        student=student,
-        teacher=teacher,
-        longest=longest,
-        typical=typical,
-        zero=zero,
-        learner=learner,
-        servers=servers,
-        uses=_devices(config, placement, machine, learner, servers) if on_gpus else [],
-        hosts=_hosts(config, placement, machine, learner, kinds, shapes, push),
-        push=push,
-    )
+    return Plan(config, placement, machine, student, teacher, longest, typical, zero, learner)
 
 
 def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Path) -> dict[str, Plan | str]:
@@ -235,90 +285,6 @@ def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: flo
         room = max(1, config.rollout.server.max_model_len - config.rollout.max_tokens)
         text, speech = min(text, room), min(speech, room)
     return Lengths(speech, text, response, seconds)
-
-
-def _devices(
-    config: Config,
-    placement: Placement,
-    machine: Machine,
-    learner: LearnerMemory,
-    servers: dict[ServerMemory, list[Servers]],
-) -> list[Use]:
-    """Every GPU that holds something. A server takes all of its share; a shared one sleeps while the learner works."""
-    uses: dict[tuple[int, int], Use] = {}
-
-    def use_of(node: int, device: int) -> Use:
-        return uses.setdefault((node, device), Use(node, device, machine.bytes))
-
-    for server, groups in servers.items():
-        holds = {f"{server.kind} server's share": server.share}
-        if server.beyond:
-            holds["log-probs of prompts"] = server.beyond
-        for group in groups:
-            for device in group.devices:
-                use_of(group.node, device).moments[f"{server.kind} server"] = dict(holds)
-    loss = CONTEXT + round(FRAGMENTS * learner.peak)
-    for ranks in placement.learner:
-        for device in ranks.devices:
-            use = use_of(ranks.node, device)
-            sleeping = {}
-            for holds in use.moments.values():
-                holds["learner, at rest"] = learner.resident + CONTEXT
-                sleeping = {"sleeping server": SLEEPING if config.rollout.sleep else sum(holds.values())}
-            use.moments[f"learner, {learner.worst}"] = {
-                "states": learner.resident,
-                **learner.phases[learner.worst],
-                "CUDA context, fragments": loss,
-                **sleeping,
-            }
-    return list(uses.values())
-
-
-def _hosts(
-    config: Config,
-    placement: Placement,
-    machine: Machine,
-    learner: LearnerMemory,
-    kinds: dict[Kind, list[Servers]],
-    shapes: dict[Kind, ModelShape],
-    pushed: int,
-) -> list[Use]:
-    """A node's own memory: what is offloaded, sleeping weights, pushed files; on a CPU everything."""
-    on_cpu = not placement.devices_per_node
-    capacity = round(machine.host * GIB) if machine.host else (psutil.virtual_memory().total if on_cpu else None)
-    found = []
-    for node in range(placement.nodes):
-        holds: Bytes = {}
-        ranks = sum(len(g.devices) or g.count for g in placement.learner if g.node == node)
-        if ranks:
-            holds["learner ranks"] = ranks * (sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS)
-        for kind, some in kinds.items():
-            count = sum(len(g.parts()) for g in some if g.node == node)
-            weights = server_memory(config, shapes[kind], kind, 1, GIB, None).weights if count else 0
-            if on_cpu and count:
-                holds[f"{kind} servers"] = count * (weights + PROCESS + config.rollout.server.kv_cache_gib * GIB)
-            elif count and kind == "student" and config.rollout.sleep:
-                holds["weights of sleeping servers"] = count * weights
-        if ranks and config.rollout.transport == "file" and pushed:
-            holds["weights on their way"] = pushed
-        if holds:
-            found.append(Use(node, None, capacity, {"all together": holds}))
-    return found
-
-
-def _time(plan: Plan) -> StepTime:
-    c, speeds, ranks = plan.config, plan.machine.speeds, plan.placement.ranks
-    rollout, at_once = 0.0, 0
-    if c.rollout.student_writes:  # as if all servers were alike, and the slowest of them
-        students = {server: groups for server, groups in plan.servers.items() if server.kind == "student"}
-        count = sum(len(g.parts()) for groups in students.values() for g in groups)
-        figures = [decode_seconds(c, plan.student, s, count, ranks, plan.typical, speeds) for s in students]
-        rollout, at_once = max(figures, default=(0.0, 0))
-    serves = any(server.kind == "teacher" for server in plan.servers)
-    devices = sum(len(g.devices) for g in plan.placement.teacher) if serves else ranks
-    teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds) if plan.teacher else 0.0
-    work = learner_flops(c, plan.student, plan.typical) / (ranks * speeds.flops(plan.student))
-    return StepTime(rollout, teacher, work, plan.push_s if c.rollout.student_writes else 0.0, at_once)
 
 
 def shortfalls(plan: Plan, node: int | None = None) -> list[str]:

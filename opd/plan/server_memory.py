@@ -19,6 +19,7 @@ from opd.plan.shapes import Decoder, ModelShape
 GIB = 1 << 30
 BLOCK = 16  # tokens, vLLM's default
 Kind = Literal["student", "teacher"]
+Kinds = dict[Kind, tuple[ModelShape, list[Servers]]]
 CONTEXT = GIB  # CUDA's context and NCCL's buffers, of any process on a GPU: assumed
 GRAPHS = GIB  # CUDA graphs: assumed
 # (GiB of a GPU from which, tokens): vllm/engine/arg_utils.py, get_batch_defaults, of an API server
@@ -99,12 +100,7 @@ def batched_tokens(config: Config, kind: str, memory: int) -> int:
 
 
 def server_memory(
-    config: Config,
-    shape: ModelShape,
-    kind: Kind,
-    tensor_parallel: int,
-    memory: int,
-    share: float | None,
+    config: Config, shape: ModelShape, kind: Kind, tensor_parallel: int, memory: int, share: float | None
 ) -> ServerMemory:
     """One GPU of a server. `memory`: bytes of the device; `share`: what the placement gives it of that.
 
@@ -133,13 +129,11 @@ def server_memory(
     )
 
 
-def alike(
-    config: Config, shapes: dict[Kind, ModelShape], kinds: dict[Kind, list[Servers]], memory: int
-) -> dict[ServerMemory, list[Servers]]:
+def alike(config: Config, kinds: Kinds, memory: int) -> dict[ServerMemory, list[Servers]]:
     """One figure for all groups of a kind with the same tensor_parallel and share. `memory`: bytes of a device."""
     found: dict[ServerMemory, list[Servers]] = {}
-    for kind, groups in kinds.items():
+    for kind, (shape, groups) in kinds.items():
         for g in groups:
-            figure = server_memory(config, shapes[kind], kind, g.tensor_parallel, memory, g.memory)
+            figure = server_memory(config, shape, kind, g.tensor_parallel, memory, g.memory)
             found.setdefault(figure, []).append(g)
     return found
