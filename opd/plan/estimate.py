@@ -257,7 +257,9 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     typical = _lengths(config, machine, student, seconds, response)
     zero = Zero.of(deepspeed_settings(config))
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
-    return Plan(config, placement, machine, student, teacher, longest, typical, zero, learner)
+    return Plan(
+        config, placement, machine, student, teacher, longest=longest, typical=typical, zero=zero, learner=learner
+    )
 
 
 def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Path) -> dict[str, Plan | str]:
