@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from statistics import quantiles
 from typing import Any
 
@@ -82,7 +83,8 @@ def estimate(name: str, records: Sequence[Record]) -> Estimate | None:
     found = [(t, r["question"]) for r in records if (t := term(name, r)) is not None]
     if not found:
         return None
-    tops, bottoms, asked = [t[0] for t, _ in found], [t[1] for t, _ in found], [q for _, q in found]
+    terms, asked = zip(*found, strict=True)
+    tops, bottoms = zip(*terms, strict=True)
     if name.startswith("drop/"):
         return drop(tops, bottoms, asked) | {"n": len(found)}
     return ratio_stderr(tops, bottoms, asked)
@@ -95,12 +97,13 @@ def metrics(records: Sequence[Record], names: Sequence[str] = METRICS) -> dict[s
 
 def counts(records: Sequence[Record]) -> dict[str, Any]:
     """What was left out, cut off, or judged with nonsense."""
-    found: dict[str, Any] = {"records": dict(Counter(r["part"] for r in records))}
-    found["left_out"] = {n: sum(n in r and r[n] is None for r in records) for n in DIVERGENCES}
     views = [(v, a) for r in records for v, a in r["views"].items()]
-    found["truncated"] = {v: sum(a["truncated"] for w, a in views if w == v) for v in VIEWS}
-    found["nonsense"] = sum(a["right"] is None for _, a in views)
-    return {k: {n: c for n, c in v.items() if c} if isinstance(v, dict) else v for k, v in found.items()}
+    return {
+        "records": dict(Counter(r["part"] for r in records)),
+        "left_out": dict(Counter(n for n in DIVERGENCES for r in records if n in r and r[n] is None)),
+        "truncated": dict(Counter(w for w in VIEWS for v, a in views if v == w and a["truncated"])),
+        "nonsense": sum(a["right"] is None for _, a in views),
+    }
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
@@ -172,13 +175,9 @@ def examples(records: Sequence[Record], limit: int = EXAMPLES) -> list[dict[str,
     by_group: dict[str, list[Record]] = {}
     for r in found:
         by_group.setdefault(r["fields"].get("group", ""), []).append(r)
-    turns = [r for place in range(max(map(len, by_group.values()), default=0)) for r in _nth(by_group, place)]
+    turns = [r for place in zip_longest(*(some for _, some in sorted(by_group.items()))) for r in place if r]
     keys = ("id", "question", "answer")
     return [{k: r[k] for k in keys} | {v: a["text"] for v, a in r["views"].items()} for r in turns[:limit]]
-
-
-def _nth(by_group: dict[str, list[Record]], place: int) -> list[Record]:
-    return [some[place] for _, some in sorted(by_group.items()) if place < len(some)]
 
 
 def failures(records: Sequence[Record]) -> int:

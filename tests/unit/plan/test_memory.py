@@ -26,7 +26,6 @@ from opd.plan import learner_memory as memory
 from opd.plan import server_memory, shapes, step_time
 from opd.plan.learner_memory import Zero
 from opd.settings import UserError
-from opd.train import learner
 from opd.train.batch import collate, split
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
@@ -148,7 +147,6 @@ def test_defaults_are_deepspeeds() -> None:
     assert ours.persistence == theirs.param_persistence_threshold and ours.bucket == theirs.reduce_bucket_size
     assert (ours.prefetch, ours.reuse) == (theirs.prefetch_bucket_size, theirs.max_reuse_distance)
     assert ours.sub_group == theirs.sub_group_size and theirs.contiguous_gradients
-    assert memory.TOWER_CLIPS == learner.CLIPS_PER_CALL and memory.CHUNK == token_loss.ELEMENTS
     with pytest.raises(UserError, match="offload to cpu or none, found nvme"):
         Zero.of({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
 
@@ -214,8 +212,7 @@ def test_peak_of_a_real_pass(
     from opd.models.load import family_of
     from opd.models.speech_lm import SpeechLM
 
-    monkeypatch.setattr(token_loss, "ELEMENTS", elements)
-    monkeypatch.setattr(memory, "CHUNK", elements)
+    monkeypatch.setattr("opd.config.limits.ELEMENTS", elements)
     settings = [f"student.dtype={dtype}", f"train.gradient_checkpointing={checkpointing}", "teacher.kind=local"]
     c = config(f"objective.name={objective}", *settings, *MORE[objective])
     family = family_of(STUDENT)

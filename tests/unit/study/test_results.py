@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from pandas import DataFrame, Series
 from report_runs import Page
 from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 
@@ -19,9 +20,8 @@ from opd.report.blocks import Paragraph, Table, markdown
 from opd.study.charts import charts
 from opd.study.command import main
 from opd.study.grid import Study
-from opd.study.results import summarise
+from opd.study.results import interval, paired, summarise
 from opd.study.runs import Run
-from opd.study.stats import interval, paired, t_quantile
 from opd.study.tables import blocks
 
 
@@ -29,23 +29,24 @@ from opd.study.tables import blocks
     ("df", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
 )
 def test_t_quantiles_are_those_of_the_tables(df: int, quantile: float) -> None:
-    assert t_quantile(0.975, df) == pytest.approx(quantile, abs=5e-5)
+    values = Series(range(df + 1))
+    assert interval(values)["half"] / values.sem() == pytest.approx(quantile, abs=5e-5)
 
 
 def test_interval_by_hand() -> None:
     # mean 3, s² = (4 + 1 + 0 + 1 + 4) / 4 = 2.5
-    assert interval([1, 2, 3, 4, 5]) == {
+    assert interval(Series([1, 2, 3, 4, 5])) == {
         "mean": 3,
         "half": pytest.approx(2.7764 * math.sqrt(2.5 / 5), abs=1e-4),
         "n": 5,
     }
-    assert interval([2.0]) == {"mean": 2.0, "half": None, "n": 1}
+    assert interval(Series([2.0])) == {"mean": 2.0, "half": None, "n": 1}
 
 
 def test_differences_are_paired_by_seed() -> None:
-    found = paired({0: 0.5, 1: 0.7, 2: 0.9}, {1: 0.6, 0: 0.4, 3: 9.0})
-    assert found is not None and found["mean"] == pytest.approx(0.1) and found["half"] == pytest.approx(0, abs=1e-12)
-    assert paired({0: 1.0}, {1: 1.0}) is None
+    ours, theirs = DataFrame({"M": {0: 0.5, 1: 0.7, 2: 0.9}}), DataFrame({"M": {1: 0.6, 0: 0.4, 3: 9.0}})
+    assert paired(ours, theirs) == {"M": {"mean": pytest.approx(0.1), "half": pytest.approx(0, abs=1e-12), "n": 2}}
+    assert paired(DataFrame({"M": {0: 1.0}}), DataFrame({"M": {1: 1.0}})) == {}
 
 
 def numbers(run: Run) -> dict[str, float]:
@@ -163,6 +164,14 @@ def test_a_row_with_another_teacher_is_held_against_the_teacher_of_the_others(tm
     assert line.split(" | ")[4:8] == ["31.6 ± 66.9", "5.3 ± 0.0", "0.75 ± 0.00", "–"]
 
 
+def test_a_row_with_another_teacher_may_have_nothing_yet(tmp_path: Path) -> None:
+    own = {"teacher.kind": "self", "teacher.path": None}
+    path = study_file(tmp_path, methods={"kd": {"recipe": KD}, "own": {"recipe": XOPD, "set": own}})
+    main(path, ["well/kd"], None, False, False, FakeLauncher(lambda _: SAME))
+    row = summarise(Study(path))["worlds"][0]["rows"][2]
+    assert (row["state"], row["by_seed"]) == ("0 of 2 seeds finished", {}) and "its teacher is not" in row["notes"][0]
+
+
 def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
     rows = summarise(Study(study_file(tmp_path)))["worlds"][0]["rows"]
     assert rows[1]["state"] == "learning rate not chosen: 0 of 2 runs of its selection finished"
@@ -172,7 +181,7 @@ def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
 def test_what_is_not_there_has_no_number(path: Path) -> None:
     study = Study(path)
     for seed in (0, 1, 2):
-        run = study.report_run(study.rows["well/kd"], seed)
+        run = study.run_at_choice(study.rows["well/kd"], "report", seed)
         assert run is not None
         if seed < 2:
             leave(run, numbers(run))
