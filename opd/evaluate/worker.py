@@ -5,11 +5,8 @@ It loads tokenizers and the processor, no model. Shape legend in opd/types.py.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,8 +139,10 @@ def _difference(a: np.ndarray | None, b: np.ndarray | None) -> dict[str, float] 
     return {"nats": float(np.sum(a.astype(np.float64) - b)), "tokens": len(a)}
 
 
-def run(config: Config, log: MetricsLog) -> None:
+def run(log: MetricsLog, recipe: str, overrides: list[str], teacher: bool) -> None:
     """Measure what is not measured yet. Raises UserError and ServerError; what is done by then is kept."""
+    folder = log.run_dir
+    config = eval_config(recipe, overrides, folder, teacher)
     log.status("loading", "", 0, 1)
     items = read_items(config)
     facts = Facts(config)
@@ -158,7 +157,6 @@ def run(config: Config, log: MetricsLog) -> None:
     print(preflight.clips(facts), flush=True)
     limit = facts.max_model_len or config.rollout.server.max_model_len
     gap = Gap(config, facts.family, ContextLimit(facts.family, config.rollout.max_tokens, limit))
-    folder = Path(config.run.dir)
     journal = Journal(folder / "measured", 0)
     try:
         todo = [i for i in items if i.key not in journal]
@@ -175,28 +173,3 @@ def run(config: Config, log: MetricsLog) -> None:
     finally:
         journal.close()
     log.status("finished", f"{len(items)} records", 1, 1)
-
-
-def main(argv: list[str]) -> int:
-    """The process's entry: how it ended is in status.json of the folder."""
-    parser = argparse.ArgumentParser(prog="opd.evaluate.worker")
-    parser.add_argument("recipe")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--no-teacher", action="store_true")
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args(argv)
-    log = MetricsLog(args.out, [], "", "eval")
-    try:
-        run(eval_config(args.recipe, args.overrides, args.out, not args.no_teacher), log)
-    except UserError as e:
-        log.failed(0, 1, str(e), True)
-        print(f"opd: error: {e}", file=sys.stderr)
-        return 2
-    except Exception as e:
-        log.failed(0, 1, f"{type(e).__name__}: {e}"[:600], False)
-        raise
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
