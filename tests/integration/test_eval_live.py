@@ -78,7 +78,7 @@ def measured(data: Path, student_url: str, teacher_url: str, tmp_path_factory: p
     items = [i for i in read_items(config) if i.part == "test"]
     found = gap.measure(items)
     paths = [p for i in items for p in audio_paths(i.prompt)]
-    clips = {p: gap.room.filled(audio.load(p, family.sampling_rate, 30.0)) for p in paths}
+    clips = {p: gap.limit.filled(audio.load(p, family.sampling_rate, 30.0)) for p in paths}
     return gap, items, found, clips, PlainStudent(config, family, [i.prompt for i in items], clips)
 
 
