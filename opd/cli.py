@@ -133,7 +133,7 @@ def _study_command(commands) -> None:
 
 
 def _eval_commands(commands) -> None:
-    text = "measure a student on vLLM servers: what it makes of what it hears, and of what it reads"
+    text = "measure a student on vLLM servers, in the speech view and in the text view"
     measure = _recipe_command(commands, "eval", text, _eval)
     measure.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one goes on")
     measure.add_argument("--no-teacher", action="store_true", help="without what needs the teacher")

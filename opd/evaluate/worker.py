@@ -1,4 +1,4 @@
-"""The process that measures: asks the servers, grades, and keeps every record as soon as it is measured.
+"""The process that measures: asks the servers, scores, and keeps every record as soon as it is measured.
 
 It loads tokenizers and the processor, no model. Shape legend in opd/types.py.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,42 +77,42 @@ class Gap:
         self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[tuple[Prompt, tuple[int, ...], bool]]
     ) -> None:
         texts = [decode(self.family, ids) for _, ids, _ in replies]
-        graded = self.scorer.grade([(p, text, cut) for (p, _, cut), text in zip(replies, texts, strict=True)])
-        for i, (_, ids, cut), text, grade in zip(at, replies, texts, graded, strict=True):
-            found = {"text": text, "right": grade.score, "tokens": len(ids), "truncated": cut}
-            out[i]["views"][view] = found | ({"parts": grade.parts} if grade.parts else {})
+        scores = self.scorer.grade([(p, text, cut) for (p, _, cut), text in zip(replies, texts, strict=True)])
+        for i, (_, ids, cut), text, score in zip(at, replies, texts, scores, strict=True):
+            found = {"text": text, "right": score.score, "tokens": len(ids), "truncated": cut}
+            out[i]["views"][view] = found | ({"parts": score.parts} if score.parts else {})
 
     def _divergences(self, prompts: list[Prompt], clips: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Nats and tokens of each record's divergences, each on one response sampled at temperature 1:
 
-        misalignment  log p_student(y | text) - log p_student(y | speech)    y from the student reading
+        misalignment  log p_student(y | text) - log p_student(y | speech)    y from the student in the text view
         forgetting    log p_teacher(y | text) - log p_student(y | text)      y from the teacher
         reverse_kl/x  log p_student(y | x) - log p_teacher(y | text)         y from the student in the view x
 
-        None where the server does not read a response's own ids after audio.
+        None where the server has other ids for a response after audio.
         """
         if not prompts:
             return []
         own = {v: self._sampled(prompts, v, clips) for v in VIEWS}
-        heard = [_as(r, "speech") for r in own["text"]]
-        read = self.sampler.score([_cut(r, self.max_tokens) for r in own["text"]], clips)
-        spoken = self.sampler.score([_cut(r, self.max_tokens) for r in heard], clips)
-        found = [{"misalignment": _difference(a, b)} for a, b in zip(read, spoken, strict=True)]
+        written = [_cut(r, self.max_tokens) for r in own["text"]]
+        by_text = self.sampler.score(written, clips)
+        by_speech = self.sampler.score([replace(r, view="speech") for r in written], clips)
+        found = [{"misalignment": _difference(a, b)} for a, b in zip(by_text, by_speech, strict=True)]
         if self.teacher is None:
             return found
         seeds = [zlib.crc32(f"{self.config.run.seed}/teacher/{p.id}".encode()) & 0x7FFFFFF for p in prompts]
         replies = self.teacher.sample(prompts, self.max_tokens, seeds)
-        theirs = [
+        replied = [
             _cut(Rollout(p, "text", ids, None, -1, cut), self.max_tokens)
             for p, (ids, cut) in zip(prompts, replies, strict=True)
         ]
-        wrote = [s.teacher_logprobs for s in self.teacher.score(theirs)]
-        for one, a, b in zip(found, wrote, self.sampler.score(theirs, clips), strict=True):
+        wrote = [s.teacher_logprobs for s in self.teacher.score(replied)]
+        for one, a, b in zip(found, wrote, self.sampler.score(replied, clips), strict=True):
             one["forgetting"] = _difference(a, b)
         for view in VIEWS:
             rollouts = [_cut(r, self.max_tokens) for r in own[view]]
-            graded = [s.teacher_logprobs for s in self.teacher.score(rollouts)]
-            for one, r, b in zip(found, rollouts, graded, strict=True):
+            theirs = [s.teacher_logprobs for s in self.teacher.score(rollouts)]
+            for one, r, b in zip(found, rollouts, theirs, strict=True):
                 one[f"reverse_kl/{view}"] = _difference(r.logprobs, b)
         return found
 
@@ -120,16 +121,12 @@ class Gap:
         return self.sampler.sample(jobs, clips, 1, 1.0, check=False)
 
 
-def _as(r: Rollout, view: View) -> Rollout:
-    return Rollout(r.prompt, view, r.token_ids, None, r.version, r.truncated)
-
-
 def _cut(r: Rollout, limit: int) -> Rollout:
     """A response that leaves room for the one token that a server must write when it scores."""
     if len(r.token_ids) < limit or limit == 1:
         return r
     logprobs = None if r.logprobs is None else r.logprobs[: limit - 1]
-    return Rollout(r.prompt, r.view, r.token_ids[: limit - 1], logprobs, r.version, True, r.seed)
+    return replace(r, token_ids=r.token_ids[: limit - 1], logprobs=logprobs, truncated=True)
 
 
 def _difference(a: np.ndarray | None, b: np.ndarray | None) -> dict[str, float] | None:

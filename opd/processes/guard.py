@@ -69,7 +69,8 @@ def stop_all(processes: list[Process]) -> None:
     for p in reversed(processes):
         p.guard.terminate()
     for p in processes:
-        p.guard.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of a guard that hangs
+            p.guard.wait(GRACE_S + KILL_S + 5)
 
 
 @contextlib.contextmanager
