@@ -34,11 +34,9 @@ TOLERANCES = {"parity": AGREE, "zero3": AGREE, "LoRA checkpoint": AGREE, "checkp
 PUSHES: dict[str, list[str]] = {"llm": ["llm"], "llm+adapter": ["llm", "adapter"], "all": ["llm", "adapter", "tower"]}
 LORA = ["student.train=[llm]", "student.lora={r: 8, alpha: 64, targets: [q_proj, v_proj]}"]  # parts of a fused layer
 RECIPE: dict[str, Any] = {
-    "teacher": {"kind": "local", "dtype": "float32"},
     "rollout": {"max_tokens": 12, "n": 2, "server": {"max_model_len": 2048}},
     "train": {"steps": 2, "prompts_per_step": 2, "gradient_checkpointing": True},
     "optim": {"lr": 1e-3},
-    "data": {"check": 0},
 }
 SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for ten minutes")
 
@@ -146,10 +144,12 @@ def write_recipe(folder: Path, clips: int) -> Path:
         if sum(part["type"] == "audio" for m in chat for part in m["content"] if isinstance(part, dict)) <= clips:
             lines.append(json.dumps({"messages": chat}) + "\n")
     (folder / "prompts.jsonl").write_text("".join(lines))
-    recipe = json.loads(json.dumps(RECIPE))
-    recipe["student"] = {"path": str(folder / "student"), "dtype": "float32"}
-    recipe["teacher"]["path"] = str(folder / "teacher")
-    recipe["data"]["train"] = str(folder / "prompts.jsonl")
+    recipe = {
+        **RECIPE,
+        "student": {"path": f"{folder}/student", "dtype": "float32"},
+        "teacher": {"path": f"{folder}/teacher", "kind": "local", "dtype": "float32"},
+        "data": {"train": f"{folder}/prompts.jsonl", "check": 0},
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
 
