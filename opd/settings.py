@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 class UserError(ValueError):
     """A mistake that the user can mend: printed as one line, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A server, the learner or a worker ended badly: the message names it, the cause and the log; exit code 1."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,6 +44,14 @@ class Section(BaseModel):
     """A section of a recipe: unknown keys, wrong types and numbers that are not finite are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
+
+    def changed(self, values: dict[str, Any]) -> Self:
+        """A copy with other values, by dotted key such as `rollout.sleep`; what was validated stays as it is."""
+        out = self
+        for key, value in values.items():
+            name, _, rest = key.partition(".")
+            out = out.model_copy(update={name: getattr(out, name).changed({rest: value}) if rest else value})
+        return out
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

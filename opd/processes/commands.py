@@ -46,10 +46,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def servers(config: Config, where: Layout, node: int, resolve: Resolve = resolve_model) -> list[Command]:
-    """The vLLM servers that one node has to start."""
+def servers(config: Config, places: list[Place], resolve: Resolve = resolve_model) -> list[Command]:
+    """The vLLM servers at some places of a machine."""
     makers = {"student": student_server, "teacher": teacher_server}
-    return [makers[p.kind](config, p, resolve) for p in where.servers if p.node == node]
+    return [makers[p.kind](config, p, resolve) for p in places]
 
 
 def student_server(config: Config, place: Place, resolve: Resolve = resolve_model) -> Command:

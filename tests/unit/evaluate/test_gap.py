@@ -161,10 +161,10 @@ def test_what_is_measured_is_tabulated_without_servers(
         journal.close()
         return 0
 
-    monkeypatch.setattr(command, "_measure", measure)
+    monkeypatch.setattr(command, "ask", measure)
     assert main(recipe, [], out, teacher=False) == 0
     assert "5 of 5 records to measure" in capsys.readouterr().out
-    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("all is measured"))
+    monkeypatch.setattr(command, "ask", lambda *_: pytest.fail("all is measured"))
     assert main(recipe, ["eval.groups=[snr]"], out, teacher=False) == 0
     told = capsys.readouterr().out
     assert "to measure" not in told and "by snr" in told
@@ -200,7 +200,7 @@ def test_without_a_teacher_the_recipe_needs_none(recipe: str, tmp_path: Path) ->
 def test_mistakes_are_told_before_anything_starts(
     recipe: str, tmp_path: Path, overrides: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(command, "ask", lambda *_: pytest.fail("it started"))
     with pytest.raises(UserError, match=reason):
         main(recipe, overrides, tmp_path / "out")
     assert not (tmp_path / "out" / "settings.yaml").exists()
