@@ -81,7 +81,7 @@ class Check(Probe):
     def mixed_step(self, rollouts: list[Rollout]) -> float:
         """A gradient step in which one rank has speech only and the other text only; its loss."""
         mine: View = VIEWS[self.rank % 2]
-        return self.learner.step(self.batch([r for r in rollouts if r.view == mine]), 0)["loss"]
+        return self.learner.step(self.batch([r for r in rollouts if r.view == mine]), 0).metrics["loss"]
 
     def pushes(self, of: dict[str, list[str]]) -> dict[str, list[float]]:
         """Greatest mismatch of each push of perturbed weights: [when it is left out, afterwards].

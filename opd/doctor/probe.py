@@ -183,9 +183,9 @@ class PlainStudent(Probe):
         """Logits [B, T, V] of a micro-batch's response tokens."""
         clips = [self.clips[k] for k in mb.clips] or [np.zeros(self.family.sampling_rate // 2, np.float32)]
         features = {k: v.to(self.device) for k, v in self.family.features(clips).items()}
-        inputs: dict[str, Any] = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
+        inputs = mb.inputs
         if self.model.tower_trained:
             inputs["features"] = features
         elif mb.clips or self.model.adapter_trained:
-            inputs["audio"] = self.model(features=features)
-        return self.model(**inputs)
+            inputs["audio"] = self.model.encode(features)
+        return self.model.response_logits(**inputs)

@@ -18,7 +18,7 @@ from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import switched_off
 from opd.models.sharding import DTYPES, load_sharded
-from opd.models.speech_lm import SpeechLM, at_responses
+from opd.models.speech_lm import SpeechLM, Task, at_responses
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import Logits
 from opd.teachers.local import LocalTeacher
@@ -45,15 +45,15 @@ class ReferenceModel:
         self.sharded = any(hasattr(p, "ds_id") for p in self.model.parameters())
 
     @torch.no_grad()
-    def __call__(self, **inputs: Any) -> Tensor:
+    def __call__(self, task: Task, **inputs: Any) -> Tensor:
         """`SpeechLM.forward` of the starting student."""
         if self.call is None:
-            return self.model(**inputs)
+            return self.model(task, **inputs)
         with ExitStack() as stack:
             stack.callback(self.model.train, self.model.training)
             stack.enter_context(switched_off(self.model.hf))
             self.model.eval()
-            return self.call(**inputs)
+            return self.call(task, **inputs)
 
     @torch.no_grad()
     def project(self, states: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class ReferenceModel:
 
         inputs: `Learner.inputs` of it. What of the audio path is trained it hears with its own.
         """
-        states = self(whole=self.sharded, **at_responses(inputs, mb.mask))
+        states = self("states", whole=self.sharded, **at_responses(inputs, mb.mask))
         return lambda part: self.project(states[part])
 
 
@@ -85,13 +85,13 @@ class SelfTeacher(LocalTeacher):
         order = torch.arange(length, device=ids.device)
         attends = (order <= order[:, None])[None, None].expand(len(ids), 1, length, length)  # padding is on the right
         positions = order.expand_as(ids)
-        return self.start(ids=ids, position_ids=positions, attends=attends, at=at, whole=self.sharded)
+        return self.start("states", ids=ids, position_ids=positions, attends=attends, at=at, whole=self.sharded)
 
     def _project(self, states: Tensor) -> Tensor:
         return self.start.project(states)
 
     def _write(self, **arguments: Any) -> Tensor:
-        return self.start(generate=arguments)
+        return self.start("generate", **arguments)
 
 
 def _copy(config: Config, family: Family, device: torch.device) -> SpeechLM:

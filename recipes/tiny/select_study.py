@@ -31,7 +31,7 @@ DATA, RUNS = Path("data/tiny_select"), Path("runs/select")
 TRAIN, FIRST = 6000, 2000  # questions spoken; those before FIRST are the natural corpus, and the warm start's of `rare`
 RARE, SHARE = "arithmetic", 0.1
 HOURS = 0.05  # of speech to choose: 180 s
-WARM_STEPS, PROMPTS, RATE = 40, 64, 4e-4  # KD as docs/study.md has it
+WARM_STEPS, PROMPTS, RATE = 40, 64, 4e-4  # KD as docs/results/study.md has it
 MIXED = "as in the corpus"
 Record = dict[str, Any]
 

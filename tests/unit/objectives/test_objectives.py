@@ -98,17 +98,17 @@ class World:
             return out
 
         weights = mask / mask.sum(1, keepdim=True) / 3 * torch.tensor([[1.0], [0.5], [2.0]])
-        none = torch.zeros(0)
         return MicroBatch(
-            *([], none, none, none, none, none),
-            padded(self.targets, 6),
-            mask,
-            weights.double(),
-            padded(self.teacher_logp, 1e3),
-            padded(self.sampler_logp, -1e3),
-            torch.tensor([True, False, True]),
-            padded(self.top_ids, 4),
-            padded(self.top_logp, 7.0),
+            samples=[],
+            **dict.fromkeys(("ids", "position_ids", "attends", "row", "positions"), torch.zeros(0)),
+            targets=padded(self.targets, 6),
+            mask=mask,
+            weights=weights.double(),
+            teacher_logp=padded(self.teacher_logp, 1e3),
+            sampler_logp=padded(self.sampler_logp, -1e3),
+            sampled=torch.tensor([True, False, True]),
+            top_ids=padded(self.top_ids, 4),
+            top_logp=padded(self.top_logp, 7.0),
         )
 
     def chunked(self, o: ObjectiveConfig, temperature: float, size: int) -> tuple[Tensor, TokenLoss]:

@@ -238,7 +238,20 @@ def test_peak_of_a_real_pass(
     zeros, ones = torch.zeros(rows * each, t), torch.ones(rows * each, t)
     positions, sampled = torch.zeros_like(targets), torch.ones(rows * each).bool()
     places = torch.arange(length).expand(rows, length).contiguous()
-    packed = MicroBatch([], ids, places, attends, row, positions, targets, ones, ones / 400, zeros, zeros, sampled)
+    packed = MicroBatch(
+        samples=[],
+        ids=ids,
+        position_ids=places,
+        attends=attends,
+        row=row,
+        positions=positions,
+        targets=targets,
+        mask=ones,
+        weights=ones / 400,
+        teacher_logp=zeros,
+        sampler_logp=zeros,
+        sampled=sampled,
+    )
 
     def drawn(part: slice) -> torch.Tensor:
         return torch.randn(part.stop - part.start, vocab)
@@ -248,8 +261,7 @@ def test_peak_of_a_real_pass(
         made = TokenLoss(
             packed, o, c.rollout.temperature, drawn if o.reads_logits else None, drawn if o.reference else None
         )
-        inputs = {"ids": ids, "position_ids": places, "attends": attends.clone(), "row": row, "positions": positions}
-        return model(loss=made, mask=ones, **inputs)
+        return model.response_loss(made, ones, **packed.inputs | {"attends": attends.clone()})
 
     with LiveMemory() as live:
         loss().backward()
@@ -273,9 +285,10 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         states = torch.randn(n, hidden, dtype=dtype).requires_grad_()
         one = torch.ones(1, n)
         ids = torch.randint(0, vocab, (1, n, 4))
-        none = torch.zeros(0)
-        best = (ids, -torch.rand(1, n, 4) - 4) if c.objective.top_k else (None, None)
-        mb = MicroBatch([], none, none, none, none, none, ids[..., 0], one, one, -one, -one, one[:, 0].bool(), *best)
+        best = {"top_ids": ids, "top_logp": -torch.rand(1, n, 4) - 4} if c.objective.top_k else {}
+        of_rows = dict.fromkeys(("ids", "position_ids", "attends", "row", "positions"), torch.zeros(0))
+        logp = {"teacher_logp": -one, "sampler_logp": -one, "sampled": one[:, 0].bool()}
+        mb = MicroBatch(samples=[], targets=ids[..., 0], mask=one, weights=one, **of_rows, **logp, **best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
         made.teacher = made.teacher if c.objective.reads_logits else None
         made.importance = torch.ones(n)
