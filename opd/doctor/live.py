@@ -175,7 +175,7 @@ def prefers(facts: Facts) -> str:
     config = facts.config.changed({"teacher.shard": False})  # of one process
     if config.teacher.kind != "self":
         config = config.changed({"teacher.path": facts.teacher})
-    if config.objective.name == "uld":
+    if config.objective.about.other_tokenizer:
         raise Skip("with another tokenizer it gives no log-probs of these tokens")
     on = torch.device(device(config))
     if config.teacher.kind == "server" and not config.teacher.urls:

@@ -58,7 +58,7 @@ def _measured(out: Path, items: list[Item]) -> dict[str, dict[str, Any]]:
     """What is measured of the items, by key."""
     journal = Journal(out / "measured", 0)
     try:
-        return {i.key: journal[i.key]["record"] for i in items if i.key in journal}
+        return {i.key: results.renamed(journal[i.key]["record"]) for i in items if i.key in journal}
     finally:
         journal.close()
 
@@ -72,7 +72,7 @@ def write(config: Config, out: Path, items: list[Item], found: dict[str, Any], s
     content = summary(lines, config.eval.groups, config.eval.bins)
     about = yaml.safe_load((out / SETTINGS).read_text())
     content = {"settings": found, **{k: about[k] for k in ("versions", "git_commit")}, **content}
-    evaluation = {"stage": "eval", "step": 0, "seconds": round(seconds, 1), "estimator": "sampled"}
+    evaluation = {"stage": "eval", "step": 0, "seconds": round(seconds, 1)}
     evaluation |= content["metrics"] | {k: content[k] for k in ("parts", "groups", "counts")}
     held = (out / RECORDS).read_bytes().count(b"\n") if (out / RECORDS).is_file() else 0
     if held > len(lines):

@@ -18,6 +18,7 @@ from opd.config.schema import Config
 from opd.doctor import preflight
 from opd.doctor.checks import Facts
 from opd.evaluate.records import Item, eval_config, read_items
+from opd.evaluate.results import sampled
 from opd.models.base import Family
 from opd.models.context_limit import ContextLimit
 from opd.prompts import audio
@@ -85,9 +86,9 @@ class Gap:
     def _divergences(self, prompts: list[Prompt], clips: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Nats and tokens of each record's divergences, each on one response sampled at temperature 1:
 
-        misalignment  log p_student(y | text) - log p_student(y | speech)    y from the student in the text view
-        forgetting    log p_teacher(y | text) - log p_student(y | text)      y from the teacher
-        reverse_kl/x  log p_student(y | x) - log p_teacher(y | text)         y from the student in the view x
+        misalignment/sampled  log p_student(y | text) - log p_student(y | speech)    y from the student in the text view
+        forgetting/sampled    log p_teacher(y | text) - log p_student(y | text)      y from the teacher
+        reverse_kl/x/sampled  log p_student(y | x) - log p_teacher(y | text)         y from the student in the view x
 
         None where the server has other ids for a response after audio.
         """
@@ -97,7 +98,7 @@ class Gap:
         written = [_cut(r, self.max_tokens) for r in own["text"]]
         by_text = self.sampler.score(written, clips)
         by_speech = self.sampler.score([replace(r, view="speech") for r in written], clips)
-        found = [{"misalignment": _difference(a, b)} for a, b in zip(by_text, by_speech, strict=True)]
+        found = [{sampled("misalignment"): _difference(a, b)} for a, b in zip(by_text, by_speech, strict=True)]
         if self.teacher is None:
             return found
         seeds = [zlib.crc32(f"{self.config.run.seed}/teacher/{p.id}".encode()) & 0x7FFFFFF for p in prompts]
@@ -108,12 +109,12 @@ class Gap:
         ]
         wrote = [s.teacher_logprobs for s in self.teacher.score(replied)]
         for one, a, b in zip(found, wrote, self.sampler.score(replied, clips), strict=True):
-            one["forgetting"] = _difference(a, b)
+            one[sampled("forgetting")] = _difference(a, b)
         for view in VIEWS:
             rollouts = [_cut(r, self.max_tokens) for r in own[view]]
             theirs = [s.teacher_logprobs for s in self.teacher.score(rollouts)]
             for one, r, b in zip(found, rollouts, theirs, strict=True):
-                one[f"reverse_kl/{view}"] = _difference(r.logprobs, b)
+                one[sampled(f"reverse_kl/{view}")] = _difference(r.logprobs, b)
         return found
 
     def _sampled(self, prompts: list[Prompt], view: View, clips: dict[str, np.ndarray]) -> list[Rollout]:

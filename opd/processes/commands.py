@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from opd.config.limits import scored_tokens
 from opd.config.load import resolve_model
 from opd.config.placement import Placement, memory_share
 from opd.config.schema import Config
@@ -75,9 +76,7 @@ def student_server(config: Config, place: Place, resolve: Resolve = resolve_mode
 
 def teacher_server(config: Config, place: Place, resolve: Resolve = resolve_model) -> Command:
     """A vLLM server that scores token ids. Prompt log-probs hold [tokens, V] in memory: the batch is capped."""
-    s = config.rollout.server
-    tokens = max(2048, s.max_model_len, s.max_num_seqs)
-    extra = ["--max-num-batched-tokens", str(tokens)]
+    extra = ["--max-num-batched-tokens", str(scored_tokens(config))]
     return _server(config, place, resolve(config.teacher.path, "teacher.path"), config.teacher.dtype, extra)
 
 

@@ -21,14 +21,14 @@ from opd.models.sharding import DTYPES, load_sharded
 from opd.models.speech_lm import SpeechLM, Task, at_responses
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import Logits
-from opd.teachers.local import LocalTeacher
+from opd.teachers.local import LocalTeacher, frozen
 from opd.types import Prompt, render
 
 Running = tuple[SpeechLM, Callable[..., Any]]
 
 
 class ReferenceModel:
-    """Reads without gradient what the student may hear or read.
+    """Reads without gradient the speech view or the text view.
 
     A second copy of student.path, which stays the start when a run is resumed; with teacher.shard each rank holds a
     part of it. Where adapters are all that differs from the start, the learner's own module with them switched off.
@@ -63,7 +63,7 @@ class ReferenceModel:
     def logits(self, mb: MicroBatch, inputs: dict[str, Any]) -> Logits:
         """Logits of the micro-batch's response tokens, each in its own view.
 
-        inputs: `Learner.inputs` of it. What of the audio path is trained it hears with its own.
+        inputs: `Learner.inputs` of it. Trained parts of the audio path are its own.
         """
         states = self("states", whole=self.sharded, **at_responses(inputs, mb.mask))
         return lambda part: self.project(states[part])
@@ -103,10 +103,5 @@ def _copy(config: Config, family: Family, device: torch.device) -> SpeechLM:
 
     hf = load_sharded(load, settings) if settings else load()
     model = SpeechLM(hf, family, list(config.student.train))  # what is trained, it is given as the learner is
-    model.eval().requires_grad_(False)
-    if settings is None:
-        return model.to(device)
-    import deepspeed
-
-    deepspeed.initialize(model=model, config=settings)  # its hooks gather and release
+    frozen(model, settings, device)
     return model

@@ -60,7 +60,7 @@ class Evaluator:
             )
         if best in ("misalignment", "forgetting") and self.test and all(p.response is None for p in self.test):
             raise UserError(f"eval.best {best}: follows gold responses: expected a `response` in records of eval.test")
-        if best.startswith("reverse_kl") and not self.teacher.grades:
+        if best.startswith("reverse_kl") and not self.teacher.gives_scores:
             raise UserError(f"eval.best {best}: a teacher with another tokenizer gives no scores; take another metric")
 
     def run(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class Evaluator:
         """KL(student || teacher) per token on the student's own samples at temperature 1, by view: over the full
         vocabulary with a local teacher, else the sampled tokens' estimate of it; absent with another tokenizer."""
         out: dict[str, Estimate] = {}
-        if not self.teacher.grades:
+        if not self.teacher.gives_scores:
             return out
         for view in VIEWS:
             prompts = self.test[: self.config.eval.kl_limit]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd.config.deepspeed import deepspeed_settings
+from opd.config.limits import CLIPS_PER_CALL
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import Piece, adapters, pieces
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from opd.teachers.reference import ReferenceModel
 
 
-CLIPS_PER_CALL = 8  # of the frozen tower
 GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
 
 
@@ -101,7 +101,7 @@ class Learner:
         objective = self.config.objective
         inputs = self.inputs(mb, audio, clips)
         logits = reference = aligned = None
-        if objective.name == "uld":
+        if objective.about.other_tokenizer:
             aligned = teacher.aligned(mb.samples)
         elif objective.reads_logits:
             logits = teacher.logits(mb.samples)

@@ -260,7 +260,7 @@ def by_skill(folder: Path) -> dict[str, float]:
     """M of each skill in nats per token, from the probe's records."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for record in read(folder / "records.jsonl"):
-        if found := record.get("misalignment"):
+        if found := record.get("misalignment/sampled", record.get("misalignment")):
             total = sums[record["fields"]["group"]]
             total[0], total[1] = total[0] + found["nats"], total[1] + found["tokens"]
     return {skill: nats / tokens for skill, (nats, tokens) in sorted(sums.items())}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opd.config.objective import ObjectiveConfig
 from opd.objectives.divergences import EXCLUDED, divergence, generalized_jsd, jsd_on_teacher_top, reverse_kl_with_tail
-from opd.objectives.losses import OBJECTIVES, Tokens, cord_weights, token_terms
+from opd.objectives.losses import LOSSES, Tokens, cord_weights, token_terms
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import TokenLoss, chunks, summed_loss
 
@@ -216,7 +216,7 @@ def test_teacher_equal_to_student_gives_zero(case: dict[str, Any]) -> None:
 
 
 def test_objectives_are_all_here() -> None:
-    assert {case["name"] for case in CASES} == set(OBJECTIVES) - {"uld"}  # test_uld.py has that
+    assert {case["name"] for case in CASES} == set(LOSSES) - {"uld"}  # test_uld.py has that
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:

@@ -64,7 +64,7 @@ def uld(other: str, *more: str) -> Config:
 
 def teacher_of(family: Family, c: Config) -> CrossTokenizerTeacher:
     found = make_teacher(c, family, CPU)
-    assert isinstance(found, CrossTokenizerTeacher) and not found.gives_logits and not found.grades
+    assert isinstance(found, CrossTokenizerTeacher) and not found.gives_logits and not found.gives_scores
     return found
 
 

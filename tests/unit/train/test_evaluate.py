@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import opd.objectives.token_loss
 import opd.train.evaluator
 from opd.config.load import load_config
 from opd.config.schema import Config
@@ -217,7 +216,7 @@ def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: p
     monkeypatch.setattr(teacher, "respond", respond)
     monkeypatch.setattr(opd.train.evaluator, "PAIRS", 4)  # rank 0 of 2 then has a chunk of one more than rank 1
     (alone,) = evaluate(config, teacher, 1, monkeypatch)
-    monkeypatch.setattr(opd.objectives.token_loss, "ELEMENTS", 3 * family.vocab_size)
+    monkeypatch.setattr("opd.config.limits.ELEMENTS", 3 * family.vocab_size)
     made: list[int] = []
     project = SpeechLM.project
     monkeypatch.setattr(SpeechLM, "project", lambda self, states: made.append(len(states)) or project(self, states))
@@ -342,8 +341,8 @@ def test_what_the_teacher_cannot_measure_is_refused(
 ) -> None:
     config.eval.best = best  # type: ignore[assignment]
     with pytest.raises(UserError, match=message):
-        _evaluator(config, SimpleNamespace(gives_logits=logits, grades=scores), family_of(STUDENT), 0, 1)
-    _evaluator(config, SimpleNamespace(gives_logits=True, grades=True), family_of(STUDENT), 0, 1)
+        _evaluator(config, SimpleNamespace(gives_logits=logits, gives_scores=scores), family_of(STUDENT), 0, 1)
+    _evaluator(config, SimpleNamespace(gives_logits=True, gives_scores=True), family_of(STUDENT), 0, 1)
 
 
 def test_a_whole_evaluation_notes_the_records_of_an_interim_one(
