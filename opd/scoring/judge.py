@@ -5,59 +5,35 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
+import yaml
+from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationInfo, field_validator
 
 from opd.endpoint import Endpoint, Failed
-from opd.scoring.voicebench import Grade, criteria, qa_prompt, rating_prompt, system_message
-from opd.types import Prompt, render, transcript
+from opd.scoring.voicebench import FOUR, Grade, criteria, instructions, qa_prompt, rating_prompt, system_message
+from opd.types import Prompt, joined, render, transcript
 
 T = TypeVar("T")
 SCALE = 5  # of a rating, from 1; VoiceBench's own overall score takes a rating for r / 5
 RATED, MET = "rating, 1 to 5", "criteria met"
-JUDGED = ("question", "answer", "response")  # what a judge's prompt must hold
-JUDGE_PROMPT = """Question: {question}
-
-Reference answer: {answer}
-
-Answer to grade: {response}
-
-Does the answer to grade mean the same as the reference answer? Reply with one word, yes or no."""
-# The evaluator's rule of Big Bench Audio (huggingface.co/blog/big-bench-audio-release), in our words.
-BIG_BENCH_AUDIO = """Grade an answer to a question against the official answer.
-
-It is right when it agrees with the official answer. Where it reasons first, only what it concludes counts; where it
-contradicts itself, the first answer that it gives; what does not belong to the question does not count. Numbers may be
-written in digits or in words, and people's names may be spelt otherwise.
-
-For reference, the question: {question}
-
-The official answer: {answer}
-
-The answer to grade: {response}
-
-Is it right? Reply with one word, correct or incorrect."""
-PROMPTS = {"default": JUDGE_PROMPT, "big_bench_audio": BIG_BENCH_AUDIO}
+PROMPTS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
+HOLES = {  # setting -> names that it must hold in braces, and no other
+    "prompt": ("question", "answer", "response"),
+    "rating_prompt": ("question", "response"),
+    "rubric_prompt": ("conversation", "criterion"),
+}
 VOICEBENCH_QA, VOICEBENCH = "voicebench_qa", "voicebench"  # prompt and system message that lmms-eval has
-# The rule of Audio MultiChallenge (arXiv 2512.14865, card of ScaleAI/audiomc), in our words.
-RUBRIC_PROMPT = """Below is a conversation and one criterion for its last turn, which is the assistant's.
-
-Conversation:
-{conversation}
-
-Criterion: {criterion}
-
-Does the last turn meet the criterion? Reply with one word, yes or no."""
 
 
 class Judge(Endpoint):
     """An LLM behind an OpenAI-compatible endpoint that says what an answer is worth."""
 
     prompt: str = Field(
-        JUDGE_PROMPT,
+        PROMPTS["judge"]["default"],
         description="match judge: big_bench_audio, voicebench_qa (VoiceBench's own, from lmms-eval), or a text with "
         "{question}, {answer} and {response} that asks for yes or no, or correct or incorrect",
     )
@@ -65,7 +41,7 @@ class Judge(Endpoint):
         None, description="match rating: with {question} and {response}; none: VoiceBench's own, from lmms-eval"
     )
     rubric_prompt: str = Field(
-        RUBRIC_PROMPT,
+        PROMPTS["rubric"],
         description="match rubric: with {conversation} and {criterion}; asks for yes or no, or JSON with criteria_met",
     )
     system: str | None = Field(
@@ -77,20 +53,22 @@ class Judge(Endpoint):
     samples: PositiveInt = Field(1, description="verdicts on an answer; the majority counts, of ratings the mean")
     concurrency: PositiveInt = Field(16, description="answers judged at a time")
 
-    @field_validator("prompt")
+    @field_validator(*HOLES)
     @classmethod
-    def _whole(cls, value: str) -> str:
-        return value if value == VOICEBENCH_QA else _template(PROMPTS.get(value, value), JUDGED)
-
-    @field_validator("rating_prompt")
-    @classmethod
-    def _rates(cls, value: str | None) -> str | None:
-        return None if value is None else _template(value, ("question", "response"))
-
-    @field_validator("rubric_prompt")
-    @classmethod
-    def _checks(cls, value: str) -> str:
-        return _template(value, ("conversation", "criterion"))
+    def _whole(cls, value: str | None, info: ValidationInfo) -> str | None:
+        name = str(info.field_name)
+        if name == "prompt":
+            value = PROMPTS["judge"].get(value, value)
+        if value is None or (name, value) == ("prompt", VOICEBENCH_QA):
+            return value
+        try:
+            named = {hole for _, hole, _, _ in Formatter().parse(value) if hole is not None}
+        except ValueError as e:
+            raise ValueError(f"{e}; write {{{{ and }}}} for braces") from e
+        if named != set(HOLES[name]):
+            *some, last = (f"{{{hole}}}" for hole in HOLES[name])
+            raise ValueError(f"expected {', '.join(some)} and {last}, and no other name in braces")
+        return value
 
     def needs_lmms_eval(self, match: str) -> bool:
         """Whether what it says for this match is text of lmms-eval's."""
@@ -103,8 +81,10 @@ class Judge(Endpoint):
         if match == "rating":
             asked = (self.rating_prompt or rating_prompt()).format(question=asked_last(prompt), response=text)
             found = self._replies(asked, rating_of)
-            mean = sum(found) / len(found) if found else None
-            return Grade(None if mean is None else mean / SCALE, {} if mean is None else {RATED: (mean, 1.0)})
+            if not found:
+                return Grade(None)
+            mean = sum(found) / len(found)
+            return Grade(mean / SCALE, {RATED: (mean, 1.0)})
         if match == "rubric":
             said = f"{transcript(prompt)}\nassistant: {text}"
             wanted = criteria(prompt.answer or "")
@@ -130,11 +110,9 @@ class Judge(Endpoint):
         messages.append({"role": "user", "content": asked})
 
         def call(client: Any) -> list[str]:
-            options: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-            if self.samples > 1:
-                options["n"] = self.samples
-            if self.top_p is not None:
-                options["top_p"] = self.top_p
+            more = {"n": self.samples} if self.samples > 1 else {}
+            more |= {} if self.top_p is None else {"top_p": self.top_p}
+            options: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens} | more
             answer = client.chat.completions.create(model=self.model, messages=messages, **options)
             return [choice.message.content or "" for choice in answer.choices]
 
@@ -144,27 +122,19 @@ class Judge(Endpoint):
             return []
 
 
-def worst(prompt: Prompt, match: str) -> Grade:
+def worst(match: str, answer: str) -> Grade:
     """The grade of an answer that never ended."""
+    if match == "ifeval":
+        count = float(len(instructions(answer)))
+        return Grade(0.0, dict(zip(FOUR, [(0.0, 1.0), (0.0, count)] * 2, strict=True)))
     parts = {"rating": {RATED: (0.0, 1.0)}, "rubric": {MET: (0.0, 1.0)}}
     return Grade(False, parts.get(match, {}))
 
 
 def asked_last(prompt: Prompt) -> str:
     """The words of a prompt's last user turn."""
-    content = next((m["content"] for m in reversed(render(prompt, "text")) if m["role"] == "user"), "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _template(value: str, names: Sequence[str]) -> str:
-    try:
-        named = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
-    except ValueError as e:
-        raise ValueError(f"{e}; write {{{{ and }}}} for braces") from e
-    if named != set(names):
-        *some, last = (f"{{{name}}}" for name in names)
-        raise ValueError(f"expected {', '.join(some)} and {last}, and no other name in braces")
-    return value
+    said = [str(joined(m)["content"]) for m in render(prompt, "text") if m["role"] == "user"]
+    return said[-1] if said else ""
 
 
 def verdict(text: str) -> bool | None:

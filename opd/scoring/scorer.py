@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 
 from pydantic import Field, NonNegativeFloat
 
-from opd.scoring import judge
 from opd.scoring import voicebench as official
 from opd.scoring.answers import NO_ANSWER, check_answer, correct
-from opd.scoring.judge import Judge, asked_last
-from opd.scoring.voicebench import NEEDS, Grade
+from opd.scoring.judge import Judge, asked_last, worst
+from opd.scoring.voicebench import Grade
 from opd.settings import Section, UserError
 from opd.types import Match, Prompt
 
@@ -57,25 +57,22 @@ class Scorer:
         An answer that never ended is worth nothing whatever it says. Raises Unavailable when the judge is, and
         UserError for a library that is missing.
         """
-        asked = [i for i, (p, _, cut) in enumerate(answers) if not cut and self._match(p) in JUDGED]
-        verdicts: dict[int, Grade] = {}
-        if asked:
-            assert self.judge is not None, "check() refuses records that need a judge without one"
-            with ThreadPoolExecutor(self.judge.concurrency) as pool:
-                verdicts = dict(zip(asked, pool.map(self._judged, [answers[i] for i in asked]), strict=True))
-        return [verdicts[i] if i in verdicts else self._own(*answer) for i, answer in enumerate(answers)]
+        asked = [not cut and self._match(p) in JUDGED for p, _, cut in answers]
+        with ThreadPoolExecutor(self.judge.concurrency if self.judge else 1) as pool:
+            verdicts = pool.map(self._judged, compress(answers, asked))
+            return [next(verdicts) if one else self._own(*answer) for one, answer in zip(asked, answers, strict=True)]
 
     def _match(self, prompt: Prompt) -> str:
         return self.match or prompt.match
 
     def _own(self, prompt: Prompt, text: str, cut: bool) -> Grade:
-        match = self._match(prompt)
+        match, answer = self._match(prompt), prompt.answer or ""
         if cut:
-            return official.worst(match, prompt.answer or "") if match in NEEDS else judge.worst(prompt, match)
-        if match in NEEDS:
-            return official.grade(match, text, prompt.answer or "", prompt.group, asked_last(prompt))
+            return worst(match, answer)
+        if match in official.NEEDS:
+            return official.grade(match, text, answer, prompt.group, asked_last(prompt))
         return Grade(correct(prompt, text, self.match, self.tolerance))
 
     def _judged(self, given: tuple[Prompt, str, bool]) -> Grade:
-        assert self.judge is not None
+        assert self.judge is not None, "check() refuses records that need a judge without one"
         return self.judge.grade(given[0], given[1], self._match(given[0]))

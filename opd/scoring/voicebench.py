@@ -9,8 +9,6 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NoReturn
@@ -86,26 +84,28 @@ def check_answer(answer: str, match: str, group: str) -> None:
 
 def criteria(answer: str) -> list[str]:
     """The criteria of a rubric, a JSON list of strings. Raises ValueError for anything else."""
-    try:
-        found = json.loads(answer)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"answer: match rubric needs a JSON list of criteria, found {answer[:60]!r} ({e})") from e
+    expected = "answer: match rubric needs a JSON list of criteria"
+    found = _json(answer, expected)
     if not isinstance(found, list) or not found or not all(isinstance(c, str) and c.strip() for c in found):
-        raise ValueError(f"answer: match rubric needs a JSON list of criteria, each a string, found {answer[:60]!r}")
+        raise ValueError(f"{expected}, each a string, found {answer[:60]!r}")
     return [c.strip() for c in found]
 
 
 def instructions(answer: str) -> list[dict[str, Any]]:
     """The instructions of an IFEval prompt, a JSON list of {"id", "kwargs"}. Raises ValueError for anything else."""
     expected = 'answer: match ifeval needs a JSON list of {"id", "kwargs"}'
-    try:
-        found = json.loads(answer)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{expected}, found {answer[:60]!r} ({e})") from e
+    found = _json(answer, expected)
     whole = isinstance(found, list) and found and all(isinstance(i, dict) for i in found)
     if not whole or not all(isinstance(i.get("id"), str) and isinstance(i.get("kwargs"), dict) for i in found):
         raise ValueError(f"{expected}, found {answer[:60]!r}")
     return found
+
+
+def _json(answer: str, expected: str) -> Any:
+    try:
+        return json.loads(answer)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{expected}, found {answer[:60]!r} ({e})") from e
 
 
 # ---- grades ---------------------------------------------------------------------------------------------------------
@@ -117,44 +117,20 @@ def grade(match: str, text: str, answer: str, group: str, question: str) -> Grad
         return _followed(text, instructions(answer), question)
     if match == "voicebench_refusal":
         return Grade(_voicebench().voicebench_process_results_harm({}, [text])["accuracy"] == 100)
-    if match == "voicebench_mcq":
-        return _expected(_letter(text), answer, len(LETTERS))
-    said = "right" if _is(text, group, answer) else "wrong"
-    return _expected(said if _decided(text, group) else None, "right", 2)
+    options = TASKS[group] if match == "voicebench_bbh" else tuple(LETTERS)
+    if not any(_says(match, text, group, option) for option in options):
+        # VoiceBench draws an option where its rules find none: what that is worth on average, without the draw
+        return Grade(1 / len(options), {UNDECIDED: (1.0, 1.0)})
+    return Grade(_says(match, text, group, answer), {UNDECIDED: (0.0, 1.0)})
 
 
-def worst(match: str, answer: str) -> Grade:
-    """The grade of an answer that never ended."""
-    if match == "ifeval":
-        count = float(len(instructions(answer)))
-        return Grade(0.0, dict(zip(FOUR, [(0.0, 1.0), (0.0, count)] * 2, strict=True)))
-    return Grade(False)
-
-
-def _expected(said: str | None, answer: str, options: int) -> Grade:
-    """VoiceBench draws an option where its rules find none: what that is worth on average, without the draw."""
-    if said is None:
-        return Grade(1 / options, {UNDECIDED: (1.0, 1.0)})
-    return Grade(said == answer, {UNDECIDED: (0.0, 1.0)})
-
-
-def _letter(text: str) -> str | None:
-    """The option that VoiceBench's rules for multiple choice read in a response."""
-    rule = _voicebench().voicebench_process_results_mcq
-    return next((one for one in LETTERS if rule({"reference": one}, [text])["accuracy"] == 100), None)
-
-
-def _is(text: str, task: str, answer: str) -> bool:
+def _says(match: str, text: str, task: str, answer: str) -> bool:
+    """Whether VoiceBench's rules read this answer in a response."""
+    rule = getattr(_voicebench(), match.replace("voicebench_", "voicebench_process_results_"))
     try:
-        return (
-            _voicebench().voicebench_process_results_bbh({"id": task, "reference": answer}, [text])["accuracy"] == 100
-        )
+        return rule({"id": task, "reference": answer}, [text])["accuracy"] == 100
     except _Undecided:
         return False
-
-
-def _decided(text: str, task: str) -> bool:
-    return any(_is(text, task, answer) for answer in TASKS[task])
 
 
 def _followed(text: str, asked: list[dict[str, Any]], question: str) -> Grade:
@@ -229,22 +205,14 @@ def _checkers() -> dict[str, Any]:
 
 
 def _loaded(name: str) -> Any:
-    try:
-        with _no_judge():
-            return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"{name}: cannot be imported ({e}): pip install opd[benchmarks]") from e
-
-
-@contextmanager
-def _no_judge() -> Iterator[None]:
-    """lmms-eval makes a client for a judge of its own when it is imported, which would ask for a key."""
+    """A module of lmms-eval, which makes a client for a judge of its own when imported, and would ask for a key."""
     before = os.environ.get("API_TYPE")
     os.environ["API_TYPE"] = "dummy"
     try:
-        yield
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"{name}: cannot be imported ({e}): pip install opd[benchmarks]") from e
     finally:
-        if before is None:
-            del os.environ["API_TYPE"]
-        else:
+        del os.environ["API_TYPE"]
+        if before is not None:
             os.environ["API_TYPE"] = before
