@@ -1,8 +1,9 @@
-"""What `opd eval` and `opd compare` show: tables of a terminal, and pages that load nothing from anywhere."""
+"""What `opd eval`, `opd compare` and `opd benchmark` show: tables, and pages that load nothing from anywhere."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, document
@@ -165,12 +166,23 @@ def _compare_tables(content: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def _columns(table: Table) -> str:
+# ---- opd benchmark --------------------------------------------------------------------------------------------------
+
+
+def benchmark_text(content: dict[str, Any]) -> str:
+    """The table of benchmark.json and its notes, for a terminal."""
+    rows = []
+    for r in content["results"]:
+        error = "" if r["stderr"] is None else f" ± {r['stderr']:.3f}"
+        counts = [str(r[k]) for k in ("n", "guessed", "cut_off")]
+        rows.append([r["task"], r["metric"], f"{r['value']:.3f}{error}", *counts])
+    heads = ["task", "metric", "value", "records", "guessed", "cut off"]
+    return "\n".join([_columns(Table(heads, rows), str.ljust), *content["notes"]])
+
+
+def _columns(table: Table, aligned: Callable[[str, int], str] = str.rjust) -> str:
     """A table in aligned columns, the first to the left."""
     rows = [table.heads, *table.rows]
     widths = [max(map(len, some)) for some in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    lines = [[row[0].ljust(widths[0]), *map(aligned, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -110,9 +110,9 @@ class Judge(Endpoint):
         messages.append({"role": "user", "content": asked})
 
         def call(client: Any) -> list[str]:
-            more = {"n": self.samples} if self.samples > 1 else {}
-            more |= {} if self.top_p is None else {"top_p": self.top_p}
-            options: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens} | more
+            options: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+            options |= {"n": self.samples} if self.samples > 1 else {}
+            options |= {} if self.top_p is None else {"top_p": self.top_p}
             answer = client.chat.completions.create(model=self.model, messages=messages, **options)
             return [choice.message.content or "" for choice in answer.choices]
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opd.config.load import load_config
-from opd.evaluate.benchmark.results import text
+from opd.evaluate import page
 from opd.evaluate.benchmark.settings import read, split
 from opd.evaluate.records import claim, model
 from opd.processes.with_servers import ask, served
@@ -38,7 +38,7 @@ def main(recipe: str, benchmark: Path, overrides: list[str], out: Path, plain: b
                 return code
         if code := ask(config, "benchmark", WORKER, given, plain):
             return code
-        print(text(json.loads((out / "benchmark.json").read_text())))
+        print(page.benchmark_text(json.loads((out / "benchmark.json").read_text())))
         for name in ("benchmark.json", "lmms_eval/results.json"):
             print(f"wrote {out / name}")
     return 0
