@@ -163,17 +163,9 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
             if metric in NEEDS and find_spec(NEEDS[metric]) is None:
                 continue
             records = [_value(s.get(metric)) for s in found["samples"][task]]
-            out.append(
-                {
-                    "task": task,
-                    "metric": metric,
-                    "value": float(value),
-                    "stderr": stderr(float(value), records),
-                    "n": len(records),
-                    "higher_is_better": found["higher_is_better"].get(task, {}).get(metric),
-                    "version": found["versions"].get(task),
-                }
-            )
+            row = {"task": task, "metric": metric, "value": float(value), "stderr": stderr(float(value), records)}
+            better = found["higher_is_better"].get(task, {}).get(metric)
+            out.append(row | {"n": len(records), "higher_is_better": better, "version": found["versions"].get(task)})
     return out
 
 
