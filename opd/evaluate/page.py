@@ -41,7 +41,8 @@ def number(metric: str, value: float | None, sign: bool = False) -> str:
     """A metric's value, or a difference of two; n/a for none."""
     if value is None or value != value:
         return "n/a"
-    scale, digits = (100.0, 1) if _is_share(metric) else (1.0, 1 if metric.startswith(("drop/", "length/")) else 3)
+    scale = 100.0 if metric.startswith(("accuracy/", "retention")) else 1.0
+    digits = 1 if scale > 1 or metric.startswith(("drop/", "length/")) else 3
     return f"{scale * value:{'+' if sign else ''}.{digits}f}"
 
 
@@ -50,10 +51,6 @@ def cell(metric: str, e: Estimate | None) -> str:
     if not e or e.get("mean") is None:
         return "–"
     return f"{number(metric, e['mean'])} ± {number(metric, e.get('stderr'))}"
-
-
-def _is_share(metric: str) -> bool:
-    return metric.startswith(("accuracy/", "retention"))
 
 
 def against(metric: str, d: dict[str, Any] | None) -> str:
@@ -109,13 +106,12 @@ def _eval_tables(content: dict[str, Any]) -> list[Table]:
         tables.append(Table([RULE, *views], rows, ERRORS))
     for field, groups in content["groups"].items():
         names = list(dict.fromkeys(n for m in groups.values() for n in m))
-        rows = [[group, *(cell(n, m.get(n)) for n in names), _count(m)] for group, m in groups.items()]
+        rows = []
+        for group, m in groups.items():
+            count = next((e["n"] for e in m.values() if e.get("n") is not None), 0)
+            rows.append([group, *(cell(n, m.get(n)) for n in names), str(count)])
         tables.append(Table([f"by {field}", *map(title, names), "records"], rows, ERRORS))
     return tables
-
-
-def _count(m: dict[str, Estimate]) -> str:
-    return str(next((e["n"] for e in m.values() if e.get("n") is not None), 0))
 
 
 def notes(content: dict[str, Any]) -> list[str]:

@@ -163,9 +163,8 @@ def read_items(config: Config) -> list[Item]:
             continue
         prompts, bad = read_manifest(path, config.eval.limit)
         if bad:
-            raise UserError(
-                f"{name}: {bad[0]['place']}: {bad[0]['reason']}; mend or remove it: every record must be good"
-            )
+            told = "mend or remove it: every record must be good"
+            raise UserError(f"{name}: {bad[0]['place']}: {bad[0]['reason']}; {told}")
         scorer.check(prompts, name)
         for i, prompt in enumerate(prompts):
             if gone := [p for p in audio_paths(prompt) if not Path(p).is_file()]:
