@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from opd.settings import UserError, regular_file
 from opd.types import BadAudio, TooLong
 
 SILENCE = 1e-4  # peak below -80 dBFS: nothing that a model could hear
@@ -24,8 +25,10 @@ def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
     """
     import soundfile
 
-    if not Path(path).is_file():
-        raise BadAudio(f"{path}: no such audio file")
+    try:
+        regular_file(path, "audio file")
+    except UserError as e:
+        raise BadAudio(str(e)) from e
     if Path(path).stat().st_size == 0:
         raise BadAudio(f"{path}: the file is empty (0 bytes)")
     try:

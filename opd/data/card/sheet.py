@@ -13,7 +13,7 @@ from typing import Any
 from opd.data.engine.stage import audio_parts
 from opd.data.stages.near_duplicates import NearTexts, normal
 from opd.prompts.manifest import parse_record, records
-from opd.settings import UserError
+from opd.settings import UserError, regular_file
 from opd.storage.digests import canonical, digest
 from opd.types import Prompt, render
 
@@ -69,8 +69,8 @@ class Sheet:
         import soundfile
 
         try:
-            found = soundfile.info(path)
-        except (soundfile.LibsndfileError, OSError):
+            found = soundfile.info(regular_file(path, "audio file"))
+        except (soundfile.LibsndfileError, OSError, UserError):
             self.unreadable.append(f"{name}: {path}")
             return 0.0
         self.clips.setdefault(digest(path), []).append(name)

@@ -20,7 +20,7 @@ from opd.data.stages.benchmarks import AUDIO, BENCHMARKS, OPTIONS, UNHEARD, Benc
 from opd.data.stages.natural import Natural
 from opd.data.stages.recordings import within
 from opd.prompts.manifest import datasets_records, records
-from opd.settings import UserError
+from opd.settings import UserError, read_text
 from opd.storage.digests import digest
 
 WINDOW_S = 30  # that many families hear at most
@@ -191,8 +191,8 @@ def _table(file: str) -> Iterator[tuple[str, Any]]:
         yield from records(file)
         return
     try:
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        rows = json.loads(read_text(file))
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not readable as JSON: {e}") from e
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a list of objects, found {type(rows).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,10 @@ class Natural(Stage):
         return partial(self._record, store)
 
     def _record(self, store: ClipStore, row: Record) -> Record:
-        text = " ".join((row.get("transcript") or "").split())
+        text = row.get("transcript")
+        if not isinstance(text, str | None):
+            raise Drop(f"transcript: expected a string, found {type(text).__name__}")
+        text = " ".join((text or "").split())
         if not text:
             raise Drop("no transcript")
         if text.isupper() and not self.keep_capitals:
@@ -89,7 +93,7 @@ class Natural(Stage):
         content = row.get("bytes")
         path = None if content is not None else Path(row["path"])
         name = str(path or row.get("id"))
-        if path is not None and not path.is_file():
+        if path is not None and not os.path.isfile(path):
             raise Drop(f"no audio: {path}")
         about, rate, frames = _header(path or io.BytesIO(content or b""), name)
         self._check(frames / rate, name)
