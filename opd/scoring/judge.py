@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from opd.endpoint import Endpoint, Failed
 from opd.scoring.voicebench import Grade, criteria, qa_prompt, rating_prompt, system_message
-from opd.types import Prompt, render, transcript
+from opd.types import Prompt, joined, render, transcript
 
 T = TypeVar("T")
 SCALE = 5  # of a rating, from 1; VoiceBench's own overall score takes a rating for r / 5
@@ -80,17 +80,17 @@ class Judge(Endpoint):
     @field_validator("prompt")
     @classmethod
     def _whole(cls, value: str) -> str:
-        return value if value == VOICEBENCH_QA else _template(PROMPTS.get(value, value), JUDGED)
+        return value if value == VOICEBENCH_QA else template(PROMPTS.get(value, value), JUDGED)
 
     @field_validator("rating_prompt")
     @classmethod
     def _rates(cls, value: str | None) -> str | None:
-        return None if value is None else _template(value, ("question", "response"))
+        return None if value is None else template(value, ("question", "response"))
 
     @field_validator("rubric_prompt")
     @classmethod
     def _checks(cls, value: str) -> str:
-        return _template(value, ("conversation", "criterion"))
+        return template(value, ("conversation", "criterion"))
 
     def needs_lmms_eval(self, match: str) -> bool:
         """Whether what it says for this match is text of lmms-eval's."""
@@ -152,11 +152,12 @@ def worst(prompt: Prompt, match: str) -> Grade:
 
 def asked_last(prompt: Prompt) -> str:
     """The words of a prompt's last user turn."""
-    content = next((m["content"] for m in reversed(render(prompt, "text")) if m["role"] == "user"), "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    last = next((m for m in reversed(render(prompt, "text")) if m["role"] == "user"), {"content": ""})
+    return joined(last)["content"]
 
 
-def _template(value: str, names: Sequence[str]) -> str:
+def template(value: str, names: Sequence[str]) -> str:
+    """The value, when it has these names in braces and no other. Raises ValueError."""
     try:
         named = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
     except ValueError as e:

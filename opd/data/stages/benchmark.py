@@ -8,21 +8,21 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from string import Formatter
 from typing import Any, ClassVar
 
 from pydantic import Field, PositiveFloat, field_validator
 
-from opd import types
 from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
 from opd.data.stages.benchmarks import AUDIO, BENCHMARKS, OPTIONS, UNHEARD, Benchmark, Part, make
-from opd.data.stages.natural import Natural
+from opd.data.stages.natural import Natural, dropping_bad_audio
 from opd.data.stages.recordings import within
 from opd.prompts.manifest import datasets_records, records
+from opd.scoring.judge import template
 from opd.settings import UserError, read_text
 from opd.storage.digests import digest
 
+ANSWER_TOKENS = 2048  # that answers should have room for
 WINDOW_S = 30  # that many families hear at most
 TABLES = (".parquet", ".jsonl", ".json")
 
@@ -47,9 +47,7 @@ class LoadBenchmark(Stage):
     @field_validator("instruction")
     @classmethod
     def _whole(cls, value: str) -> str:
-        if {name for _, name, _, _ in Formatter().parse(value) if name is not None} != {"question", "options"}:
-            raise ValueError("expected {question} and {options}, and no other name in braces")
-        return value
+        return template(value, ("question", "options"))
 
     def rows(self, source: str) -> Iterator[tuple[str, Any]]:
         """Rows of the benchmark that `source` names, with what a record needs to know beside its columns."""
@@ -93,11 +91,10 @@ class LoadBenchmark(Stage):
             files = [str(f) for f in _files(Path(source), self.subset, split, len(part.splits))]
 
         def columns(there: list[str]) -> None:
-            for some in (*part.needs, AUDIO):
+            for some in (*(either.split("/") for either in part.needs.split()), AUDIO):
                 if not set(some) & set(there):
-                    wanted = some[0] if some is not AUDIO else "audio"
                     hint = f"; {about.hint}" if about.hint else ""
-                    raise ValueError(f"{name} needs a column {wanted}, found {', '.join(there)}{hint}")
+                    raise ValueError(f"{name} needs a column {some[0]}, found {', '.join(there)}{hint}")
 
         for file in files:
             root = Path(file) if file.startswith("hub:") else Path(file).resolve().parent
@@ -131,12 +128,8 @@ class LoadBenchmark(Stage):
         for part in audio_parts(record):
             clip, root = part.pop("clip"), Path(given["root"])
             source = {"bytes": clip["bytes"]} if _bytes(clip) else {"path": str(_path(clip, root))}
-            try:
+            with dropping_bad_audio():
                 path, length = natural.whole(store, {"id": given["id"], **source})
-            except types.TooLong as e:
-                raise Drop(f"too long: {e}") from e
-            except types.BadAudio as e:
-                raise Drop(f"bad audio: {e}") from e
             part["path"] = str(path)
             seconds += length
         return {"id": given["id"], **record, "seconds": round(seconds, 3)}
@@ -150,8 +143,9 @@ class LoadBenchmark(Stage):
         clips = {str(out.parent / p["path"]) for row in made for p in audio_parts(row)}
         longest = math.ceil(max(soundfile.info(c).duration for c in clips))
         key = "eval.retention" if about.heard_only else "eval.test"
-        words = [f"{key}={out}", f"{'eval.test' if about.heard_only else 'eval.retention'}="]
-        words += [f"data.max_audio_seconds={max(longest, WINDOW_S)}", f"rollout.max_tokens={part.max_tokens}"]
+        other = "eval.test" if about.heard_only else "eval.retention"
+        words = [f"{key}={out}", f"{other}="]
+        words += [f"data.max_audio_seconds={max(longest, WINDOW_S)}", f"rollout.max_tokens={ANSWER_TOKENS}"]
         if part.match in ("judge", "rating", "rubric"):
             more = f", {part.judge}" if part.judge else ""
             words.append(f"'eval.judge={{url: …, model: …{more}}}'")

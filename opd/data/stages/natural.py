@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -72,13 +73,8 @@ class Natural(Stage):
         if text.isupper() and not self.keep_capitals:
             text = text.lower()
         piece = row.get("piece")
-        try:
+        with dropping_bad_audio("; no silence to cut at" if piece else "; its transcript has no times to cut by"):
             clip, seconds = self._piece(store, row, piece) if piece else self.whole(store, row)
-        except types.TooLong as e:
-            why = "no silence to cut at" if piece else "its transcript has no times to cut by"
-            raise Drop(f"too long: {e}; {why}") from e
-        except types.BadAudio as e:
-            raise Drop(f"bad audio: {e}") from e
         part = {"type": "audio", "path": str(clip), "transcript": text}
         record: Record = {"messages": [{"role": "user", "content": [part]}], "seconds": round(seconds, 3)}
         record |= {k: str(row[k]) for k in ("speaker", "accent", "group") if row.get(k) not in (None, "")}
@@ -135,6 +131,17 @@ class Natural(Stage):
         wave = wave.mean(axis=1)
         audio.check(wave, rate, name)
         return store.make(self.key(row), lambda: (wave, rate)), len(wave) / rate
+
+
+@contextmanager
+def dropping_bad_audio(why_long: str = "") -> Iterator[None]:
+    """Drop a record whose clip cannot be used, or is too long: with the reason, if known."""
+    try:
+        yield
+    except types.TooLong as e:
+        raise Drop(f"too long: {e}{why_long}") from e
+    except types.BadAudio as e:
+        raise Drop(f"bad audio: {e}") from e
 
 
 def _header(file: Any, name: str) -> tuple[str, int, int]:
