@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from opd.settings import UserError, regular_file
 from opd.types import BadAudio, TooLong
@@ -23,8 +24,6 @@ def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
     Returns [samples] in [-1, 1]. Raises BadAudio for a missing, empty, truncated, silent, non-finite, too short or
     too long clip, or a file that is no audio.
     """
-    import soundfile
-
     try:
         regular_file(path, "audio file")
     except UserError as e:
@@ -84,8 +83,6 @@ def whole_frames(wave: np.ndarray, rate: int) -> np.ndarray:
 
 def to_base64_wav(wave: np.ndarray, rate: int) -> str:
     """A float32 WAV in base64: the server decodes exactly the samples that the learner sees."""
-    import soundfile
-
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format="WAV", subtype="FLOAT")
     return base64.b64encode(buffer.getvalue()).decode()

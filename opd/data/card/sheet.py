@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
+
 from opd.data.stages.near_duplicates import NearTexts, normal
 from opd.prompts.manifest import parse_record, records
 from opd.settings import UserError, regular_file
@@ -64,8 +67,6 @@ class Sheet:
 
     def _hear(self, path: str, name: str) -> float:
         """Seconds of a clip, by its header."""
-        import soundfile
-
         try:
             found = soundfile.info(regular_file(path, "audio file"))
         except (soundfile.LibsndfileError, OSError, UserError):
@@ -133,8 +134,6 @@ def _in_several(tables: Sequence[Mapping[Any, Any]]) -> dict[Any, list[Any]]:
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Count, mean and quantiles; none of nothing."""
-    import numpy as np
-
     if not values:
         return None
     low, few, half, most, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import soundfile
 from pydantic import Field, PositiveFloat, field_validator
 
 from opd.data.engine.clip_store import ClipStore
@@ -136,8 +137,6 @@ class LoadBenchmark(Stage):
 
     def advice(self, source: str, out: Path) -> list[str]:
         """How the manifest is evaluated, with the settings that it needs."""
-        import soundfile
-
         about, part = self._named(source)
         made = [row for _, row in records(str(out), streaming=True)]
         clips = {str(out.parent / p["path"]) for row in made for p in audio_parts(row)}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import soundfile
 from pydantic import Field, PositiveFloat, model_validator
 
 from opd import types
@@ -122,8 +123,6 @@ class Natural(Stage):
         self, store: ClipStore, row: Record, file: Any, start: int, stop: int | None, name: str
     ) -> tuple[Path, float]:
         """Frames of a recording as a FLAC file of one channel."""
-        import soundfile
-
         try:
             wave, rate = soundfile.read(file, start=start, stop=stop, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as e:
@@ -146,8 +145,6 @@ def dropping_bad_audio(why_long: str = "") -> Iterator[None]:
 
 def _header(file: Any, name: str) -> tuple[str, int, int]:
     """Format, Hz and frames of a recording. Raises BadAudio."""
-    import soundfile
-
     try:
         found = soundfile.info(file)
     except soundfile.LibsndfileError as e:

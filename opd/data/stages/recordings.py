@@ -18,6 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import soundfile
+
 from opd.data.stages import hub_audio
 from opd.prompts.manifest import datasets_records
 from opd.settings import UserError, open_text, read_lines, read_text, regular_file
@@ -292,9 +295,6 @@ def pieces(segments: list[Segment], seconds: float, longest: float, pause: Pause
 
 def _pause(file: Path, least: float, before: Segment, after: Segment) -> tuple[float, float] | None:
     """The longest silence about the time between two segments: quieter by QUIET_DB than the speech at both sides."""
-    import numpy as np
-    import soundfile
-
     with soundfile.SoundFile(file) as f:
         rate, frame = f.samplerate, max(1, int(FRAME_S * f.samplerate))
         margin = 2 * REACH_S  # the outer half of it is taken for speech
@@ -318,8 +318,6 @@ def _pause(file: Path, least: float, before: Segment, after: Segment) -> tuple[f
 
 
 def _seconds(file: Path) -> float | None:
-    import soundfile
-
     try:
         return soundfile.info(regular_file(file, "audio file")).duration
     except (soundfile.LibsndfileError, UserError):
