@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from opd.data.engine.runner import run_stage
 from opd.data.stages import STAGES, stage_class
-from opd.settings import S, Section, UserError, override, read_yaml, validated
+from opd.settings import S, UserError, override, read_yaml, validated
 
 say = partial(print, flush=True)
 
@@ -171,18 +171,14 @@ def _ending_at_once() -> Iterator[None]:
 
 def describe(name: str) -> str:
     """The settings of a stage, or of `select`, a line each."""
-    section = stage_class(name) if name in STAGES else _selection()
+    if name not in STAGES:
+        from opd.data.select.command import Selection
+    section = stage_class(name) if name in STAGES else Selection
     lines = [f"settings of `opd data {name}`, as key=value or in a YAML file (--config):"]
     for key, field in section.model_fields.items():
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         lines.append(f"  {key:<16} {field.description or ''} ({_kind(field.annotation)}; {default})")
     return "\n".join(lines)
-
-
-def _selection() -> type[Section]:
-    from opd.data.select.command import Selection
-
-    return Selection
 
 
 def _kind(annotation: Any) -> str:

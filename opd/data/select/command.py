@@ -92,26 +92,22 @@ def select(source: str, probes: list[Path], out: Path, settings: Selection) -> l
     counts = np.bincount(found.corpus[chosen], minlength=found.count)
     rows = [
         Row(
-            c,
-            int(sizes[c]),
-            int((found.probe == c).sum()),
-            float(m[c]),
-            None if np.isnan(wer[c]) else float(wer[c]),
-            float(probability[c]),
-            int(counts[c]),
-            [texts[i] for i in np.flatnonzero(found.corpus == c)[:EXAMPLES]],
+            cluster=c,
+            texts=int(sizes[c]),
+            probes=int((found.probe == c).sum()),
+            misalignment=float(m[c]),
+            wer=None if np.isnan(wer[c]) else float(wer[c]),
+            probability=float(probability[c]),
+            chosen=int(counts[c]),
+            examples=[texts[i] for i in np.flatnonzero(found.corpus == c)[:EXAMPLES]],
         )
         for c in range(found.count)
     ]
     odds = probability / (sizes / sizes.sum())  # how much likelier a text of a cluster is drawn than by chance
     of = found.corpus
     picked = [records[i] | {"cluster": str(of[i]), "odds": float(odds[of[i]])} for i in chosen]
-    total = {
-        "texts": len(chosen),
-        "of": len(records),
-        "unusable": len(bad),
-        "hours": float(seconds[chosen].sum() / 3600),
-    }
+    total: dict[str, Any] = {"texts": len(chosen), "of": len(records), "unusable": len(bad)}
+    total |= {"hours": float(seconds[chosen].sum() / 3600)}
     return _write(picked, rows, total, settings, source, out)
 
 

@@ -8,10 +8,10 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import soundfile
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat
 
 from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
@@ -40,15 +40,10 @@ class LoadBenchmark(Stage):
     source: str | None = Field(
         None, description="hub:owner/name, a folder or a .parquet, .jsonl or .json file; none: the benchmark's own"
     )
-    instruction: str = Field(
+    instruction: Annotated[str, AfterValidator(partial(template, names=("question", "options")))] = Field(
         OPTIONS, description="of mmar and mmau, behind the clip: with {question} and {options}, which are listed"
     )
     max_seconds: PositiveFloat = Field(600.0, description="of a clip; what is longer is left out")
-
-    @field_validator("instruction")
-    @classmethod
-    def _whole(cls, value: str) -> str:
-        return template(value, ("question", "options"))
 
     def rows(self, source: str) -> Iterator[tuple[str, Any]]:
         """Rows of the benchmark that `source` names, with what a record needs to know beside its columns."""

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd.data.engine.stage import Drop
+from opd.data.engine.stage import Drop, Record
 from opd.scoring.answers import check_answer
 from opd.scoring.voicebench import TASKS, criteria
 
 Row = dict[str, Any]
-Record = dict[str, Any]
 TURNS = 8  # of a user, at most, in Audio MultiChallenge
 AUDIO = ("audio", "audio_path", "audio_id", "file_name", *(f"user_turn_{k}_audio" for k in range(1, TURNS + 1)))
 UNHEARD = "(a recording)"  # the transcript of what is not only speech

@@ -12,8 +12,7 @@ from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, content_id
 from opd.data.stages.near_duplicates import NearTexts, normal
 from opd.settings import UserError, read_lines
-
-Message = dict[str, Any]
+from opd.types import Message
 
 
 class Columns(NamedTuple):
