@@ -24,7 +24,7 @@ test: lint ## lint, then every test
 test-families: setup ## every speech LLM family against real vLLM and ZeRO-3, on small random checkpoints (20 minutes)
 	.venv/bin/opd families --check
 
-test-gpu: ## the tests that need a GPU, with the installed environment (docs/gpu.md); skipped, with reasons, without one
+test-gpu: ## the tests that need a GPU, with the installed environment (docs/cluster.md); skipped, with reasons, without one
 	python3 -m pytest tests/gpu -s
 
 lint: setup ## ruff and mypy

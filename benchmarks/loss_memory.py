@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from opd.config.objective import ObjectiveConfig
 from opd.objectives.divergences import EXCLUDED
-from opd.objectives.losses import OBJECTIVES, Tokens
+from opd.objectives.losses import LOSSES, Tokens
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import TokenLoss, chunks, summed_loss
 
@@ -126,7 +126,7 @@ def plain(x: Inputs, o: ObjectiveConfig) -> Tensor:
     tokens.top_ids, tokens.top_logp = loss.top_ids, loss.top_logp
     if o.name == "cord":
         tokens.importance = torch.ones(len(x.hidden), device=x.hidden.device)
-    return (OBJECTIVES[o.name](tokens, o).loss * loss.weights).sum()
+    return (LOSSES[o.name](tokens, o).loss * loss.weights).sum()
 
 
 def trl_divergence(x: Inputs, o: ObjectiveConfig) -> Tensor:
@@ -240,7 +240,7 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    whole = [name for name in OBJECTIVES if name != "uld"]  # which is TRL's own, of whole responses
+    whole = [name for name in LOSSES if name != "uld"]  # which is TRL's own, of whole responses
     known = [*whole, *(f"{name},top_k" for name in BETAS)]
     parser.add_argument("--objectives", nargs="+", default=[*whole, "reverse_kl,top_k"], choices=known, metavar="NAME")
     a = parser.parse_args()

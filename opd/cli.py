@@ -9,7 +9,7 @@ from pathlib import Path
 from opd import __version__
 from opd.config.load import load_config
 from opd.data.command import add_data
-from opd.settings import UserError
+from opd.settings import RunFailed, UserError
 
 # libraries that are not of the core, and the extra that brings them
 EXTRA_OF = dict.fromkeys(
@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides = [*args.overrides, *rest]
     try:
         return args.run(args)
-    except UserError as e:
+    except (UserError, RunFailed) as e:
         print(f"opd: error: {e}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(e, UserError) else 1
     except ModuleNotFoundError as e:
         library = (e.name or "").partition(".")[0]
         if library not in EXTRA_OF:
@@ -133,7 +133,7 @@ def _study_command(commands) -> None:
 
 
 def _eval_commands(commands) -> None:
-    text = "measure a student on vLLM servers: what it makes of what it hears, and of what it reads"
+    text = "measure a student on vLLM servers, in the speech view and in the text view"
     measure = _recipe_command(commands, "eval", text, _eval)
     measure.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one goes on")
     measure.add_argument("--no-teacher", action="store_true", help="without what needs the teacher")
@@ -180,15 +180,15 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    from opd import launch
+    from opd.launch import launch
 
-    return launch.main(lambda: launch.launch(args.recipe, args.overrides, args.dry_run, args.plain))
+    return launch(args.recipe, args.overrides, args.dry_run, args.plain)
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from opd import launch
+    from opd.launch import serve
 
-    return launch.main(lambda: launch.serve(args.recipe, args.overrides, args.plain))
+    return serve(args.recipe, args.overrides, args.plain)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -234,17 +234,15 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from opd import launch
     from opd.evaluate import command
 
-    return launch.main(lambda: command.main(args.recipe, args.overrides, args.out, not args.no_teacher, args.plain))
+    return command.main(args.recipe, args.overrides, args.out, not args.no_teacher, args.plain)
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    from opd import launch
     from opd.evaluate.benchmark import command
 
-    return launch.main(lambda: command.main(args.recipe, args.benchmark, args.overrides, args.out, args.plain))
+    return command.main(args.recipe, args.benchmark, args.overrides, args.out, args.plain)
 
 
 def _compare(args: argparse.Namespace) -> int:

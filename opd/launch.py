@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from opd import __version__
@@ -19,22 +17,13 @@ from opd.inference.transfer_folder import sweep
 from opd.processes.cluster import Alone, Cluster, End
 from opd.processes.commands import Command, learner, servers
 from opd.processes.layout import Layout, layout
-from opd.processes.supervise import RunFailed, supervise
+from opd.processes.supervise import conclude, supervise
 from opd.report.command import write_report
 from opd.settings import UserError
 from opd.storage import run_folder
 from opd.storage.checkpoints import split
 from opd.storage.json_lines import read_lines
 from opd.storage.metrics import MetricsLog
-
-
-def main(run: Callable[[], int]) -> int:
-    """The errors of a run as one line."""
-    try:
-        return run()
-    except RunFailed as e:
-        print(f"opd: error: {e}", file=sys.stderr)
-        return 1
 
 
 def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool = False) -> int:
@@ -58,7 +47,7 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
             print(f"checked: {line}", flush=True)
         if is_head:
             (folder / "status.json").unlink(missing_ok=True)
-        return servers(config, where, node), learner(config, recipe, overrides, where, node)
+        return servers(config, where.on(node)), learner(config, recipe, overrides, where, node)
 
     with run_folder.lock(folder, node):
         cluster = _cluster(config, where, node)
@@ -71,11 +60,8 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
                 run_folder.add_launch(folder, began)
     if end.code and is_head:
         _mark(config, end, len(where.hosts))
-    if end.code >= 128:
-        print(f"\n{end.message}; the same command resumes from the last checkpoint", flush=True)
-        return end.code
-    if end.code:
-        raise UserError(end.message) if end.user_error else RunFailed(end.message)
+    if code := conclude(end, "; the same command resumes from the last checkpoint"):
+        return code
     if is_head:
         print(f"wrote {config.run.dir}", flush=True)
         for path in write_report([folder], folder):
@@ -90,18 +76,14 @@ def serve(recipe: str, overrides: list[str], plain: bool) -> int:
     """
     config = load_config(recipe, overrides)
     where, node = layout(config), node_of(config)
-    started = servers(config, where, node)
+    started = servers(config, where.on(node))
     if not started:
         raise UserError(f"{recipe}: no server of it runs on node {node}; see opd launch --dry-run")
     told = [f"rollout.transport={config.rollout.transport}", f"teacher.kind={config.teacher.kind}"]
     for kind, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")):
         told += [f"{key}={json.dumps(urls)}"] if (urls := where.urls(kind)) else []
     print(f"# for the learner, once they are healthy:\n{shlex.join(told)}\n", flush=True)
-    end = supervise(config, lambda: (started, None), Alone(), plain, [])
-    if end.code < 128:
-        raise RunFailed(end.message)
-    print(f"\n{end.message}", flush=True)
-    return end.code
+    return conclude(supervise(config, lambda: (started, None), Alone(), plain, []), "")
 
 
 def _cluster(config: Config, where: Layout, node: int) -> Alone:
@@ -130,7 +112,7 @@ def show(config: Config, recipe: str, overrides: list[str]) -> None:
     """Print what a launch would start, node by node."""
     nodes = placement_of(config).nodes
     if nodes > 1 and not config.launch.hosts:
-        config.launch.hosts = [f"node{n}" for n in range(nodes)]
+        config = config.changed({"launch.hosts": [f"node{n}" for n in range(nodes)]})
         overrides = [*overrides, f"launch.hosts=[{','.join(config.launch.hosts)}]"]
     where = layout(config)
     missing: set[str] = set()
@@ -151,5 +133,5 @@ def show(config: Config, recipe: str, overrides: list[str]) -> None:
         if nodes > 1:
             print(f"## node {node}, {host}\n")
         trainer = learner(config, recipe, overrides, where, node)
-        for command in [*servers(config, where, node, expected), *([trainer] if trainer else [])]:
+        for command in [*servers(config, where.on(node), expected), *([trainer] if trainer else [])]:
             print(f"# {command.name}\n{command.shell()}\n")

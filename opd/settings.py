@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, get_args
+from typing import Any, Self, TextIO, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -56,7 +56,7 @@ def read_text(path: str | Path, kind: str = "text file") -> str:
         return f.read()
 
 
-def read_lines(path: str | Path, kind: str = "text file") -> Iterator[tuple[str, str | ValueError]]:
+def text_lines(path: str | Path, kind: str = "text file") -> Iterator[tuple[str, str | ValueError]]:
     """(place, line) of a user's text file but for blank ones; a ValueError in the place of one that is no UTF-8.
 
     Raises UserError as `open_text` does.
@@ -70,6 +70,10 @@ def read_lines(path: str | Path, kind: str = "text file") -> Iterator[tuple[str,
                 continue
             if text:
                 yield f"{path}:{number}", text
+
+
+class RunFailed(RuntimeError):
+    """A server, the learner or a worker ended badly: the message names it, the cause and the log; exit code 1."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,6 +108,14 @@ class Section(BaseModel):
         """What need not be there is not there when it is written as `""`, as `null`, or as the override `key=`."""
         default = cls.model_fields[info.field_name or ""].default
         return default if value in (None, "") and default in (None, "") else value
+
+    def changed(self, values: dict[str, Any]) -> Self:
+        """A copy with other values, by dotted key such as `rollout.sleep`; what was validated stays as it is."""
+        out = self
+        for key, value in values.items():
+            name, _, rest = key.partition(".")
+            out = out.model_copy(update={name: getattr(out, name).changed({rest: value}) if rest else value})
+        return out
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Shape legend, used in every file:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ class Prompt:
     id: str
     messages: tuple[Message, ...]
     response: str | None = None  # gold response, for `source: dataset` and teacher-forced metrics
+    _: KW_ONLY
     answer: str | None = None  # what an evaluation compares with
     match: Match = "exact"
     group: str = ""
@@ -54,6 +55,7 @@ class Rollout:
     version: int  # of the weights that sampled; -1 when no student sampled it
     truncated: bool  # the length limit ended it, not an end-of-turn token
     seed: int = 0
+    _: KW_ONLY
     top_ids: np.ndarray | None = None  # [T, K] of the sampler's best ids, with objective.top_k of the student
     stands_for: int = 1  # responses, in a mean over responses
 
@@ -63,7 +65,7 @@ class ScoredRollout:
     """A rollout with the teacher's log-probabilities of the same tokens, read in the text view."""
 
     rollout: Rollout
-    teacher_logprobs: np.ndarray | None  # [T] float32; None when the objective reads full rows instead
+    teacher_logprobs: np.ndarray | None  # [T] float32; None when the objective reads logits instead
     top_ids: np.ndarray | None = None  # [T, K] int64 with objective.top_k, -1 where there is none
     top_logprobs: np.ndarray | None = None  # [T, K] float32, the teacher's
 
@@ -76,6 +78,7 @@ class Sample:
     prompt_ids: list[int]  # of the rollout's view, audio placeholders expanded
     clips: list[str]  # keys into Batch.clips, in the order of the placeholders; [] in the text view
     weight: float = 0.0  # of every token of this response in the loss: lambda and the global denominator
+    place: int = -1  # in Batch.samples; -1: it only fills up
 
     @property
     def response_ids(self) -> tuple[int, ...]:

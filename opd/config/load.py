@@ -8,34 +8,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from opd.config.objective import SETTINGS_OF, SHARED, ObjectiveConfig
+from opd.config.needs import asks_teacher
 from opd.config.placement import Placement, _devices, placement_of
-from opd.config.schema import Config
-from opd.settings import UserError, override, read_yaml, validated
+from opd.config.schema import Config, TeacherConfig
+from opd.settings import Section, UserError, override, read_yaml, validated
 from opd.storage import checkpoints as saved
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), teacher: bool = True) -> Config:
     """Read a YAML recipe and apply dotted overrides such as `optim.lr=1e-4`.
 
-    What the recipe leaves to its placement is filled in. `teacher`: False where nothing asks it. Raises UserError that
-    names the file and key, what was expected and what was found.
+    What the recipe leaves open is filled in. `teacher`: False where nothing asks it. Raises UserError that names the
+    file and key, what was expected and what was found.
     """
-    from opd.config.load import place
-
     path = Path(recipe)
     if not path.is_file():
-        raise UserError(
-            f"{recipe}: " + ("expected a recipe file, found none" if path.exists() else "no such recipe file")
-        )
+        found = "expected a recipe file, found none" if path.exists() else "no such recipe file"
+        raise UserError(f"{recipe}: {found}")
     raw = read_yaml(path)
     for item in overrides:
         override(raw, item)
-    config = validated(Config, raw, recipe)
-    place(config, teacher)
-    if not config.run.dir:
-        config.run.dir = _run_dir(path, config)
-    return config
+    config = placed(validated(Config, raw, recipe), teacher)
+    config = _with(config, "run", stage=config.run.stage or config.objective.name)
+    return _with(config, "run", dir=config.run.dir or _run_dir(path, config))
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -44,18 +39,9 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 # What may differ between a run and its resumption.
-NOT_COMPARED: tuple[str, ...] = (
-    "run.dir",
-    "run.overwrite",
-    "rollout.urls",
-    "rollout.transport",
-    "rollout.sleep",
-    "teacher.urls",
-    "teacher.shard",
-    "launch",
-    "metrics",
-    "train.keep_checkpoints",
-    "eval.warn",
+NOT_COMPARED = (
+    *("run.dir", "run.overwrite", "rollout.urls", "rollout.transport", "rollout.sleep"),
+    *("teacher.urls", "teacher.shard", "launch", "metrics", "train.keep_checkpoints", "eval.warn"),
 )
 
 
@@ -119,45 +105,53 @@ def refused(name: str) -> str:
     return ""
 
 
-def place(config: Config, teacher: bool = True) -> None:
-    """Fill in what a recipe leaves to its placement: teacher.kind, rollout.transport and .sleep, launch.processes.
+def placed(config: Config, teacher: bool = True) -> Config:
+    """The recipe with what it leaves to its placement: teacher.kind, rollout.transport and .sleep, launch.processes.
 
     teacher: False where nothing asks the recipe's teacher, which then needs no path.
 
     Raises UserError where the two contradict each other.
     """
-    placement, name = placement_of(config), config.launch.placement
-    _place_teacher(config, placement, teacher)
-    if config.rollout.transport is None:
-        config.rollout.transport = placement.transport
-    if config.rollout.sleep is None:
-        config.rollout.sleep = placement.shared
+    placement, r, processes = placement_of(config), config.rollout, config.launch.processes
+    config = config.model_copy(update={"teacher": _with_kinds(config, placement)})
+    _check_teachers(config, asks_teacher(config) if teacher else "")
+    sleep = placement.shared if r.sleep is None else r.sleep
+    config = _with(config, "rollout", transport=r.transport or placement.transport, sleep=sleep)
     _check_devices(config, placement)
-    if config.launch.processes not in (None, placement.ranks):
-        raise UserError(f"launch.processes {config.launch.processes}: {name} has {placement.ranks} learner ranks")
-    config.launch.processes = placement.ranks
+    if processes not in (None, placement.ranks):
+        raise UserError(f"launch.processes {processes}: {config.launch.placement} has {placement.ranks} learner ranks")
     if config.train.prompts_per_step < placement.ranks:
         raise UserError(
             f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
             f"launch.processes ({placement.ranks}): every learner process needs a prompt"
         )
+    return _with(config, "launch", processes=placement.ranks)
 
 
-def _place_teacher(config: Config, placement: Placement, teacher: bool) -> None:
-    from opd.config.needs import asks_teacher  # which imports this module
+def _with(config: Config, section: str, **values: Any) -> Config:
+    """The same recipe with other values in one of its sections."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
+
+def _with_kinds(config: Config, placement: Placement) -> TeacherConfig:
+    t = config.teacher
+    serves = bool(placement.teacher or t.urls) and not config.objective.reads_logits
+    routes = {
+        key: one.model_copy(update={"kind": one.kind or ("server" if one.urls else "local")})
+        for key, one in t.routes.items()
+    }
+    return t.model_copy(update={"kind": t.kind or ("server" if serves else "local"), "routes": routes})
+
+
+def _check_teachers(config: Config, asked: str) -> None:
+    """Refuse teachers that cannot be what their kind says. `asked`: what asks them, in words; empty: nothing."""
     t, o, name = config.teacher, config.objective, config.launch.placement
-    asked = asks_teacher(config) if teacher else ""
-    if t.kind is None:
-        serves = bool(placement.teacher or t.urls) and not o.reads_logits
-        t.kind = "server" if serves else "local"
     for key, one in t.each.items():
         where = f"teacher.routes.{key}" if key else "teacher"
-        if key:
-            one.kind = one.kind or ("server" if one.urls else "local")
-            if one.kind == "server" and not one.urls:
+        if key and one.kind == "server":
+            if not one.urls:
                 raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
-            if one.kind == "server" and o.reads_logits:
+            if o.reads_logits:
                 raise UserError(f"{where}: objective.name {o.name} reads full-vocabulary logits, which no server gives")
         if one.kind in ("local", "server") and not one.path and asked:
             raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM; {asked}")
@@ -171,8 +165,8 @@ def _place_teacher(config: Config, placement: Placement, teacher: bool) -> None:
             raise UserError(f"{where}.shard: true is for a local teacher, found kind server; set teacher.kind=local")
     if t.kind == "routed" and (not t.routes or t.path or t.urls or (t.shard and o.reference == 0)):
         raise UserError("teacher.kind routed: expected teacher.routes, and path, urls and shard in each of them")
-    if o.name == "uld" and t.kind != "local":
-        raise UserError(f"objective.name uld is for one local teacher, found teacher.kind {t.kind}")
+    if o.about.other_tokenizer and t.kind != "local":
+        raise UserError(f"objective.name {o.name} is for one local teacher, found teacher.kind {t.kind}")
     if t.kind == "server" and asked and not t.urls and not placement_of(config).teacher:
         raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
 
@@ -193,19 +187,14 @@ def unread(config: Config) -> list[str]:
 
     They are allowed: a study's rows share overrides.
     """
-    o, t, r = config.objective, config.teacher, config.rollout
-    idle: dict[str, str] = {k: o.name for k in ObjectiveConfig.model_fields if k not in (*SHARED, *SETTINGS_OF[o.name])}
-    if o.name == "kd" and not o.reads_logits:
-        idle["tau"] = "kd with objective.mu 0"
-    if o.name == "uld" and not o.hybrid:
-        idle["beta"] = "uld without objective.hybrid"
-    found = [
-        f"objective.{k} is not read by {by}"
-        for k, by in idle.items()
-        if getattr(o, k) != ObjectiveConfig.model_fields[k].default
-    ]
-    if t.kind != "routed" and t.field != type(t).model_fields["field"].default:
+    o, t, r, idle = config.objective, config.teacher, config.rollout, config.objective.idle()
+    found = [f"objective.{k} is not read by {idle[k]}" for k in _changed(o) if k in idle]
+    if t.kind != "routed" and "field" in _changed(t):
         found.append(f"teacher.field is not read by teacher.kind {t.kind}")
-    if r.source != "mix" and r.student_share != type(r).model_fields["student_share"].default:
+    if r.source != "mix" and "student_share" in _changed(r):
         found.append(f"rollout.student_share is not read by rollout.source {r.source}")
     return found
+
+
+def _changed(section: Section) -> list[str]:
+    return [k for k, f in type(section).model_fields.items() if getattr(section, k) != f.default]

@@ -32,10 +32,10 @@ def needs_teacher(config: Config) -> bool:
 
 
 def asks_teacher_servers(config: Config) -> bool:
-    """Whether teacher servers work in this run: they grade, or they write a warm start's responses."""
+    """Whether teacher servers work in this run: they score, or they write a warm start's responses."""
     if config.teacher.kind == "server":
         return needs_teacher(config)
-    if config.teacher.kind != "local" or config.objective.name == "uld":  # another tokenizer's ids would be no answer
+    if config.teacher.kind != "local" or config.objective.about.other_tokenizer:  # whose ids would be no answer
         return False
     return config.rollout.teacher_writes and bool(config.teacher.urls or placement_of(config).teacher)
 

@@ -1,7 +1,11 @@
-"""What each objective is: its name, its sources, the settings that it reads, its paper. Imports no torch."""
+"""What each objective is: one record of each, from which all else is read. Imports no torch.
+
+A new objective is a record here, a function of the same name in opd/objectives/losses.py, a line in docs/objectives.md.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -9,12 +13,102 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from opd.settings import Section
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is known of an objective without its loss. docs/objectives.md has the formulas."""
+
+    method: str  # in words, for a model card
+    paper: str = ""  # where that is from
+    sources: tuple[str, ...] = ("student",)  # rollout.source: where its responses may come from
+    reads: Literal["logits", "scores", "nothing"] = "logits"  # of the teacher: its full vocabulary, or what it samples
+    weight: str = ""  # setting that weighs these logits: at 0 it reads nothing of the teacher
+    top_of: Literal["student", "teacher"] | None = None  # with objective.top_k: whose best ids, by scores instead
+    other_tokenizer: bool = False  # its teacher, one local model, has another one; it needs whole responses, no chunks
+    previews: bool = False  # it sees all tokens of a response before it weighs the first
+    settings: tuple[str, ...] = ()  # of `objective`, that not every objective reads
+    needs: dict[str, str] = field(default_factory=dict)  # one of them -> another, without which it is not read
+    # For opd/plan/learner_memory.py, which a test holds to the real ones:
+    tensors: int = 8  # [n, V] of a chunk alive at once, where it reads the teacher's logits
+    mixture: int = 0  # and these, where objective.beta is neither 0 nor 1
+    tempered: int = 0  # and these, at another rollout.temperature than 1
+
+
+X_OPD, WARM_START, GKD = "arXiv 2603.24596", "arXiv 2509.14930", "arXiv 2306.13649"
+ANY_SOURCE = ("student", "teacher", "dataset", "mix")
+OBJECTIVES: dict[str, Objective] = {
+    "sft": Objective("cross-entropy on given responses", sources=("dataset",), reads="nothing"),
+    "kd": Objective(
+        "cross-entropy and forward KL on the teacher's responses, in both views",
+        WARM_START,
+        sources=("teacher", "dataset"),
+        weight="mu",
+        settings=("mu", "tau"),
+        needs={"tau": "mu"},
+        tensors=9,
+    ),
+    "xopd": Objective(
+        "cross-modal on-policy distillation, X-OPD",
+        X_OPD,
+        reads="scores",
+        settings=("advantage_clip", "ratio_max", "ratio_above"),
+        tempered=1,
+    ),
+    "reverse_kl": Objective(
+        "reverse KL on the student's own responses, the dense form of X-OPD",
+        X_OPD,
+        top_of="student",
+        settings=("top_k",),
+    ),
+    "forward_kl": Objective(
+        "forward KL to the teacher", GKD, sources=ANY_SOURCE, top_of="teacher", settings=("top_k",)
+    ),
+    "jsd": Objective(
+        "generalised Jensen-Shannon divergence to the teacher, GKD",
+        GKD,
+        sources=ANY_SOURCE,
+        top_of="teacher",
+        settings=("beta", "top_k"),
+        mixture=4,
+    ),
+    "entropy_aware": Objective(
+        "reverse KL, and forward KL where the teacher is unsure",
+        "arXiv 2603.07079",
+        settings=("entropy_threshold",),
+        tensors=10,
+    ),
+    "cord": Objective(
+        "reverse KL with weights on important and early tokens, CORD",
+        "arXiv 2601.16547",
+        previews=True,
+        settings=("cord_share", "cord_importance", "cord_decay"),
+    ),
+    "salad": Objective(
+        "forward KL and cross-entropy on given responses, SALAD",
+        "arXiv 2510.13632",
+        sources=("dataset",),
+        weight="alpha",
+        settings=("alpha",),
+    ),
+    "uld": Objective(
+        "universal logit distillation from a teacher with another tokenizer",
+        "arXiv 2402.12030",
+        sources=ANY_SOURCE,
+        other_tokenizer=True,
+        settings=("hybrid", "beta"),
+        needs={"beta": "hybrid"},
+        tensors=14,
+    ),
+}
+
+
+# What a model card says of it: in words, and where that is from.
+METHODS = {name: (o.method, o.paper) for name, o in OBJECTIVES.items()}
+
+
 class ObjectiveConfig(Section):
     """The loss (opd/objectives/losses.py) and its settings."""
 
-    name: Literal["sft", "kd", "xopd", "reverse_kl", "forward_kl", "jsd", "entropy_aware", "cord", "salad", "uld"] = (
-        "xopd"
-    )
+    name: Literal[tuple(OBJECTIVES)] = "xopd"  # type: ignore[valid-type]
     lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="weight of the text view; 1 - lambda: speech")
     average: Literal["response", "token"] = Field("response", description="per-response mean, or one mean over tokens")
     reference: float = Field(0.0, ge=0, description="on-policy: weight of KL(student || student at the start)")
@@ -35,72 +129,56 @@ class ObjectiveConfig(Section):
     alpha: float = Field(0.5, ge=0, le=1, description="salad: weight of forward KL; 1 - alpha: of the response's NLL")
 
     @property
-    def divergence_beta(self) -> float:
-        """beta of the generalised JSD that forward_kl and jsd compute."""
-        return 0.0 if self.name == "forward_kl" else self.beta
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether it reads the teacher's full-vocabulary logits, which only a local teacher has."""
-        if self.name in ("reverse_kl", "forward_kl", "jsd"):
-            return self.top_k is None
-        weight = {"kd": self.mu, "salad": self.alpha, "sft": 0.0, "xopd": 0.0}
-        return weight.get(self.name, 1.0) > 0
-
-    @property
-    def asks_teacher(self) -> bool:
-        """Whether it reads anything of the teacher's."""
-        return self.reads_logits or self.name in ("xopd", "reverse_kl", "forward_kl", "jsd")
+    def about(self) -> Objective:
+        """The objective's record."""
+        return OBJECTIVES[self.name]
 
     @property
     def top_of(self) -> Literal["student", "teacher"] | None:
         """Whose best objective.top_k ids it reads, if any."""
-        if self.top_k is None or self.name not in ("reverse_kl", "forward_kl", "jsd"):
-            return None
-        return "student" if self.name == "reverse_kl" else "teacher"
+        return None if self.top_k is None else self.about.top_of
 
+    @property
+    def reads(self) -> Literal["logits", "scores", "nothing"]:
+        """What it reads of the teacher under these settings: full-vocabulary logits, which only a local one has."""
+        weight = self.about.weight
+        if weight and getattr(self, weight) == 0:
+            return "nothing"
+        return "scores" if self.top_of else self.about.reads
 
-# Where an objective's responses may come from.
-SOURCES_OF = {
-    "sft": ("dataset",),
-    "kd": ("teacher", "dataset"),
-    "xopd": ("student",),
-    "reverse_kl": ("student",),
-    "forward_kl": ("student", "teacher", "dataset", "mix"),
-    "jsd": ("student", "teacher", "dataset", "mix"),
-    "entropy_aware": ("student",),
-    "cord": ("student",),
-    "salad": ("dataset",),
-    "uld": ("student", "teacher", "dataset", "mix"),
-}
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads the teacher's full-vocabulary logits, which only a local teacher has."""
+        return self.reads == "logits"
 
-X_OPD, WARM_START, GKD = "arXiv 2603.24596", "arXiv 2509.14930", "arXiv 2306.13649"
-# What objective.name trains by, and where it is from; docs/objectives.md has the formulas.
-METHODS = {
-    "sft": ("cross-entropy on given responses", ""),
-    "kd": ("cross-entropy and forward KL on the teacher's responses, heard and read", WARM_START),
-    "xopd": ("cross-modal on-policy distillation, X-OPD", X_OPD),
-    "reverse_kl": ("reverse KL on the student's own responses, the dense form of X-OPD", X_OPD),
-    "forward_kl": ("forward KL to the teacher", GKD),
-    "jsd": ("generalised Jensen-Shannon divergence to the teacher, GKD", GKD),
-    "entropy_aware": ("reverse KL, and forward KL where the teacher is unsure", "arXiv 2603.07079"),
-    "cord": ("reverse KL with weights on important and early tokens, CORD", "arXiv 2601.16547"),
-    "salad": ("forward KL and cross-entropy on given responses, SALAD", "arXiv 2510.13632"),
-    "uld": ("universal logit distillation from a teacher with another tokenizer", "arXiv 2402.12030"),
-}
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether it reads anything of the teacher's."""
+        return self.reads != "nothing"
 
+    def idle(self) -> dict[str, str]:
+        """Settings that it does not read -> what does not read them, in words."""
+        found = {k: self.name for o in OBJECTIVES.values() for k in o.settings if k not in self.about.settings}
+        for setting, needed in self.about.needs.items():
+            if not getattr(self, needed):
+                off = f"without objective.{needed}" if getattr(self, needed) is False else f"with objective.{needed} 0"
+                found[setting] = f"{self.name} {off}"
+        return found
 
-SHARED = ("name", "lambda_", "average", "reference")  # of `objective`: every objective's
-# The others, by who reads them; docs/objectives.md has them in a column.
-SETTINGS_OF = {
-    "sft": (),
-    "kd": ("mu", "tau"),
-    "xopd": ("advantage_clip", "ratio_max", "ratio_above"),
-    "reverse_kl": ("top_k",),
-    "forward_kl": ("top_k",),
-    "jsd": ("beta", "top_k"),
-    "entropy_aware": ("entropy_threshold",),
-    "cord": ("cord_share", "cord_importance", "cord_decay"),
-    "salad": ("alpha",),
-    "uld": ("hybrid", "beta"),
-}
+    def check(self, source: str, teacher: str | None) -> None:
+        """Raises ValueError when it goes together neither with rollout.source nor with teacher.kind nor with itself."""
+        about = self.about
+        if source not in about.sources:
+            wanted = " or ".join(about.sources)
+            raise ValueError(f"objective.name {self.name} needs rollout.source {wanted}, found {source}")
+        if self.reads_logits and teacher == "server":
+            remedy = f" unless objective.{about.weight} is 0" if about.weight else ""
+            remedy = " unless objective.top_k is set" if about.top_of else remedy
+            kinds = "local" if about.other_tokenizer else "local or self"
+            reads = f"objective.name {self.name} reads full-vocabulary logits{remedy}"
+            raise ValueError(f"{reads}: teacher.kind must be {kinds}, found server")
+        if self.top_k is not None and self.top_of is None:
+            *some, last = [name for name, o in OBJECTIVES.items() if o.top_of]
+            raise ValueError(f"objective.top_k is of {', '.join(some)} and {last}, found objective.name {self.name}")
+        if self.top_of == "teacher" and "beta" in about.settings and self.beta == 1.0:
+            raise ValueError("objective.beta 1 with top_k is infinite: the teacher has no mass on other ids")

@@ -40,9 +40,8 @@ def check(config: Config) -> str:
     if config.run.overwrite:
         return "new"
     if not stored.is_file():
-        made = [
-            n for n in MADE if n != "launches.jsonl"
-        ]  # a launch that ended before its learner began leaves that one
+        # a launch that ended before its learner began leaves launches.jsonl
+        made = [n for n in MADE if n != "launches.jsonl"]
         foreign = [n for n in made if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
         if foreign:
             raise Taken(

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from opd.config.augment import AugmentConfig
 from opd.config.evaluation import EvalConfig
-from opd.config.objective import SOURCES_OF, ObjectiveConfig
+from opd.config.objective import ObjectiveConfig
 from opd.settings import Section
 
 
@@ -44,7 +44,7 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The text LLM that grades, and where it runs."""
+    """The text LLM that scores responses, and where it runs."""
 
     kind: Literal["local", "server", "self", "routed"] | None = Field(
         None, description="none: server where the placement has teacher servers and the objective can use them"
@@ -54,7 +54,7 @@ class TeacherConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     urls: list[str] = Field(
-        [], description="servers that grade, or write a warm start's responses; empty: `opd launch` starts them"
+        [], description="servers that score, or write a warm start's responses; empty: `opd launch` starts them"
     )
     shard: bool = Field(False, description="local, self: ZeRO-3 over the learner's ranks instead of a copy on each")
     batch_tokens: PositiveInt = Field(16384, description="local, self: padded tokens in one forward pass")
@@ -197,23 +197,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        o, source = self.objective, self.rollout.source
-        self.run.stage = self.run.stage or o.name
-        if source not in SOURCES_OF[o.name]:
-            wanted = " or ".join(SOURCES_OF[o.name])
-            raise ValueError(f"objective.name {o.name} needs rollout.source {wanted}, found {source}")
-        if o.reads_logits and self.teacher.kind == "server":
-            remedy = {"kd": " unless objective.mu is 0", "salad": " unless objective.alpha is 0"}.get(o.name, "")
-            remedy = " unless objective.top_k is set" if o.name in ("reverse_kl", "forward_kl", "jsd") else remedy
-            kinds = "local" if o.name == "uld" else "local or self"
-            reads = f"objective.name {o.name} reads full-vocabulary logits{remedy}"
-            raise ValueError(f"{reads}: teacher.kind must be {kinds}, found server")
-        if o.top_k is not None and o.top_of is None:
-            raise ValueError(f"objective.top_k is of reverse_kl, forward_kl and jsd, found objective.name {o.name}")
-        if o.top_k is not None and o.name == "jsd" and o.beta == 1.0:
-            raise ValueError("objective.beta 1 with top_k is infinite: the teacher has no mass on other ids")
-        if o.reference > 0 and not self.rollout.student_writes:
-            raise ValueError(f"objective.reference is for on-policy responses: rollout.source student, found {source}")
+        self.objective.check(self.rollout.source, self.teacher.kind)
+        if self.objective.reference > 0 and not self.rollout.student_writes:
+            found = self.rollout.source
+            raise ValueError(f"objective.reference is for on-policy responses: rollout.source student, found {found}")
         if not self.rollout.urls and self.rollout.server.max_model_len <= self.rollout.max_tokens:
             raise ValueError(
                 f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be more than "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from opd.prompts.augment import Augmenter
 from opd.prompts.clips import ClipLoader
 from opd.prompts.manifest import read_manifest
 from opd.prompts.stream import PromptStream
-from opd.report.html import document
+from opd.report.blocks import Block, Figure, Heading, Paragraph, document
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic
 from opd.types import Prompt, audio_paths, transcript
@@ -35,22 +34,27 @@ def main(recipe: str, overrides: list[str], out: Path, count: int, epochs: int) 
         raise UserError(f"{config.data.train}: no usable record; the first: {bad[0]['place']}: {bad[0]['reason']}")
     augmenter = Augmenter(config.data.augment, config.run.seed, RATE)
     loader = ClipLoader(config, RATE, len(prompts))
-    rows = []
-    for prompt in PromptStream(prompts, min(count, len(prompts)), config.run.seed).batch(0):
+    title = "What training hears"
+    blocks: list[Block] = [Heading(title, 1), Paragraph(f"{recipe}, {config.data.train}")]
+    if not config.data.augment.active:
+        blocks.append(Paragraph("The recipe sets no data.augment: training hears the clips as they are.", "note"))
+    shown = PromptStream(prompts, min(count, len(prompts)), config.run.seed).batch(0)
+    for prompt in shown:
+        blocks.append(Heading(prompt.id))
         try:
-            rows.append(_record(prompt, loader, augmenter, config.data.max_audio_seconds, epochs))
+            blocks += _record(prompt, loader, augmenter, config.data.max_audio_seconds, epochs)
         except types.BadAudio as e:
-            rows.append(f"<h2>{escape(prompt.id)}</h2><p class='warn'>{escape(str(e))}</p>")
+            blocks.append(Paragraph(str(e), "warn"))
     try:
-        write_atomic(out, _page(recipe, config.data.train, config.data.augment.active, rows))
+        write_atomic(out, document(title, blocks))
     except OSError as e:
         raise UserError(f"--out {out}: expected a file that can be written ({e.strerror})") from e
-    print(f"wrote {out}: {len(rows)} records")
+    print(f"wrote {out}: {len(shown)} records")
     return 0
 
 
-def _record(prompt: Prompt, loader: ClipLoader, augmenter: Augmenter, limit: float, epochs: int) -> str:
-    parts = [f"<h2>{escape(prompt.id)}</h2><p>{escape(transcript(prompt))}</p>"]
+def _record(prompt: Prompt, loader: ClipLoader, augmenter: Augmenter, limit: float, epochs: int) -> list[Block]:
+    parts: list[Block] = [Paragraph(transcript(prompt))]
     for place, (path, key) in enumerate(zip(audio_paths(prompt), audio_paths(loader.apart(prompt)), strict=True)):
         clean = audio.load(path, RATE, limit)
         parts.append(_player("as it is", clean))
@@ -61,22 +65,13 @@ def _record(prompt: Prompt, loader: ClipLoader, augmenter: Augmenter, limit: flo
             if told and np.array_equal(heard[key], clean):
                 told = "left as it is: it would get too long"
             parts.append(_player(f"epoch {epoch + 1}: {told or 'as it is'}", heard[key]))
-    return "".join(parts)
+    return parts
 
 
-def _player(what: str, wave: np.ndarray) -> str:
+def _player(what: str, wave: np.ndarray) -> Figure:
     import soundfile
 
     sound = io.BytesIO()
     soundfile.write(sound, wave, RATE, format="WAV", subtype="PCM_16")
     source = f"data:audio/wav;base64,{base64.b64encode(sound.getvalue()).decode()}"
-    told = f"{escape(what)}, {len(wave) / RATE:.2f} s"
-    return f"<figure><figcaption>{told}</figcaption><audio controls preload='none' src='{source}'></audio></figure>"
-
-
-def _page(recipe: str, manifest: str, changed: bool, rows: list[str]) -> str:
-    note = (
-        "" if changed else "<p class='note'>The recipe sets no data.augment: training hears the clips as they are.</p>"
-    )
-    head = f"<h1>What training hears</h1><p>{escape(recipe)}, {escape(manifest)}</p>{note}"
-    return document("What training hears", head + "".join(rows))
+    return Figure(f"{what}, {len(wave) / RATE:.2f} s", sound=source)

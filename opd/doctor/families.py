@@ -9,36 +9,34 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opd.config.load import load_config
-from opd.config.schema import Config
 from opd.models.registry import FAMILIES, Entry
-from opd.processes.commands import learner, student_server
-from opd.processes.guard import serving
+from opd.processes.commands import Command, learner, student_server
+from opd.processes.guard import run, serving
 from opd.processes.layout import Place, layout
+from opd.processes.worker import arguments, worker
 from opd.settings import UserError
+from opd.storage.json_lines import read_lines
 
 AGREE = 1e-4  # nats, float32
+LIMIT_S = 900.0  # for a process of the check
 DIFFER = 0.1  # nats: what a push that was left out must cost
 TOLERANCES = {"parity": AGREE, "zero3": AGREE, "LoRA checkpoint": AGREE, "checkpoint": AGREE, "X-OPD": AGREE}
 PUSHES: dict[str, list[str]] = {"llm": ["llm"], "llm+adapter": ["llm", "adapter"], "all": ["llm", "adapter", "tower"]}
 LORA = ["student.train=[llm]", "student.lora={r: 8, alpha: 64, targets: [q_proj, v_proj]}"]  # parts of a fused layer
 RECIPE: dict[str, Any] = {
-    "teacher": {"kind": "local", "dtype": "float32"},
     "rollout": {"max_tokens": 12, "n": 2, "server": {"max_model_len": 2048}},
     "train": {"steps": 2, "prompts_per_step": 2, "gradient_checkpointing": True},
     "optim": {"lr": 1e-3},
-    "data": {"check": 0},
 }
 SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for ten minutes")
 
@@ -80,10 +78,10 @@ def prove(family: Entry, folder: Path) -> dict[str, Any]:
     recipe = write_recipe(folder, family.clips)
     found: dict[str, Any] = {}
     try:
-        with server(recipe, folder / "student", folder) as url:
-            found |= worker(recipe, folder / "trained", url, processes=2)
-        with server(recipe, folder / "trained", folder) as url:
-            found |= worker(recipe, folder / "trained", url, processes=1)
+        with server(recipe, folder / "student") as url:
+            found |= on_ranks(recipe, folder, url)
+        with server(recipe, folder / "trained") as url:
+            found |= afresh(recipe, folder, url)
         found["X-OPD"] = launch(recipe, folder)
     except ChildProcessError as e:
         found["error"] = str(e)
@@ -146,61 +144,51 @@ def write_recipe(folder: Path, clips: int) -> Path:
         if sum(part["type"] == "audio" for m in chat for part in m["content"] if isinstance(part, dict)) <= clips:
             lines.append(json.dumps({"messages": chat}) + "\n")
     (folder / "prompts.jsonl").write_text("".join(lines))
-    recipe = json.loads(json.dumps(RECIPE))
-    recipe["student"] = {"path": str(folder / "student"), "dtype": "float32"}
-    recipe["teacher"]["path"] = str(folder / "teacher")
-    recipe["data"]["train"] = str(folder / "prompts.jsonl")
+    recipe = {
+        **RECIPE,
+        "student": {"path": f"{folder}/student", "dtype": "float32"},
+        "teacher": {"path": f"{folder}/teacher", "kind": "local", "dtype": "float32"},
+        "data": {"train": f"{folder}/prompts.jsonl", "check": 0},
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
 
 
-@contextlib.contextmanager
-def server(recipe: Path, model: Path, folder: Path) -> Iterator[str]:
+def server(recipe: Path, model: Path) -> AbstractContextManager[str]:
     """URL of a vLLM server that holds `model`, stopped at the end."""
     config = load_config(recipe, [f"student.path={model}"])
     command = student_server(config, Place.here("student"))
-    with serving(command, folder / f"{model.name}-server.log", config.launch.health_timeout_s) as url:
-        yield url
+    return serving(command, model.with_name(f"{model.name}-server.log"), config.launch.health_timeout_s)
 
 
-def worker(recipe: Path, out: Path, url: str, processes: int) -> dict[str, Any]:
-    """Findings of family_worker.py: of two ranks on the student, or of one on the checkpoint that they wrote."""
-    overrides = [f"run.dir={out.parent}/worker", f'rollout.urls=["{url}"]']
-    overrides += ["student.train=[llm, adapter, tower]"]
-    if processes == 1:
-        overrides += [f"student.path={out}", "run.stage=fresh"]
-    config: Config = load_config(recipe, [*overrides, f"launch.processes={processes}"])
+def on_ranks(recipe: Path, folder: Path, url: str) -> dict[str, Any]:
+    """Findings of two learner ranks on the student. They leave a checkpoint, `trained`."""
+    overrides = [f"run.dir={folder}/worker", f'rollout.urls=["{url}"]', "student.train=[llm, adapter, tower]"]
+    config = load_config(recipe, [*overrides, "launch.processes=2"])
     command = learner(config, str(recipe), overrides, layout(config), 0)
     assert command is not None
-    module = command.argv.index("opd.train")
-    argv = [*command.argv[:module], "opd.doctor.family_worker", str(out), *command.argv[module + 1 :]]
-    log = out.parent / f"worker-{processes}.log"
-    return json.loads(_run(argv, command.env, log, out.with_suffix(".json")))
+    found = folder / "ranks.json"
+    given = {"recipe": str(recipe), "overrides": overrides, "out": f"{folder}/trained", "found": str(found)}
+    argv = command.argv[: command.argv.index("opd.train")]
+    argv += arguments("opd.doctor.family_worker:ranks", folder, given)
+    run(Command("ranks", argv, command.env), folder / "ranks.log", LIMIT_S)
+    return json.loads(found.read_text())
+
+
+def afresh(recipe: Path, folder: Path, url: str) -> dict[str, Any]:
+    """Findings of transformers on that checkpoint, which a fresh server holds."""
+    overrides = [f"run.dir={folder}/worker", f'rollout.urls=["{url}"]', f"student.path={folder}/trained"]
+    found = folder / "fresh.json"
+    given = {"recipe": str(recipe), "overrides": overrides, "found": str(found)}
+    run(worker("fresh", "opd.doctor.family_worker:fresh", folder, given), folder / "fresh.log", LIMIT_S)
+    return json.loads(found.read_text())
 
 
 def launch(recipe: Path, folder: Path) -> float:
     """Two steps of X-OPD; the greater of their mean |learner - sampler|."""
-    argv = [
-        sys.executable,
-        "-m",
-        "opd.cli",
-        "launch",
-        str(recipe),
-        f"run.dir={folder}/run",
-        "run.overwrite=true",
-        "--plain",
-    ]
-    lines = _run(argv, {}, folder / "launch.log", folder / "run" / "metrics.jsonl").splitlines()
+    argv = [sys.executable, "-m", "opd.cli", "launch", str(recipe), f"run.dir={folder}/run", "run.overwrite=true"]
+    run(Command("launch", [*argv, "--plain"], {}), folder / "launch.log", LIMIT_S)
+    lines = list(read_lines(folder / "run/metrics.jsonl"))
     if len(lines) != RECIPE["train"]["steps"]:
         raise ChildProcessError(f"launch: expected {RECIPE['train']['steps']} steps, found {len(lines)}")
-    return max(json.loads(line)["mismatch/logprob"] for line in lines)
-
-
-def _run(argv: list[str], env: dict[str, str], log: Path, result: Path) -> str:
-    with open(log, "wb") as f:
-        code = subprocess.run(
-            argv, env={**os.environ, **env}, stdout=f, stderr=subprocess.STDOUT, timeout=900
-        ).returncode
-    if code or not result.is_file():
-        raise ChildProcessError(f"{Path(log).name} ended with exit code {code}, see {log}")
-    return result.read_text()
+    return max(line["mismatch/logprob"] for line in lines)

@@ -1,16 +1,14 @@
-"""One of two learner ranks of `opd families --check`: does the learner agree with vLLM, before and after pushes?
-
-Started by opd/doctor/families.py with torch's launcher. Prints nothing; rank 0 writes its findings as JSON.
-"""
+"""The workers of `opd families --check`: does the learner agree with vLLM, before and after pushes?"""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -19,7 +17,7 @@ from torch import Tensor
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.doctor.families import LORA, PUSHES
-from opd.doctor.probe import Mismatch, PlainStudent, Probe
+from opd.doctor.probe import PlainStudent, Probe, chosen
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family
 from opd.models.context_limit import ContextLimit
@@ -27,12 +25,14 @@ from opd.models.load import family_of
 from opd.models.lora import adapters
 from opd.models.sharding import all_reduce
 from opd.objectives.losses import xopd
+from opd.objectives.micro_batch import MicroBatch
 from opd.prompts.clips import ClipLoader
 from opd.prompts.manifest import read_manifest
+from opd.storage.metrics import MetricsLog
 from opd.train import checkpoint, extensions
-from opd.train.batch import collate, make_batch, make_samples
+from opd.train.batch import make_batch, make_samples
 from opd.train.learner import Learner
-from opd.types import VIEWS, Prompt, Rollout, ScoredRollout, View
+from opd.types import VIEWS, Batch, Prompt, Rollout, Sample, ScoredRollout, View
 
 NOISE = 0.05  # standard deviation of what is added to each weight
 
@@ -44,95 +44,65 @@ class Check(Probe):
         family = family_of(config.student.path)
         super().__init__(config, family, *load_prompts(config, family))
         self.learner = Learner(config, self.family, config.student.path)
-        self.rank, self.world = self.learner.rank, self.learner.world
+        self.model, self.rank, self.world = self.learner.model, self.learner.rank, self.learner.world
 
-    def sample(self) -> list[Rollout]:
-        """Two answers to each prompt in each view, the same list on every rank."""
-        box: list[Any] = [None]
-        if self.rank == 0:
-            box = [super().sample()]
-        dist.broadcast_object_list(box)
-        return box[0]
+    def eval_logits(self, samples: list[Sample]) -> tuple[MicroBatch, Tensor]:
+        return self.learner.eval_logits(samples, self.clips)
 
-    def mismatch(self, rollouts: list[Rollout]) -> Mismatch:
-        """Of the tokens of all rollouts, over all ranks; each of them looks at one rollout at a time."""
-        mine = rollouts[self.rank :: self.world]
-        samples = make_samples([ScoredRollout(r, None) for r in mine], self.clips, self.family)
-        away = []
-        for sample in samples:
-            mb, logits = self.learner.eval_logits([sample], self.clips)
-            logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])[0, :, 0].cpu()
-            away.append((logp - torch.from_numpy(sample.scored.rollout.logprobs)).abs())
-        every = torch.cat(away).double()
-        total, count = all_reduce(torch.tensor([every.sum(), float(len(every))]), "sum").tolist()
-        return Mismatch(total / count, float(all_reduce(every.max(), "max")))
+    def all_gathered(self, trainable_only: bool, device: torch.device | str) -> Iterator[tuple[str, Tensor | None]]:
+        return self.learner.gathered(trainable_only, device)
+
+    def whole(self, parameter: Tensor) -> AbstractContextManager[Any]:
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def noise(self, weights: Tensor) -> float:
+        return NOISE
+
+    def batch(self, rollouts: list[Rollout]) -> Batch:
+        """Of one rank. Any numbers will do for a teacher's where only losses are compared."""
+        scored = [ScoredRollout(r, r.logprobs - 0.5) for r in rollouts if r.logprobs is not None]
+        return make_batch(make_samples(scored, self.clips, self.family), self.clips, self.config)
 
     def sharded_loss(self, rollouts: list[Rollout], path: str) -> float:
         """|loss under ZeRO-3 - loss of the unsharded model of `path`| on one batch, the ranks together."""
-        plain = self.config.model_copy(update={"student": self.config.student.model_copy(update={"lora": None})})
+        plain = self.config.changed({"student.lora": None})
         reference = PlainStudent(plain, family_of(path), self.prompts, self.clips)
-        scored = [ScoredRollout(r, self.graded(r)) for r in rollouts[self.rank :: self.world]]
-        batch = make_batch(make_samples(scored, self.clips, self.family), self.clips, self.config)
+        batch = self.batch(rollouts[self.rank :: self.world])
         losses = []
-        for ours in (True, False):
+        for side in (self, reference):
             total = 0.0
             for part in batch.micro_batches:
-                if ours:
-                    mb, logits = self.learner.eval_logits(part, self.clips)
-                else:
-                    mb = collate(part)
-                    logits = reference.logits(mb)
-                logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])[..., 0]
+                mb, logits = side.eval_logits(part)
+                logp = chosen(mb, logits)
                 total += float((xopd(logp, mb.teacher_logp, logp, mb.sampler_logp).loss * mb.weights).sum())
             losses.append(float(all_reduce(torch.tensor(total, dtype=torch.float64), "sum")))
         return abs(losses[0] - losses[1])
 
-    def graded(self, rollout: Rollout) -> np.ndarray:
-        """Stand-in for a teacher's log-probs: any numbers will do where only two losses are compared."""
-        assert rollout.logprobs is not None
-        return rollout.logprobs - 0.5
-
     def mixed_step(self, rollouts: list[Rollout]) -> float:
         """A gradient step in which one rank has speech only and the other text only; its loss."""
         mine: View = VIEWS[self.rank % 2]
-        scored = [ScoredRollout(r, self.graded(r)) for r in rollouts if r.view == mine]
-        batch = make_batch(make_samples(scored, self.clips, self.family), self.clips, self.config)
-        return self.learner.step(batch, 0)["loss"]
-
-    def perturb(self) -> None:
-        """The same on all ranks."""
-        import deepspeed
-
-        generator = torch.Generator().manual_seed(7)
-        for name, p in self.learner.model.hf.named_parameters():
-            if not p.requires_grad or self.family.part_of(name) not in self.parts:
-                continue
-            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                if self.rank == 0:
-                    p.data.add_(NOISE * torch.randn(p.shape, generator=generator))
-
-    def gathered(
-        self, trainable_only: bool = True, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | None]]:
-        for name, value in self.learner.gathered(trainable_only, device):
-            if self.family.part_of(name) in self.parts:
-                yield name, value
+        return self.learner.step(self.batch([r for r in rollouts if r.view == mine]), 0).metrics["loss"]
 
     def pushes(self, of: dict[str, list[str]]) -> dict[str, list[float]]:
-        """Mismatch of each push of perturbed weights: [when it is left out, afterwards]."""
+        """Greatest mismatch of each push of perturbed weights: [when it is left out, afterwards].
+
+        The last parts stay perturbed, here and on the server: what is saved then is not what was loaded.
+        """
         found = {}
-        sync = WeightSync(self.sampler.servers, self.family, self.config, self.rank)
-        for version, (name, self.parts) in enumerate(of.items(), 1):
-            sync.audio_trained = self.parts != ["llm"]
-            found[name] = [m.greatest for m in self.perturbed_and_pushed(sync, version)]
-        sync.close()
+        with closing(WeightSync(self.sampler.servers, self.family, self.config, self.rank)) as sync:
+            for version, (name, self.parts) in enumerate(of.items(), 1):
+                sync.audio_trained = self.parts != ["llm"]
+                stale, fresh, restored = self.push_and_restore(sync, version)
+                found[name] = [stale.greatest, max(fresh.greatest, restored.greatest)]
+            self.perturb()
+            self.push(sync, len(of) + 1)
         return found
 
 
 def with_adapters(recipe: str, overrides: list[str], base: Path, out: Path) -> dict[str, Any]:
     """The same with LoRA adapters, on the checkpoint `base`, which the server holds; the merged one goes to `out`."""
     check = Check(load_config(recipe, [*overrides, f"student.path={base}", *LORA]))
-    weights: list[Any] = [a.weight for a in adapters(check.learner.model.hf)]
+    weights: list[Any] = [a.weight for a in adapters(check.model.hf)]
     assert weights and all(w.ds_tensor.numel() < w.ds_numel for w in weights), "adapters are not sharded"
     before = check.mismatch(check.sample()).greatest
     ((stale, fresh),) = check.pushes({"LoRA": ["llm"]}).values()
@@ -153,40 +123,31 @@ def load_prompts(config: Config, family: Family) -> tuple[list[Prompt], dict[str
     return prompts, clips
 
 
-def fresh(config: Config) -> dict[str, float]:
-    """Greatest |transformers - vLLM| log-prob of a checkpoint that a fresh server holds."""
+def fresh(log: MetricsLog, recipe: str, overrides: list[str], found: str) -> None:
+    """Greatest |transformers - vLLM| log-prob of a checkpoint that a fresh server holds, to the file `found`."""
+    config = load_config(recipe, overrides)
     family = family_of(config.student.path)
     plain = PlainStudent(config, family, *load_prompts(config, family))
-    return {"checkpoint": plain.mismatch(plain.sample()).greatest}
+    Path(found).write_text(json.dumps({"checkpoint": plain.mismatch(plain.sample()).greatest}))
 
 
-def main() -> None:
-    """`family_worker OUT RECIPE [key=value ...]`; OUT.json takes the findings, OUT/ the checkpoint."""
-    out, recipe, *overrides = sys.argv[1:]
+def ranks(log: MetricsLog, recipe: str, overrides: list[str], out: str, found: str) -> None:
+    """What two learner ranks measure; rank 0 writes it to the file `found`, and the checkpoint to the folder `out`."""
     config = load_config(recipe, overrides)
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-    if config.run.stage == "fresh":
-        Path(f"{out}.json").write_text(json.dumps(fresh(config)))
-        return
-    import deepspeed
-
     extensions.build()
     deepspeed.init_distributed("gloo", verbose=False)
     check = Check(config)
     rollouts = check.sample()
-    found: dict[str, Any] = {"prompts": len(rollouts), "parity": check.mismatch(rollouts).greatest}
-    found["zero3"] = check.sharded_loss(rollouts, config.student.path)
-    found["push"] = check.pushes(PUSHES)
+    told: dict[str, Any] = {"prompts": len(rollouts), "parity": check.mismatch(rollouts).greatest}
+    told["zero3"] = check.sharded_loss(rollouts, config.student.path)
+    told["push"] = check.pushes(PUSHES)
     base = Path(f"{out}-base")
     checkpoint.save_model(check.learner, base)
-    found["mixed"] = check.mixed_step(rollouts)
+    told["mixed"] = check.mixed_step(rollouts)
     lora = with_adapters(recipe, overrides, base, Path(out))
-    found["push"]["LoRA"], found["LoRA checkpoint"] = lora["push"], lora["checkpoint"]
-    found["parity"] = max(found["parity"], lora["parity"])
+    told["push"]["LoRA"], told["LoRA checkpoint"] = lora["push"], lora["checkpoint"]
+    told["parity"] = max(told["parity"], lora["parity"])
     if check.rank == 0:
-        Path(f"{out}.json").write_text(json.dumps(found))
+        Path(found).write_text(json.dumps(told))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

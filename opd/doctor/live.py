@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,14 @@ MAX_TOKENS = 64  # of a response here: enough to compare
 LIMITS = {"float32": (AGREE, AGREE), "bfloat16": (0.05, 1.0)}
 STALE_TIMES = 3.0  # a push that is left out must cost this many times what is left after it
 PAIRS, MOST = 32, 0.75  # responses that the teacher compares, and how often it has to be right
-ROOM = 1.25  # of a model's bytes: what its forward pass takes beside
+FORWARD = 1.25  # times a model's bytes: what it takes with its forward pass
 
 
 def server(facts: Facts) -> str:
     """A live server with the student: the recipe's own, else one on the placement's first rollout devices."""
-    config = facts.config.model_copy(deep=True)
-    config.rollout.max_tokens = min(MAX_TOKENS, config.rollout.max_tokens)
-    facts.asked = config
-    if not facts.heard:
+    config = facts.config
+    config = facts.asked = config.changed({"rollout.max_tokens": min(MAX_TOKENS, config.rollout.max_tokens)})
+    if not facts.records:
         raise UserError("no training record is good enough to be asked")
     if config.rollout.urls:
         return f"running at {', '.join(config.rollout.urls)}"
@@ -52,9 +52,9 @@ def server(facts: Facts) -> str:
         raise Skip("this recipe asks no student server")
     place = place_of("student", config, placement_of(config).rollout)
     if device(config) == "cpu":
-        config.rollout.transport = "file"  # the others take weights from a GPU
+        config = config.changed({"rollout.transport": "file"})  # the others take weights from a GPU
     began = time.monotonic()
-    config.rollout.urls = [start(facts, student_server(config, place))]
+    facts.asked = config.changed({"rollout.urls": [start(facts, student_server(config, place))]})
     return f"vLLM on {where(place)}, ready in {time.monotonic() - began:.0f} s"
 
 
@@ -83,12 +83,12 @@ def start(facts: Facts, command: Command) -> str:
 
 def prompt_ids(facts: Facts) -> str:
     """vLLM reads the same prompt ids as the learner; the sampler compares each request."""
-    facts.probe = probe = PlainStudent(facts.asked, facts.family, facts.heard, facts.clips)
+    facts.probe = probe = PlainStudent(facts.asked, facts.family, facts.records, facts.clips)
     on = device(facts.asked)
-    if on != "cpu" and torch.cuda.mem_get_info(on)[0] > ROOM * probe.bytes:
+    if on != "cpu" and torch.cuda.mem_get_info(on)[0] > FORWARD * probe.bytes:
         probe.to(torch.device(on))
     facts.rollouts = probe.sample()
-    return f"equal in both views of {len(facts.heard)} records; the learner's side is on {probe.device}"
+    return f"equal in both views of {len(facts.records)} records; the learner's side is on {probe.device}"
 
 
 def device(config: Config) -> str:
@@ -102,7 +102,6 @@ def device(config: Config) -> str:
 
 def log_probs(facts: Facts) -> str:
     """The student here and the student in vLLM agree on what was sampled."""
-    assert facts.probe is not None
     found = {v: facts.probe.mismatch([r for r in facts.rollouts if r.view == v]) for v in VIEWS}
     shown = "; ".join(f"{v} {m}" for v, m in found.items()) + f" nats ({expected(facts.config)})"
     if not all(agrees(m, facts.config) for m in found.values()):
@@ -124,8 +123,7 @@ def expected(config: Config) -> str:
 
 def samples(facts: Facts) -> str:
     """Sampled responses hold no banned id and end with a stop id, or were cut at the limit."""
-    family, limit = facts.family, facts.asked.rollout.max_tokens
-    return sampled(facts.rollouts, family, limit)
+    return sampled(facts.rollouts, facts.family, facts.asked.rollout.max_tokens)
 
 
 def sampled(rollouts: list[Rollout], family: Family, limit: int) -> str:
@@ -150,18 +148,8 @@ def sampled(rollouts: list[Rollout], family: Family, limit: int) -> str:
 
 def weight_push(facts: Facts) -> str:
     """New weights reach the server: perturbed ones differ until they are pushed, then agree; so do the originals."""
-    probe, config = facts.probe, facts.asked
-    assert probe is not None
-    originals = probe.originals()
-    sync = WeightSync(probe.sampler.servers, facts.family, config, 0)
-    try:
-        stale, fresh = probe.perturbed_and_pushed(sync, 1)
-    finally:
-        probe.restore(originals)
-        probe.push(sync, 0)
-        sync.close()
-    restored = probe.mismatch(probe.sample())
-    return judge_push(stale, fresh, restored, config)
+    with closing(WeightSync(facts.probe.sampler.servers, facts.family, facts.asked, 0)) as sync:
+        return judge_push(*facts.probe.push_and_restore(sync, 1), facts.asked)
 
 
 def judge_push(stale: Mismatch, fresh: Mismatch, restored: Mismatch, config: Config) -> str:
@@ -178,22 +166,21 @@ def teacher_reads(facts: Facts) -> str:
     """The teacher prefers a record's own response to another's: it reads the transcript."""
     if not needs_teacher(facts.config):
         raise Skip("nothing in this run reads or asks a teacher")
-    facts.probe = None  # its memory is the teacher's
+    del facts.probe  # its memory is the teacher's
     return each_teacher(prefers)(facts)
 
 
 def prefers(facts: Facts) -> str:
     """`teacher_reads` of one teacher."""
-    config = facts.config.model_copy(deep=True)
-    config.teacher.shard = False  # of one process
+    config = facts.config.changed({"teacher.shard": False})  # of one process
     if config.teacher.kind != "self":
-        config.teacher.path = facts.teacher
-    if config.objective.name == "uld":
+        config = config.changed({"teacher.path": facts.teacher})
+    if config.objective.about.other_tokenizer:
         raise Skip("with another tokenizer it gives no log-probs of these tokens")
     on = torch.device(device(config))
     if config.teacher.kind == "server" and not config.teacher.urls:
         place = place_of("teacher", config, placement_of(config).teacher)
-        config.teacher.urls = [start(facts, teacher_server(config, place))]
+        config = config.changed({"teacher.urls": [start(facts, teacher_server(config, place))]})
     itself = ReferenceModel(config, facts.family, on, None) if config.teacher.kind == "self" else None
     teacher = make_teacher(config, facts.family, on, itself)
     return preference(teacher, facts.prompts["data.train"], facts.family, min(MAX_TOKENS, config.rollout.max_tokens))

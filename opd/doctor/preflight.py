@@ -26,7 +26,7 @@ from opd.settings import UserError
 from opd.teachers.routes import route_of
 from opd.types import Prompt, audio_paths
 
-HEARD = 8  # training records that are kept with their clips for what comes after
+KEPT = 8  # training records that are kept with their clips for what comes after
 
 
 def check(config: Config) -> list[str]:
@@ -261,7 +261,7 @@ def _decode(facts: Facts, key: str, limit: ContextLimit) -> str:
     size = config.data.check if key == "data.train" and config.data.check else len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
     found = [f"{b['place']}: {b['reason']}" for b in bad]
-    long, longest, seconds = 0, 0, [0.0]
+    long, longest, seconds = 0, 0, list[float]()
     for prompt in chosen:
         try:
             waves = {p: audio.load(p, rate, config.data.max_audio_seconds) for p in audio_paths(prompt)}
@@ -273,11 +273,12 @@ def _decode(facts: Facts, key: str, limit: ContextLimit) -> str:
             found.append(f"{prompt.place}: {e}")
             _refuse(config, key, len(found), len(chosen) + len(bad), f"{prompt.place}: {e}")
             continue
-        if key == "data.train" and len(facts.heard) < HEARD:
-            facts.heard.append(prompt)
+        if key == "data.train" and len(facts.records) < KEPT:
+            facts.records.append(prompt)
             facts.clips |= waves
-    room_left = "" if limit.max_model_len is None else f" + {limit.max_tokens} of {limit.max_model_len}"
-    heard = seconds[1:]
-    length = f"clips of {min(heard):.1f} to {max(heard):.1f} s, {np.mean(heard):.1f} on average, " if heard else ""
+    beside = "" if limit.max_model_len is None else f" + {limit.max_tokens} of {limit.max_model_len}"
+    length = ""
+    if seconds:
+        length = f"clips of {min(seconds):.1f} to {max(seconds):.1f} s, {np.mean(seconds):.1f} on average, "
     counts = f"{key}: {len(chosen)} of {len(prompts)} decoded, {len(found)} bad, {long} of them too long, "
-    return "\n  bad: ".join([f"{counts}{length}at most {longest} prompt ids{room_left}", *found])
+    return "\n  bad: ".join([f"{counts}{length}at most {longest} prompt ids{beside}", *found])

@@ -12,7 +12,7 @@ from opd.settings import UserError
 from opd.teachers.tokenizers import TEXTS, check_tokenizers, text_prompt_ids
 from opd.types import BadAudio, Message, Prompt, render
 
-RECORDS = 64  # of the manifest, whose texts are put into ids
+FIRST = 64  # records of the manifest, whose texts are put into ids
 ASK: Message = {"role": "user", "content": [{"type": "text", "text": "What is 12 plus 3?"}]}
 ANSWER, ASK_AGAIN = "Fifteen.", {"role": "user", "content": [{"type": "text", "text": "And 4 more?"}]}
 IdsOf = Callable[[list[Message]], list[int]]
@@ -21,15 +21,15 @@ IdsOf = Callable[[list[Message]], list[int]]
 def tokenizers(facts: Facts) -> str:
     """Both tokenizers give the same ids the same meaning, and the same ids to the same texts.
 
-    With objective uld, that their texts can be aligned.
+    With an objective for another tokenizer, that their texts can be aligned.
     """
     if facts.config.teacher.kind == "self":
         return "the teacher is the student"
-    if facts.config.objective.name == "uld":
+    if facts.config.objective.about.other_tokenizer:
         from opd.teachers.tokenizers import check_byte_level
 
         check_byte_level(facts.family, facts.tokenizer, facts.teacher)
-        return "both are byte-level: objective uld aligns them"
+        return f"both are byte-level: objective {facts.config.objective.name} aligns them"
     found = texts(facts)
     check_tokenizers(facts.family, facts.tokenizer, facts.teacher, found)
     return f"same tokens, and the same ids for {len(found)} texts"
@@ -40,17 +40,17 @@ def texts(facts: Facts) -> list[str]:
 
     Composed (NFC): one of two tokenizers with the same tokens may compose by itself, which changes no meaning.
     """
-    records = facts.prompts.get("data.train", [])[:RECORDS]
+    records = facts.prompts.get("data.train", [])[:FIRST]
     return [*TEXTS, *(unicodedata.normalize("NFC", t) for p in records for t in (*_spoken(p), p.response) if t)]
 
 
 def templates(facts: Facts) -> str:
     """The chat templates hold the text view and a generation prompt that a reply can follow."""
-    both, other = sides(facts), facts.config.objective.name == "uld"
+    both, other = sides(facts), facts.config.objective.about.other_tokenizer
     for name, tok, ids_of in both:
         end_of_turn(name, tok, ids_of)
     different = None
-    records = facts.prompts["data.train"][:RECORDS]
+    records = facts.prompts["data.train"][:FIRST]
     for prompt in records:
         view = render(prompt, "text")
         try:
@@ -124,7 +124,7 @@ def stop_ids(facts: Facts) -> str:
         raise UserError(
             f"student.path {facts.student}: neither generation_config.json nor its tokenizer names a stop id"
         )
-    other = facts.config.objective.name == "uld"  # then the teacher's stop id is its tokenizer's own
+    other = facts.config.objective.about.other_tokenizer  # then the teacher's stop id is its tokenizer's own
     ours = names(family.tokenizer)
     theirs = ours if other else names(both[-1][1])
     shown = ", ".join(f"{i} {ours.get(i)!r}" for i in eos)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from opd.evaluate.results import Term
+from opd.scoring.statistics import LEVEL
 
 RESAMPLES = 10_000
-LEVEL = 0.95
 BLOCK = 4_000_000  # counts of questions in memory at a time
 
 

@@ -24,9 +24,8 @@ from opd.evaluate.records import (
     settings,
     write_records,
 )
-from opd.processes.supervise import RunFailed
 from opd.processes.with_servers import ask
-from opd.settings import UserError
+from opd.settings import RunFailed, UserError
 from opd.storage import run_folder
 from opd.storage.journal import Journal
 from opd.storage.json_lines import write_atomic
@@ -48,7 +47,8 @@ def main(recipe: str, overrides: list[str], out: Path, teacher: bool = True, pla
         claim(out, found)
         if missing := sum(i.key not in _measured(out, items) for i in items):
             print(f"{missing} of {len(items)} records to measure", flush=True)
-            if code := _measure(config, recipe, overrides, out, plain):
+            given = {"recipe": recipe, "overrides": overrides, "teacher": teacher}
+            if code := ask(config, "evaluation", "opd.evaluate.worker:run", given, plain):
                 return code
         write(config, out, items, found, time.monotonic() - began)
     return 0
@@ -58,14 +58,9 @@ def _measured(out: Path, items: list[Item]) -> dict[str, dict[str, Any]]:
     """What is measured of the items, by key."""
     journal = Journal(out / "measured", 0)
     try:
-        return {i.key: journal[i.key]["record"] for i in items if i.key in journal}
+        return {i.key: results.renamed(journal[i.key]["record"]) for i in items if i.key in journal}
     finally:
         journal.close()
-
-
-def _measure(config: Config, recipe: str, overrides: list[str], out: Path, plain: bool) -> int:
-    flags = [] if config.teacher.kind == "server" else ["--no-teacher"]
-    return ask(config, "evaluation", ["opd.evaluate.worker", *flags, recipe, str(out), *overrides], plain)
 
 
 def write(config: Config, out: Path, items: list[Item], found: dict[str, Any], seconds: float) -> None:
@@ -77,7 +72,7 @@ def write(config: Config, out: Path, items: list[Item], found: dict[str, Any], s
     content = summary(lines, config.eval.groups, config.eval.bins)
     about = yaml.safe_load((out / SETTINGS).read_text())
     content = {"settings": found, **{k: about[k] for k in ("versions", "git_commit")}, **content}
-    evaluation = {"stage": "eval", "step": 0, "seconds": round(seconds, 1), "estimator": "sampled"}
+    evaluation = {"stage": "eval", "step": 0, "seconds": round(seconds, 1)}
     evaluation |= content["metrics"] | {k: content[k] for k in ("parts", "groups", "counts")}
     held = (out / RECORDS).read_bytes().count(b"\n") if (out / RECORDS).is_file() else 0
     if held > len(lines):

@@ -11,11 +11,11 @@ from typing import Any
 from opd.evaluate import page
 from opd.evaluate.bootstrap import RESAMPLES, paired
 from opd.evaluate.records import RECORDS, SETTINGS, differing, read_records, stored
-from opd.evaluate.results import DIVERGENCES, Record, metrics, term
+from opd.evaluate.results import METRICS, Record, metrics, sampled, term
 from opd.report.runs import read_run, section
 from opd.scoring.statistics import Estimate
 from opd.settings import UserError
-from opd.storage.json_lines import write_atomic
+from opd.storage.json_lines import finite, write_atomic
 from opd.storage.metrics import EVAL_METRICS
 
 MEASURED = {  # settings of an evaluation that say how it measures, not what; by their names in a recipe
@@ -25,7 +25,6 @@ MEASURED = {  # settings of an evaluation that say how it measures, not what; by
     "max_tokens": "rollout.max_tokens",
     "max_audio_seconds": "data.max_audio_seconds",
 }
-SAMPLED = " (sampled)"  # divergences of `opd eval`: another definition than a run's own
 
 
 @dataclass
@@ -47,7 +46,7 @@ def main(folders: list[Path], out: Path | None, common: bool, seed: int = 0, unl
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / "compare.json", json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n")
+            write_atomic(out / "compare.json", json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
             write_atomic(out / "compare.html", page.compare_page(content))
         except OSError as e:
             raise UserError(f"--out {out}: cannot write there ({e.strerror}); name another folder") from e
@@ -93,7 +92,7 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
 
 
 def _order() -> list[str]:
-    return [m for n in EVAL_METRICS for m in ((n, n + SAMPLED) if n in DIVERGENCES else (n,))]
+    return [m for n in EVAL_METRICS for m in (n, sampled(n))]
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -111,7 +110,7 @@ def _read(folder: Path, name: str) -> Column:
             raise UserError(f"{folder}: expected {SETTINGS} of an evaluation beside {RECORDS}, found none")
         how = {recipe: settings.get(k) for k, recipe in MEASURED.items()} | {"version": settings.get("version")}
         column = Column(name, folder, {}, {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
-        column.metrics = _measured(column)
+        column.metrics = metrics(records)
         return column
     if not (folder / "config.yaml").is_file():
         there = "nothing" if not folder.exists() else "neither"
@@ -124,11 +123,6 @@ def _read(folder: Path, name: str) -> Column:
     found = {n: last[n] for n in EVAL_METRICS if last.get(n)}
     how = {f"{a}.{b}": section(run.config, a).get(b) for a, b in (k.split(".") for k in MEASURED.values())}
     return Column(name, folder, found, measured_on=run.records, how=how)
-
-
-def _measured(column: Column) -> dict[str, Estimate]:
-    found = metrics(list(column.records.values()))
-    return {n + SAMPLED if n in DIVERGENCES else n: e for n, e in found.items()}
 
 
 def _measured_alike(columns: list[Column], unlike: bool) -> list[str]:
@@ -164,13 +158,13 @@ def _same_records(evaluations: list[Column], common: bool) -> list[str]:
     told = ", ".join(f"{c.name} of {len(c.records)}" for c in evaluations)
     for c in evaluations:
         c.records = {k: r for k, r in c.records.items() if k in shared}
-        c.metrics = _measured(c)
+        c.metrics = metrics(list(c.records.values()))
     return [f"Restricted to the {len(shared)} records that the evaluations share: {told}."]
 
 
 def _differences(first: Column, other: Column, seed: int) -> dict[str, Any]:
     out = {}
-    for name in EVAL_METRICS:
+    for name in METRICS:
         pairs = [
             (a, b, r["question"])
             for key, r in first.records.items()
@@ -180,14 +174,5 @@ def _differences(first: Column, other: Column, seed: int) -> dict[str, Any]:
             continue
         ours, theirs, asked = [a for a, _, _ in pairs], [b for _, b, _ in pairs], [q for _, _, q in pairs]
         if found := paired(name, ours, theirs, asked, seed):
-            out[name + SAMPLED if name in DIVERGENCES else name] = found
+            out[name] = found
     return out
-
-
-def _plain(node: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(node, dict):
-        return {k: _plain(v) for k, v in node.items()}
-    if isinstance(node, list):
-        return [_plain(v) for v in node]
-    return None if isinstance(node, float) and node != node else node

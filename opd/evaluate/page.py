@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from html import escape
 from typing import Any
 
-from opd.report.html import document, table, table_row
+from opd.report.blocks import Block, Details, Heading, Paragraph, Table, document
 from opd.scoring.statistics import Estimate
 
 TITLES = {
@@ -22,6 +21,7 @@ TITLES = {
     "length/speech": "length, spoken",
     "length/text": "length, typed",
 }
+RULE = "by the rule"
 UNITS = "Accuracy and retention in %, drops in % of the teacher's, divergences in nats per token, lengths in tokens."
 ERRORS = "± is one standard error over questions: recordings of one question count as one."
 SAMPLED = (
@@ -32,8 +32,8 @@ SAMPLED = (
 
 def title(metric: str) -> str:
     """A metric's name for readers."""
-    plain = metric.removesuffix(" (sampled)")
-    return TITLES.get(plain, plain) + metric[len(plain) :]
+    plain = metric.removesuffix("/sampled")
+    return TITLES.get(plain, plain) + (" (sampled)" if metric != plain else "")
 
 
 def number(metric: str, value: float | None, sign: bool = False) -> str:
@@ -73,32 +73,54 @@ def shown_p(p: float) -> str:
 
 def eval_text(content: dict[str, Any]) -> str:
     """The metrics and the tables by group, for a terminal."""
+    metrics, *others = _eval_tables(content)
+    rules = [f"\n{_columns(table)}\n" for table in others if table.heads[0] == RULE]
+    groups = [f"\n{_columns(table)}" for table in others if table.heads[0] != RULE]
+    return "\n".join([_columns(metrics), *rules, *notes(content), *groups])
+
+
+def eval_page(content: dict[str, Any]) -> str:
+    """One HTML document from the content of eval.json."""
+    models = content["settings"]
+    who = ", ".join(f"{k} {models[k]['path']}" for k in ("student", "teacher") if k in models)
+    metrics, *tables = _eval_tables(content)
+    blocks: list[Block] = [Heading("opd eval", 1), Paragraph(who), metrics]
+    for table in tables:
+        blocks += [Heading(table.heads[0].capitalize()), table]
+    blocks.append(Heading("Wrong when heard, right when read"))
+    if shown := content["examples"]:
+        rows = [[e["id"], e["question"], e["answer"] or "–", e["speech"], e["text"]] for e in shown]
+        about = f"{len(shown)} of {content['failures']}, in turn from every group."
+        blocks.append(Table(["record", "question", "expected", "heard", "read"], rows, about, "text"))
+    else:
+        blocks.append(Paragraph("None."))
+    settings = {k: content[k] for k in ("settings", "versions", "git_commit", "counts") if k in content}
+    return document("opd eval", [*blocks, Details("settings", [json.dumps(settings, indent=2)])], "wide")
+
+
+def _eval_tables(content: dict[str, Any]) -> list[Table]:
+    """The metrics, further numbers of the rules by view where there are any, and the metrics by each field."""
     rows = [[title(n), cell(n, e), str(e.get("n", ""))] for n, e in content["metrics"].items()]
-    parts = [columns([["", "value", "records"], *rows])]
-    if content["parts"]:
-        parts += ["", columns([["by the rule", *_views(content)], *_parts(content)]), ""]
-    parts += notes(content)
+    tables = [Table(["", "value", "records"], rows, " ".join(notes(content)))]
+    if parts := content["parts"]:
+        views = list(dict.fromkeys(view for by in parts.values() for view in by))
+        rows = [[name, *(cell("", by.get(view)) for view in views)] for name, by in parts.items()]
+        tables.append(Table([RULE, *views], rows, ERRORS))
     for field, groups in content["groups"].items():
-        names = _names(groups)
-        lines = [[group, *(cell(n, m.get(n)) for n in names), _count(m)] for group, m in groups.items()]
-        parts += ["", columns([[f"by {field}", *map(title, names), "records"], *lines])]
-    return "\n".join(parts)
+        names = list(dict.fromkeys(n for m in groups.values() for n in m))
+        rows = [[group, *(cell(n, m.get(n)) for n in names), _count(m)] for group, m in groups.items()]
+        tables.append(Table([f"by {field}", *map(title, names), "records"], rows, ERRORS))
+    return tables
 
 
-def _views(content: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(view for by in content["parts"].values() for view in by))
-
-
-def _parts(content: dict[str, Any]) -> list[list[str]]:
-    """Further numbers of the rules, a row each, by view."""
-    views = _views(content)
-    return [[name, *(cell("", by.get(view)) for view in views)] for name, by in content["parts"].items()]
+def _count(m: dict[str, Estimate]) -> str:
+    return str(next((e["n"] for e in m.values() if e.get("n") is not None), 0))
 
 
 def notes(content: dict[str, Any]) -> list[str]:
     """What a reader has to know of how the numbers came about."""
     c, found = content["counts"], [UNITS, ERRORS]
-    if any(n in content["metrics"] for n in ("misalignment", "forgetting", "reverse_kl/speech")):
+    if any(n.endswith("/sampled") for n in content["metrics"]):
         found.append(SAMPLED)
     for name, n in c["left_out"].items():
         found.append(f"{title(name)}: {n} records left out, whose response the server reads as other tokens.")
@@ -110,80 +132,45 @@ def notes(content: dict[str, Any]) -> list[str]:
     return found
 
 
-def eval_page(content: dict[str, Any]) -> str:
-    """One HTML document from the content of eval.json."""
-    models = content["settings"]
-    who = ", ".join(f"{k} {models[k]['path']}" for k in ("student", "teacher") if k in models)
-    rows = [table_row(title(n), [cell(n, e), str(e.get("n", ""))]) for n, e in content["metrics"].items()]
-    body = [f"<h1>opd eval</h1><p>{escape(who)}</p>", table(["", "value", "records"], rows, " ".join(notes(content)))]
-    if content["parts"]:
-        lines = [table_row(name, cells) for name, *cells in _parts(content)]
-        body += ["<h2>By the rule that graded</h2>", table(["", *_views(content)], lines, ERRORS)]
-    for field, groups in content["groups"].items():
-        names = _names(groups)
-        lines = [table_row(g, [*(cell(n, m.get(n)) for n in names), _count(m)]) for g, m in groups.items()]
-        body += [f"<h2>By {escape(field)}</h2>", table([field, *map(title, names), "records"], lines, ERRORS)]
-    body += ["<h2>Wrong when heard, right when read</h2>", _examples(content)]
-    about = {k: content[k] for k in ("settings", "versions", "git_commit", "counts") if k in content}
-    body.append(f"<details><summary>settings</summary><pre>{escape(json.dumps(about, indent=2))}</pre></details>")
-    return _document("opd eval", body)
-
-
-def _names(groups: dict[str, dict[str, Estimate]]) -> list[str]:
-    return list(dict.fromkeys(n for m in groups.values() for n in m))
-
-
-def _count(m: dict[str, Estimate]) -> str:
-    return str(next((e["n"] for e in m.values() if e.get("n") is not None), 0))
-
-
-def _examples(content: dict[str, Any]) -> str:
-    shown, count = content["examples"], content["failures"]
-    if not shown:
-        return "<p>None.</p>"
-    heads = ["record", "question", "expected", "heard", "read"]
-    rows = [table_row(e["id"], [e["question"], e["answer"] or "–", e["speech"], e["text"]]) for e in shown]
-    return table(heads, rows, f"{len(shown)} of {count}, in turn from every group.", "text")
-
-
 # ---- opd compare ----------------------------------------------------------------------------------------------------
 
 
 def compare_text(content: dict[str, Any]) -> str:
     """The table of all metrics and the differences to the first folder, for a terminal."""
-    cols, names = content["columns"], content["names"]
-    rows = [[title(n), *(cell(n, c["metrics"].get(n)) for c in cols)] for n in names]
-    parts = [columns([["", *(c["name"] for c in cols)], *rows])]
-    for name, found in content["differences"].items():
-        lines = [[title(n), against(n, found[n]), str(found[n]["records"])] for n in names if n in found]
-        parts += ["", columns([[f"{name} - {cols[0]['name']}", "difference, 95 % interval", "records"], *lines])]
-    return "\n".join([*parts, UNITS, ERRORS, *content["notes"]])
+    metrics, *differences = _compare_tables(content)
+    short = [Table(t.heads[:3], [row[:3] for row in t.rows]) for t in differences]  # the page has questions too
+    return "\n".join(["\n\n".join(map(_columns, [metrics, *short])), UNITS, ERRORS, *content["notes"]])
 
 
 def compare_page(content: dict[str, Any]) -> str:
     """One HTML document from the content of compare.json."""
+    metrics, *differences = _compare_tables(content)
+    blocks: list[Block] = [Heading("opd compare", 1), metrics]
+    for table in differences:
+        blocks += [Heading(table.heads[0]), table]
+    folders = Table(["", "folder"], [[c["name"], c["folder"]] for c in content["columns"]], kind="text")
+    return document("opd compare", [*blocks, folders], "wide")
+
+
+def _compare_tables(content: dict[str, Any]) -> list[Table]:
+    """All metrics side by side, and for each folder but the first its differences to that."""
     cols, names = content["columns"], content["names"]
-    rows = [table_row(title(n), [cell(n, c["metrics"].get(n)) for c in cols]) for n in names]
-    about = " ".join([UNITS, ERRORS, *content["notes"]])
-    body = ["<h1>opd compare</h1>", table(["", *(c["name"] for c in cols)], rows, about)]
+    rows = [[title(n), *(cell(n, c["metrics"].get(n)) for c in cols)] for n in names]
+    tables = [Table(["", *(c["name"] for c in cols)], rows, " ".join([UNITS, ERRORS, *content["notes"]]))]
     for name, found in content["differences"].items():
         shown = [(n, found[n]) for n in names if n in found]
-        lines = [table_row(title(n), [against(n, d), str(d["records"]), str(d["questions"])]) for n, d in shown]
-        body.append(f"<h2>{escape(name)} − {escape(cols[0]['name'])}</h2>")
-        body.append(table(["", "difference [95 % interval], p", "records", "questions"], lines, ""))
-    folders = [table_row(c["name"], [c["folder"]]) for c in cols]
-    return _document("opd compare", [*body, table(["", "folder"], folders, "", "text")])
+        rows = [[title(n), against(n, d), str(d["records"]), str(d["questions"])] for n, d in shown]
+        heads = [f"{name} - {cols[0]['name']}", "difference, 95 % interval", "records", "questions"]
+        tables.append(Table(heads, rows))
+    return tables
 
 
-def columns(rows: list[list[str]]) -> str:
-    """Rows of cells in aligned columns, the first to the left."""
+def _columns(table: Table) -> str:
+    """A table in aligned columns, the first to the left."""
+    rows = [table.heads, *table.rows]
     widths = [max(map(len, some)) for some in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def _document(name: str, body: list[str]) -> str:
-    return document(name, "".join(body), " body { max-width: 80rem; }")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from opd.config.load import load_config
 from opd.config.schema import Config
+from opd.evaluate.results import renamed
 from opd.processes.with_servers import served
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
@@ -205,7 +206,7 @@ def write_records(out: Path, lines: list[dict[str, Any]]) -> None:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The lines of an evaluation's records.jsonl. Raises UserError naming file and line."""
-    found = list(read_lines(folder / RECORDS, Line))
+    found = [renamed(r) for r in read_lines(folder / RECORDS, Line)]
     if not found:
         raise UserError(f"{folder / RECORDS}: expected the records of an evaluation, found none; run `opd eval` again")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from statistics import quantiles
 from typing import Any
 
@@ -14,13 +15,30 @@ from opd.storage.metrics import EVAL_METRICS
 
 Record = dict[str, Any]
 Term = tuple[float, float]  # numerator and denominator: a metric is a ratio of their sums
-DIVERGENCES = ("misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text")
-GROUPED = ("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech", "misalignment", "forgetting")
+OF_LOGITS = ("misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text")  # in a run: of full logits
 FEW = 12  # values of a field at most that is tabulated unasked
 EXAMPLES = 20
 WORSE = 0.5
 NONE = "(none)"
 VIEWS = ("speech", "text", "teacher")
+
+
+def sampled(name: str) -> str:
+    """Name of a divergence estimated along one sampled response a record, which is another number than a run's own."""
+    return f"{name}/sampled"
+
+
+DIVERGENCES = tuple(map(sampled, OF_LOGITS))
+METRICS = tuple(sampled(n) if n in OF_LOGITS else n for n in EVAL_METRICS)  # of an evaluation by `opd eval`
+GROUPED = (
+    *("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech"),
+    *(sampled("misalignment"), sampled("forgetting")),
+)
+
+
+def renamed(r: Record) -> Record:
+    """A record of before, when its divergences had the names of a run's own, under the names of today."""
+    return {sampled(k) if k in OF_LOGITS else k: v for k, v in r.items()}
 
 
 def term(name: str, r: Record) -> Term | None:
@@ -65,25 +83,27 @@ def estimate(name: str, records: Sequence[Record]) -> Estimate | None:
     found = [(t, r["question"]) for r in records if (t := term(name, r)) is not None]
     if not found:
         return None
-    tops, bottoms, asked = [t[0] for t, _ in found], [t[1] for t, _ in found], [q for _, q in found]
+    terms, asked = zip(*found, strict=True)
+    tops, bottoms = zip(*terms, strict=True)
     if name.startswith("drop/"):
         return drop(tops, bottoms, asked) | {"n": len(found)}
     return ratio_stderr(tops, bottoms, asked)
 
 
-def metrics(records: Sequence[Record], names: Sequence[str] = EVAL_METRICS) -> dict[str, Estimate]:
+def metrics(records: Sequence[Record], names: Sequence[str] = METRICS) -> dict[str, Estimate]:
     """All metrics that the records have, by the names of an evaluation."""
     return {n: e for n in names if (e := estimate(n, records)) is not None}
 
 
 def counts(records: Sequence[Record]) -> dict[str, Any]:
     """What was left out, cut off, or judged with nonsense."""
-    found: dict[str, Any] = {"records": dict(Counter(r["part"] for r in records))}
-    found["left_out"] = {n: sum(n in r and r[n] is None for r in records) for n in DIVERGENCES}
     views = [(v, a) for r in records for v, a in r["views"].items()]
-    found["truncated"] = {v: sum(a["truncated"] for w, a in views if w == v) for v in VIEWS}
-    found["nonsense"] = sum(a["right"] is None for _, a in views)
-    return {k: {n: c for n, c in v.items() if c} if isinstance(v, dict) else v for k, v in found.items()}
+    return {
+        "records": dict(Counter(r["part"] for r in records)),
+        "left_out": dict(Counter(n for n in DIVERGENCES for r in records if n in r and r[n] is None)),
+        "truncated": dict(Counter(w for w in VIEWS for v, a in views if v == w and a["truncated"])),
+        "nonsense": sum(a["right"] is None for _, a in views),
+    }
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------
@@ -155,13 +175,9 @@ def examples(records: Sequence[Record], limit: int = EXAMPLES) -> list[dict[str,
     by_group: dict[str, list[Record]] = {}
     for r in found:
         by_group.setdefault(r["fields"].get("group", ""), []).append(r)
-    turns = [r for place in range(max(map(len, by_group.values()), default=0)) for r in _nth(by_group, place)]
+    turns = [r for place in zip_longest(*(some for _, some in sorted(by_group.items()))) for r in place if r]
     keys = ("id", "question", "answer")
     return [{k: r[k] for k in keys} | {v: a["text"] for v, a in r["views"].items()} for r in turns[:limit]]
-
-
-def _nth(by_group: dict[str, list[Record]], place: int) -> list[Record]:
-    return [some[place] for _, some in sorted(by_group.items()) if place < len(some)]
 
 
 def failures(records: Sequence[Record]) -> int:

@@ -1,15 +1,13 @@
-"""The process that measures: asks the servers, grades, and keeps every record as soon as it is measured.
+"""The process that measures: asks the servers, scores, and keeps every record as soon as it is measured.
 
 It loads tokenizers and the processor, no model. Shape legend in opd/types.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 import zlib
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from opd.config.schema import Config
 from opd.doctor import preflight
 from opd.doctor.checks import Facts
 from opd.evaluate.records import Item, eval_config, read_items
+from opd.evaluate.results import sampled
 from opd.models.base import Family
 from opd.models.context_limit import ContextLimit
 from opd.prompts import audio
@@ -79,43 +78,43 @@ class Gap:
         self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[tuple[Prompt, tuple[int, ...], bool]]
     ) -> None:
         texts = [decode(self.family, ids) for _, ids, _ in replies]
-        graded = self.scorer.grade([(p, text, cut) for (p, _, cut), text in zip(replies, texts, strict=True)])
-        for i, (_, ids, cut), text, grade in zip(at, replies, texts, graded, strict=True):
-            found = {"text": text, "right": grade.score, "tokens": len(ids), "truncated": cut}
-            out[i]["views"][view] = found | ({"parts": grade.parts} if grade.parts else {})
+        scores = self.scorer.grade([(p, text, cut) for (p, _, cut), text in zip(replies, texts, strict=True)])
+        for i, (_, ids, cut), text, score in zip(at, replies, texts, scores, strict=True):
+            found = {"text": text, "right": score.score, "tokens": len(ids), "truncated": cut}
+            out[i]["views"][view] = found | ({"parts": score.parts} if score.parts else {})
 
     def _divergences(self, prompts: list[Prompt], clips: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Nats and tokens of each record's divergences, each on one response sampled at temperature 1:
 
-        misalignment  log p_student(y | text) - log p_student(y | speech)    y from the student reading
-        forgetting    log p_teacher(y | text) - log p_student(y | text)      y from the teacher
-        reverse_kl/x  log p_student(y | x) - log p_teacher(y | text)         y from the student in the view x
+        misalignment/sampled  log p_student(y | text) - log p_student(y | speech)    y from the student in the text view
+        forgetting/sampled    log p_teacher(y | text) - log p_student(y | text)      y from the teacher
+        reverse_kl/x/sampled  log p_student(y | x) - log p_teacher(y | text)         y from the student in the view x
 
-        None where the server does not read a response's own ids after audio.
+        None where the server has other ids for a response after audio.
         """
         if not prompts:
             return []
         own = {v: self._sampled(prompts, v, clips) for v in VIEWS}
-        heard = [_as(r, "speech") for r in own["text"]]
-        read = self.sampler.score([_cut(r, self.max_tokens) for r in own["text"]], clips)
-        spoken = self.sampler.score([_cut(r, self.max_tokens) for r in heard], clips)
-        found = [{"misalignment": _difference(a, b)} for a, b in zip(read, spoken, strict=True)]
+        written = [_cut(r, self.max_tokens) for r in own["text"]]
+        by_text = self.sampler.score(written, clips)
+        by_speech = self.sampler.score([replace(r, view="speech") for r in written], clips)
+        found = [{sampled("misalignment"): _difference(a, b)} for a, b in zip(by_text, by_speech, strict=True)]
         if self.teacher is None:
             return found
         seeds = [zlib.crc32(f"{self.config.run.seed}/teacher/{p.id}".encode()) & 0x7FFFFFF for p in prompts]
         replies = self.teacher.sample(prompts, self.max_tokens, seeds)
-        theirs = [
+        replied = [
             _cut(Rollout(p, "text", ids, None, -1, cut), self.max_tokens)
             for p, (ids, cut) in zip(prompts, replies, strict=True)
         ]
-        wrote = [s.teacher_logprobs for s in self.teacher.score(theirs)]
-        for one, a, b in zip(found, wrote, self.sampler.score(theirs, clips), strict=True):
-            one["forgetting"] = _difference(a, b)
+        wrote = [s.teacher_logprobs for s in self.teacher.score(replied)]
+        for one, a, b in zip(found, wrote, self.sampler.score(replied, clips), strict=True):
+            one[sampled("forgetting")] = _difference(a, b)
         for view in VIEWS:
             rollouts = [_cut(r, self.max_tokens) for r in own[view]]
-            graded = [s.teacher_logprobs for s in self.teacher.score(rollouts)]
-            for one, r, b in zip(found, rollouts, graded, strict=True):
-                one[f"reverse_kl/{view}"] = _difference(r.logprobs, b)
+            theirs = [s.teacher_logprobs for s in self.teacher.score(rollouts)]
+            for one, r, b in zip(found, rollouts, theirs, strict=True):
+                one[sampled(f"reverse_kl/{view}")] = _difference(r.logprobs, b)
         return found
 
     def _sampled(self, prompts: list[Prompt], view: View, clips: dict[str, np.ndarray]) -> list[Rollout]:
@@ -123,16 +122,12 @@ class Gap:
         return self.sampler.sample(jobs, clips, 1, 1.0, check=False)
 
 
-def _as(r: Rollout, view: View) -> Rollout:
-    return Rollout(r.prompt, view, r.token_ids, None, r.version, r.truncated)
-
-
 def _cut(r: Rollout, limit: int) -> Rollout:
     """A response that leaves room for the one token that a server must write when it scores."""
     if len(r.token_ids) < limit or limit == 1:
         return r
     logprobs = None if r.logprobs is None else r.logprobs[: limit - 1]
-    return Rollout(r.prompt, r.view, r.token_ids[: limit - 1], logprobs, r.version, True, r.seed)
+    return replace(r, token_ids=r.token_ids[: limit - 1], logprobs=logprobs, truncated=True)
 
 
 def _difference(a: np.ndarray | None, b: np.ndarray | None) -> dict[str, float] | None:
@@ -142,8 +137,10 @@ def _difference(a: np.ndarray | None, b: np.ndarray | None) -> dict[str, float] 
     return {"nats": float(np.sum(a.astype(np.float64) - b)), "tokens": len(a)}
 
 
-def run(config: Config, log: MetricsLog) -> None:
+def run(log: MetricsLog, recipe: str, overrides: list[str], teacher: bool) -> None:
     """Measure what is not measured yet. Raises UserError and ServerError; what is done by then is kept."""
+    folder = log.run_dir
+    config = eval_config(recipe, overrides, folder, teacher)
     log.status("loading", "", 0, 1)
     items = read_items(config)
     facts = Facts(config)
@@ -158,7 +155,6 @@ def run(config: Config, log: MetricsLog) -> None:
     print(preflight.clips(facts), flush=True)
     limit = facts.max_model_len or config.rollout.server.max_model_len
     gap = Gap(config, facts.family, ContextLimit(facts.family, config.rollout.max_tokens, limit))
-    folder = Path(config.run.dir)
     journal = Journal(folder / "measured", 0)
     try:
         todo = [i for i in items if i.key not in journal]
@@ -175,28 +171,3 @@ def run(config: Config, log: MetricsLog) -> None:
     finally:
         journal.close()
     log.status("finished", f"{len(items)} records", 1, 1)
-
-
-def main(argv: list[str]) -> int:
-    """The process's entry: how it ended is in status.json of the folder."""
-    parser = argparse.ArgumentParser(prog="opd.evaluate.worker")
-    parser.add_argument("recipe")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--no-teacher", action="store_true")
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args(argv)
-    log = MetricsLog(args.out, [], "", "eval")
-    try:
-        run(eval_config(args.recipe, args.overrides, args.out, not args.no_teacher), log)
-    except UserError as e:
-        log.failed(0, 1, str(e), True)
-        print(f"opd: error: {e}", file=sys.stderr)
-        return 2
-    except Exception as e:
-        log.failed(0, 1, f"{type(e).__name__}: {e}"[:600], False)
-        raise
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,6 @@ import asyncio
 import queue
 import ssl
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,8 @@ import numpy as np
 
 from opd.settings import UserError
 
-RETRIES = 2  # of a request that never reached the server
 TLS = ssl.create_default_context()  # made once: it reads every root certificate, 40 ms
-
-
+REACH: dict[str, Any] = {"verify": TLS, "trust_env": False, "retries": 2}  # of a request that never reached the server
 ASK_S = 20.0  # for a server to say what it holds
 
 
@@ -34,16 +31,16 @@ class Server:
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
         # A kept connection that the server closes while the learner works would fail the next request.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits, trust_env=False, verify=TLS)
+        transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0), **REACH)
+        self._client = httpx.Client(base_url=self.url, timeout=timeout_s, transport=transport, trust_env=False)
 
     def get(self, path: str) -> Any:
         """GET `path`; parsed JSON."""
-        return self._checked(self._retry("GET", path), path)
+        return self._ask("GET", path)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """POST `body` to `path`; parsed JSON, None for an empty answer."""
-        return self._checked(self._retry("POST", path, json=body), path)
+        return self._ask("POST", path, json=body)
 
     def model(self) -> tuple[str, int]:
         """Path or hub id of the model that the server holds, and how many ids it takes.
@@ -52,7 +49,7 @@ class Server:
         """
         try:
             answer = self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s))
-            found = self._checked(answer, "/v1/models")["data"][0]
+            found = parse(answer, self.url)["data"][0]
             return found["root"], found["max_model_len"]
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise UserError(
@@ -62,20 +59,17 @@ class Server:
         except (ServerError, KeyError, IndexError, TypeError) as e:
             raise UserError(f"{self.url}: answers, but not as a vLLM server does: /v1/models names no model") from e
 
-    def _retry(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
-        for attempt in range(RETRIES + 1):
-            try:
-                return self._client.request(method, path, **kwargs)
-            except httpx.ConnectError as e:
-                if attempt == RETRIES:
-                    raise ServerError(f"{self.url}{path}: the server is gone ({e})") from e
-                time.sleep(0.5 * 2**attempt)
-            except httpx.HTTPError as e:
-                raise ServerError(f"{self.url}{path}: {type(e).__name__} after up to {self.timeout_s:g} s") from e
-        raise AssertionError("unreachable")
+    def _ask(self, method: str, path: str, **kwargs: Any) -> Any:
+        try:
+            return parse(self._client.request(method, path, **kwargs), self.url + path)
+        except httpx.HTTPError as e:
+            raise _failed(self.url + path, e, self.timeout_s) from e
 
-    def _checked(self, response: httpx.Response, path: str) -> Any:
-        return parse(response, self.url + path)
+
+def _failed(where: str, e: httpx.HTTPError, timeout_s: float) -> ServerError:
+    if isinstance(e, httpx.ConnectError):
+        return ServerError(f"{where}: the server is gone ({e})")
+    return ServerError(f"{where}: {type(e).__name__} after up to {timeout_s:g} s")
 
 
 def healthy(url: str) -> bool:
@@ -162,27 +156,19 @@ async def _post_all(
 ) -> list[Answer]:
     gate, load = asyncio.Semaphore(concurrency), Load(len(urls), first)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    async with httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=TLS) as client:
+    transport = httpx.AsyncHTTPTransport(limits=limits, **REACH)
+    async with httpx.AsyncClient(timeout=timeout_s, transport=transport, trust_env=False) as client:
 
         async def one(request: Request) -> Answer:
             async with gate:
                 server = load.take(request.tokens)
+                where = urls[server].rstrip("/") + request.path
                 try:
-                    return Answer(urls[server], await reach(urls[server].rstrip("/") + request.path, request.body))
+                    return Answer(urls[server], parse(await client.post(where, json=request.body), where))
+                except httpx.HTTPError as e:
+                    raise _failed(where, e, timeout_s) from e
                 finally:
                     load.give_back(server, request.tokens)
-
-        async def reach(where: str, body: dict[str, Any]) -> Any:
-            for attempt in range(RETRIES + 1):
-                try:
-                    return parse(await client.post(where, json=body), where)
-                except httpx.ConnectError as e:
-                    if attempt == RETRIES:
-                        raise ServerError(f"{where}: the server is gone ({e})") from e
-                except httpx.HTTPError as e:
-                    raise ServerError(f"{where}: {type(e).__name__} after up to {timeout_s:g} s") from e
-                await asyncio.sleep(0.5 * 2**attempt)
-            raise AssertionError("unreachable")
 
         calls: list[Awaitable[Answer]] = [asyncio.ensure_future(one(r)) for r in requests]
         try:

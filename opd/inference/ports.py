@@ -32,4 +32,4 @@ def free_port() -> int:
             continue
         _held.append(claim)
         return port
-    raise UserError(f"no free port on {LOOPBACK} from {PORTS.start} to {PORTS.stop - 1}")
+    raise UserError(f"no free port on {LOOPBACK} from {min(PORTS)} to {max(PORTS)}")

@@ -29,8 +29,14 @@ class Family(ABC):
     """
 
     model_class: ClassVar[str]  # in transformers
-    parts: ClassVar[dict[str, Part]]  # prefix of a parameter's name in memory -> part; any other belongs to the LLM
-    names: ClassVar[dict[str, str]]  # prefix in memory -> prefix as vLLM loads it; the first that fits
+    # prefix of a parameter's name in memory -> part; any other belongs to the LLM
+    parts: ClassVar[dict[str, Part]] = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
+    # prefix in memory -> prefix as vLLM loads it; the first that fits
+    names: ClassVar[dict[str, str]] = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.": "",
+    }
     language_model: ClassVar[str] = "model.language_model"
     audio_marks: ClassVar[tuple[str, ...]] = ()  # further tokens that only a prompt may hold
 
@@ -130,9 +136,13 @@ class Family(ABC):
         with torch.device("meta"):
             return getattr(transformers, self.model_class)(self.config)
 
+    def published_config(self) -> Any:
+        """The config of our checkpoints: that of the one which was read, in most families."""
+        return self.full_config
+
     def save_extras(self, hf: Any, folder: Path) -> None:
         """Everything of a checkpoint but the weights: config, generation config, processor."""
-        self.full_config.save_pretrained(folder)
+        self.published_config().save_pretrained(folder)
         hf.generation_config.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 

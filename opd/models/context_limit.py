@@ -23,7 +23,7 @@ class ContextLimit:
     max_model_len: int | None
 
     def filled(self, clip: np.ndarray) -> np.ndarray:
-        """A clip [samples] with the silence behind it that its family's tower needs to hear it alike in any company."""
+        """A clip [samples] with the silence behind it that its family's tower needs to encode it alike in any batch."""
         entry, rate = self.family.entry, self.family.sampling_rate
         tail = int(entry.tail_s * rate)
         return np.pad(clip, (0, max(tail, int(entry.shortest_s * rate) - len(clip))))
@@ -34,10 +34,11 @@ class ContextLimit:
         Raises BadAudio when a view of the prompt cannot be put into ids, TooLong when it leaves no room for max_tokens
         more.
         """
-        heard = [len(clips[p]) for p in audio_paths(prompt)]
-        if len(heard) > self.family.entry.clips:
-            raise types.BadAudio(f"it has {len(heard)} clips; {self.family.entry.name} takes {self.family.entry.clips}")
-        ids = max(len(self.family.prompt_ids(render(prompt, v), heard if v == "speech" else [])) for v in VIEWS)
+        lengths = [len(clips[p]) for p in audio_paths(prompt)]
+        if len(lengths) > self.family.entry.clips:
+            entry = self.family.entry
+            raise types.BadAudio(f"it has {len(lengths)} clips; {entry.name} takes {entry.clips}")
+        ids = max(len(self.family.prompt_ids(render(prompt, v), lengths if v == "speech" else [])) for v in VIEWS)
         if self.max_model_len is not None and ids + self.max_tokens > self.max_model_len:
             raise types.TooLong(
                 f"its {ids} prompt ids and rollout.max_tokens={self.max_tokens} do not fit into the server's "

@@ -24,7 +24,6 @@ class GraniteSpeech(Family):
 
     model_class = "GraniteSpeechForConditionalGeneration"
     parts = {"model.encoder.": "tower", "model.projector.": "adapter"}
-    names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
 
     def feature_extractor(self) -> Any:
         return self.processor.audio_processor
@@ -33,8 +32,8 @@ class GraniteSpeech(Family):
         super().check()
         if self.config.has_lora_adapter:
             raise UserError(
-                f"student.path {self.path}: has_lora_adapter is true: its LLM hears through a LoRA adapter and reads "
-                "without; merge the adapter into the weights and set has_lora_adapter to false"
+                f"student.path {self.path}: has_lora_adapter is true: its LLM needs a LoRA adapter for audio and "
+                "none for text; merge the adapter into the weights and set has_lora_adapter to false"
             )
 
     def part_of(self, name: str) -> Any:

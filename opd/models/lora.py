@@ -1,4 +1,4 @@
-"""Low-rank adapters on the LLM's linear layers (LoRA, arXiv 2106.09685), through PEFT; docs/lora.md.
+"""Low-rank adapters on the LLM's linear layers (LoRA, arXiv 2106.09685), through PEFT; docs/training.md.
 
 Whatever leaves the learner has the names and shapes of the plain model, adapters merged into what they adapt:
 W + alpha / r * B A. Weight sync and checkpoints know nothing of adapters.
@@ -145,9 +145,9 @@ def pieces(hf: Any, trainable_only: bool) -> Iterator[Piece]:
     """
     layers = adapted(hf)
     blocks = {n.rpartition(".")[0] for n in layers}
-    own = {id(p.weight) for p in adapters(hf)}
+    own = {p.name for p in adapters(hf)}
     for name, p in hf.named_parameters():
-        if id(p) in own:
+        if name in own:
             continue
         plain = name.replace(BASE, ".")
         module, _, kind = plain.rpartition(".")

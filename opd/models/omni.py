@@ -1,4 +1,4 @@
-"""The thinkers of Qwen2.5-Omni (arXiv 2503.20215) and Qwen3-Omni (arXiv 2509.17765): they hear and write text.
+"""The thinkers of Qwen2.5-Omni (arXiv 2503.20215) and Qwen3-Omni (arXiv 2509.17765): audio and text in, text out.
 
 The tower's last projections play the adapter's part. Vision stays as it is; talker and vocoder are left out of our
 checkpoints, whose config is still the full Omni one, as vLLM expects.
@@ -6,9 +6,9 @@ checkpoints, whose config is still the full Omni one, as vLLM expects.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,22 +32,23 @@ class Omni(Family):
         names = ("image", "video", "audio_bos", "audio_eos", "vision_bos", "vision_eos")
         return [getattr(self.processor, f"{name}_token") for name in names]
 
-    def save_extras(self, hf: Any, folder: Path) -> None:
+    def published_config(self) -> Any:
         from transformers import AutoConfig
 
-        if not hasattr(self.full_config, "thinker_config"):  # vLLM knows the composite config alone
+        if hasattr(self.full_config, "thinker_config"):
+            config = copy.deepcopy(self.full_config)
+        else:  # vLLM knows the composite config alone
             kind = self.config.model_type.removesuffix("_thinker")
-            thinker = self.config.to_dict()
-            self.full_config = AutoConfig.for_model(kind, thinker_config=thinker)
+            config = AutoConfig.for_model(kind, thinker_config=self.config.to_dict())
         for switch in ("enable_talker", "enable_audio_output"):
-            if hasattr(self.full_config, switch):
-                setattr(self.full_config, switch, False)
-        super().save_extras(hf, folder)
+            if hasattr(config, switch):
+                setattr(config, switch, False)
+        return config
 
     def run_tower(self, hf: Any, features: dict[str, Tensor]) -> list[Tensor]:
         frames = features["frames"]
-        heard = torch.arange(features["mel"].shape[-1], device=frames.device) < frames[:, None]
-        packed = features["mel"].permute(0, 2, 1)[heard].permute(1, 0)  # [bins, frames of all clips]
+        valid = torch.arange(features["mel"].shape[-1], device=frames.device) < frames[:, None]
+        packed = features["mel"].permute(0, 2, 1)[valid].permute(1, 0)  # [bins, frames of all clips]
         hidden = before(self.first_projection(hf), lambda: self.call_tower(hf.audio_tower, packed, frames))
         return list(hidden.split([int(self.embeddings(int(f))) for f in frames]))
 

@@ -18,8 +18,6 @@ class Qwen2Audio(Family):
     """Inputs, parts and names of Qwen2-Audio."""
 
     model_class = "Qwen2AudioForConditionalGeneration"
-    parts = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
-    names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         return log_mel(self.extractor, clips)
@@ -34,7 +32,7 @@ class Qwen2Audio(Family):
 def log_mel(extractor: Any, clips: list[np.ndarray]) -> dict[str, Tensor]:
     """Log-mel spectrograms as of Whisper, over the longest clip instead of the full 30 s window.
 
-    Returns `mel` [C, bins, F] and `frames` [C], the frames heard of each clip.
+    Returns `mel` [C, bins, F] and `frames` [C], the frames of each clip without padding.
     """
     tail = 16 * extractor.hop_length  # silence behind the longest clip, as a full window would have
     longest = -(-max(len(c) for c in clips) // extractor.hop_length) * extractor.hop_length
@@ -52,7 +50,7 @@ def log_mel(extractor: Any, clips: list[np.ndarray]) -> dict[str, Tensor]:
 def trimmed_tower(tower: Any, mel: Tensor, frames: Tensor) -> list[Tensor]:
     """The encoder of Qwen2-Audio over no more frames than the longest clip needs: per clip [S, tower width].
 
-    tower: transformers' Qwen2AudioEncoder, which vLLM runs too; mel [C, bins, F]; frames [C] heard of each clip.
+    tower: transformers' Qwen2AudioEncoder, which vLLM runs too; mel [C, bins, F]; frames [C] without padding.
     transformers and vLLM always run the full 30 s window and mask what lies beyond a clip; frames past the mask touch
     nothing but the convolutions' edge, so cutting the window there gives the same embeddings.
     """
@@ -63,9 +61,9 @@ def trimmed_tower(tower: Any, mel: Tensor, frames: Tensor) -> list[Tensor]:
     x = nn.functional.gelu(tower.conv2(x)).permute(0, 2, 1)
     steps = torch.arange(x.shape[1], device=x.device)
     x = x + tower.embed_positions(steps)
-    heard = steps[None] < lengths(frames)[0][:, None]
+    valid = steps[None] < lengths(frames)[0][:, None]
     mask = torch.zeros(x.shape[0], 1, x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-    mask = mask.masked_fill(~heard[:, None, None], torch.finfo(x.dtype).min)
+    mask = mask.masked_fill(~valid[:, None, None], torch.finfo(x.dtype).min)
     for layer in tower.layers:
         x = layer(x, mask)
     x = tower.layer_norm(tower.avg_pooler(x.permute(0, 2, 1)).permute(0, 2, 1))

@@ -20,7 +20,6 @@ class Qwen3Asr(Family):
     """Inputs, parts and names of Qwen3-ASR."""
 
     model_class = "Qwen3ASRForConditionalGeneration"
-    parts = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
     names: ClassVar[dict[str, str]] = {}
 
     def check(self) -> None:

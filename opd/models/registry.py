@@ -6,7 +6,7 @@ A new family is one file in opd/models/ and one entry here: docs/families.md.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from opd.settings import UserError
@@ -18,68 +18,48 @@ class Entry:
 
     name: str
     family: str  # module:class
-    model_types: tuple[str, ...]  # of config.json
     teacher: str  # the text LLM whose tokenizer it has
+    _: KW_ONLY
+    also: tuple[str, ...] = ()  # what config.json may call it beside its name
     modalities: tuple[str, ...] = ("audio",)  # that vLLM would take; all but audio are switched off
     server: tuple[str, ...] = ()  # further vLLM flags
     clips: int = 8  # at most, in one prompt
     shortest_s: float = 0.0  # shorter clips are filled up with silence: the tower pads them by what is beside them
-    tail_s: float = 0.0  # silence behind every clip: what its last frames hear else depends on what is beside it
+    tail_s: float = 0.0  # silence behind every clip: else its last frames depend on what is beside it
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Of config.json."""
+        return (self.name, *self.also)
 
 
-FAMILIES = {
-    entry.name: entry
-    for entry in (
-        Entry("qwen2_audio", "opd.models.qwen2_audio:Qwen2Audio", ("qwen2_audio",), "Qwen/Qwen2-7B-Instruct"),
-        Entry(
-            "qwen2_5_omni",
-            "opd.models.omni:Qwen25Omni",
-            ("qwen2_5_omni", "qwen2_5_omni_thinker"),
-            "Qwen/Qwen2.5-7B-Instruct",
-            ("audio", "image", "video"),
-        ),
-        Entry(
-            "qwen3_omni_moe",
-            "opd.models.omni:Qwen3OmniMoe",
-            ("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
-            "Qwen/Qwen3-30B-A3B-Instruct-2507",
-            ("audio", "image", "video"),
-            shortest_s=1.0,
-            tail_s=0.02,
-        ),
-        Entry(
-            "voxtral",
-            "opd.models.voxtral:Voxtral",
-            ("voxtral",),
-            "mistralai/Ministral-8B-Instruct-2410",
-            server=("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral"),
-            clips=5,
-        ),
-        Entry(
-            "audioflamingo3",
-            "opd.models.whisper:AudioFlamingo3",
-            ("audioflamingo3",),
-            "Qwen/Qwen2.5-7B-Instruct",
-            clips=1,
-        ),
-        Entry("glmasr", "opd.models.whisper:GlmAsr", ("glmasr",), "zai-org/GLM-Edge-1.5B-Chat", clips=1),
-        Entry(
-            "granite_speech",
-            "opd.models.granite_speech:GraniteSpeech",
-            ("granite_speech",),
-            "ibm-granite/granite-3.3-2b-instruct",
-            clips=1,
-        ),
-        Entry(
-            "qwen3_asr",
-            "opd.models.qwen3_asr:Qwen3Asr",
-            ("qwen3_asr",),
-            "Qwen/Qwen3-1.7B",
-            shortest_s=1.0,
-            tail_s=0.02,
-        ),
-    )
-}
+_SEES = ("audio", "image", "video")
+_MISTRAL = ("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral")
+_ENTRIES = (
+    Entry("qwen2_audio", "opd.models.qwen2_audio:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
+    Entry(
+        "qwen2_5_omni",
+        "opd.models.omni:Qwen25Omni",
+        "Qwen/Qwen2.5-7B-Instruct",
+        also=("qwen2_5_omni_thinker",),
+        modalities=_SEES,
+    ),
+    Entry(
+        "qwen3_omni_moe",
+        "opd.models.omni:Qwen3OmniMoe",
+        "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        also=("qwen3_omni_moe_thinker",),
+        modalities=_SEES,
+        shortest_s=1.0,
+        tail_s=0.02,
+    ),
+    Entry("voxtral", "opd.models.voxtral:Voxtral", "mistralai/Ministral-8B-Instruct-2410", server=_MISTRAL, clips=5),
+    Entry("audioflamingo3", "opd.models.whisper:AudioFlamingo3", "Qwen/Qwen2.5-7B-Instruct", clips=1),
+    Entry("glmasr", "opd.models.whisper:GlmAsr", "zai-org/GLM-Edge-1.5B-Chat", clips=1),
+    Entry("granite_speech", "opd.models.granite_speech:GraniteSpeech", "ibm-granite/granite-3.3-2b-instruct", clips=1),
+    Entry("qwen3_asr", "opd.models.qwen3_asr:Qwen3Asr", "Qwen/Qwen3-1.7B", shortest_s=1.0, tail_s=0.02),
+)
+FAMILIES = {entry.name: entry for entry in _ENTRIES}
 
 
 def family_entry(path: str, name: str | None = None) -> Entry:

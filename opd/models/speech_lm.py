@@ -1,9 +1,9 @@
-"""The module that is trained: a speech LLM with its rows at the response tokens. Shape legend in opd/types.py."""
+"""The module that is trained: a speech LLM with its logits at the response tokens. Shape legend in opd/types.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from opd.models.lora import adapters, inject
 from opd.models.sharding import inside
 from opd.objectives.divergences import EXCLUDED
 from opd.objectives.token_loss import TokenLoss, summed_loss
+
+Task = Literal["encode", "response_logits", "response_loss", "states", "generate", "at_output_layer"]
 
 
 class SpeechLM(nn.Module):
@@ -53,36 +55,20 @@ class SpeechLM(nn.Module):
                 module.eval()
         return self
 
-    def forward(
-        self,
-        features: dict[str, Tensor] | None = None,
-        loss: TokenLoss | None = None,
-        mask: Any = None,
-        at: Tensor | None = None,
-        generate: dict[str, Any] | None = None,
-        run: Callable[[], Any] | None = None,
-        **text: Any,
-    ) -> Any:
-        """`encode` without text; else `response_logits`, with `at` `states`, with `loss` and `mask` `response_loss`.
+    def forward(self, task: Task, **inputs: Any) -> Any:
+        """Do one of these tasks: all that may be asked of a module whose parameters ZeRO-3 shards."""
+        tasks: dict[Task, Callable[..., Any]] = {
+            "encode": self.encode,
+            "response_logits": self.response_logits,
+            "response_loss": self.response_loss,
+            "states": self.states,
+            "generate": self.generate,
+            "at_output_layer": self.at_output_layer,
+        }
+        return tasks[task](**inputs)
 
-        `generate`: arguments of transformers' `generate`, whose tokens are given back. `run`: what it returns, called
-        where the output layer is whole and `project` may be used.
-        """
-        if generate is not None:
-            return self._generate(generate)
-        if run is not None:
-            return inside(self.hf.lm_head, run)
-        if not text:
-            return self.encode(features)
-        if at is not None:
-            return self.states(at, features=features, **text)
-        if loss is None:
-            return self.response_logits(features=features, **text)
-        return self.response_loss(loss, mask, features=features, **text)
-
-    def encode(self, features: dict[str, Tensor] | None) -> list[Tensor]:
+    def encode(self, features: dict[str, Tensor]) -> list[Tensor]:
         """What is frozen of the audio path, per clip: [S, H], or [S, tower width] when the adapter is trained."""
-        assert features is not None
         with torch.no_grad():
             audio = self.family.run_tower(self.hf, features)
             return audio if self.adapter_trained else self.family.run_adapter(self.hf, audio)
@@ -121,7 +107,12 @@ class SpeechLM(nn.Module):
 
         return inside(head, run, at)
 
-    def _generate(self, arguments: dict[str, Any]) -> Tensor:
+    def at_output_layer(self, run: Callable[[], Any]) -> Any:
+        """What `run()` returns, called where the output layer is whole and `project` may be used."""
+        return inside(self.hf.lm_head, run)
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """Tokens of transformers' `generate` under these arguments alone."""
         from transformers import GenerationConfig
 
         hf: Any = self.hf
@@ -157,14 +148,14 @@ class SpeechLM(nn.Module):
         if (self.tower_trained or self.adapter_trained) and audio is not None:
             audio = self.family.run_adapter(self.hf, audio)
         if audio is not None:
-            heard = torch.cat(audio).to(embeds.dtype)
+            clips = torch.cat(audio).to(embeds.dtype)
             where = ids == self.family.audio_id
             count = int(where.sum())
             if count == 0:
-                embeds = embeds + 0.0 * heard.sum()
+                embeds = embeds + 0.0 * clips.sum()
             else:
-                assert count == len(heard), f"{count} audio placeholders, {len(heard)} audio embeddings"
-                embeds = embeds.masked_scatter(where[..., None], heard)
+                assert count == len(clips), f"{count} audio placeholders, {len(clips)} audio embeddings"
+                embeds = embeds.masked_scatter(where[..., None], clips)
         bias = torch.zeros(attends.shape, dtype=embeds.dtype, device=embeds.device)
         bias = bias.masked_fill(~attends, torch.finfo(embeds.dtype).min)
         return self.family.run_llm(self.hf, embeds, position_ids, bias)

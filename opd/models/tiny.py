@@ -1,39 +1,122 @@
 """Small random checkpoints of every family's true architecture: to try out a family, and a set-up, without its weights.
 
+What each one holds is in opd/models/tiny.yaml.
+
 python -m opd.models.tiny FAMILY FOLDER      # FOLDER/student and FOLDER/teacher
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import math
 import sys
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
+import yaml
 
-from opd.models.tiny_builders import BUILDERS, LLM
+from opd.models.files import buffers, write_model
+from opd.models.load import family_of
+from opd.models.registry import FAMILIES
+
+SPECS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+PADDED = 8  # rows of the output layer that no token owns
+SENTENCES = ["what is three plus four? the answer is seven.", "set a timer for ten minutes", "who wrote this?"] * 5
+CHAT = Template(
+    "{% for m in messages %}{{ $turn|replace('ROLE', m['role']) }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% else %}{{ $audio }}{% endif %}"
+    "{% endfor %}{% endif %}{{ $end }}{% endfor %}{% if add_generation_prompt %}{{ $reply }}{% endif %}"
+)
 
 
 def build(name: str, folder: Path, seed: int = 0) -> None:
     """Write `folder/student`, a random student of a family, and `folder/teacher`, a random text LLM beside it."""
-    from opd.models.files import buffers, write_model
-    from opd.models.load import family_of
+    import transformers
 
-    student, teacher = folder / "student", folder / "teacher"
-    student.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    config, hf, processor = BUILDERS[name](student)
-    config.architectures = config.architectures or [type(hf).__name__]
+    student = folder / "student"
+    config, processor = config_and_processor(name, student)
     config.save_pretrained(student)
     processor.save_pretrained(student)
+    family = family_of(str(student))
+    torch.manual_seed(seed)
+    hf = getattr(transformers, family.model_class)(family.config)
     _randomise(hf)
-    hf.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    hf.generation_config.save_pretrained(student)
+    hf.generation_config.eos_token_id = family.tokenizer.eos_token_id
     state = {n: p.detach() for n, p in hf.named_parameters()} | buffers(hf)
-    write_model(family_of(str(student)), hf, state, student)
-    _teacher(hf.config.get_text_config(), processor.tokenizer, student, teacher)
+    write_model(family, hf, state, student)
+    _teacher(family.vocab_size, processor.tokenizer, student, folder / "teacher")
+
+
+def config_and_processor(name: str, folder: Path) -> tuple[Any, Any]:
+    """Config and processor of a family's checkpoint; Mistral's own files are written to `folder`."""
+    import transformers
+
+    spec = SPECS["families"][name]
+    folder.mkdir(parents=True, exist_ok=True)
+    more: dict[str, Any] = {}
+    if "tekken" in spec:
+        from transformers.tokenization_mistral_common import MistralCommonBackend
+
+        known = {"ROWS": _write_tekken(spec["tekken"], folder / "tekken.json")}
+        (folder / "params.json").write_text(json.dumps(_filled(spec["params"], known)))
+        tokenizer = MistralCommonBackend.from_pretrained(folder)
+    else:
+        tokenizer = _bpe([*spec["special"], *spec.get("names", {}).values()], spec["eos"], spec.get("names", {}))
+        known = {"ROWS": len(tokenizer) + PADDED, **tokenizer.get_added_vocab()}
+        more["chat_template"] = CHAT.substitute({piece: json.dumps(text) for piece, text in spec["chat"].items()})
+    config = transformers.AutoConfig.for_model(name, **_filled(spec["config"], known))
+    kind = type(config).__name__.removesuffix("Config")
+    config.architectures = [f"{kind}ForConditionalGeneration"]
+    for part, arguments in spec["processor"].items():
+        given = {k: v for k, v in arguments.items() if k != "class"}
+        more[part] = getattr(transformers, arguments["class"])(**given)
+    return config, getattr(transformers, f"{kind}Processor")(tokenizer=tokenizer, **more)
+
+
+def _filled(value: Any, known: dict[str, int]) -> Any:
+    """A part of a spec with numbers where it says ROWS or a special token."""
+    if isinstance(value, dict):
+        return {k: _filled(v, known) for k, v in value.items()}
+    return known.get(value, value) if isinstance(value, str) else value
+
+
+def _bpe(special: list[str], eos: str, names: dict[str, str]) -> Any:
+    """A byte-level BPE tokenizer with special tokens, some of them by a name."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=600, special_tokens=special, **options))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=eos, pad_token=special[0], extra_special_tokens=names
+    )
+
+
+def _write_tekken(spec: dict[str, Any], path: Path) -> int:
+    """Write Mistral's tokenizer file, with bytes and a few words; returns the number of its ids."""
+    names = [name or f"<SPECIAL_{i}>" for i, name in enumerate(spec["special"])]
+    words = [bytes([i]) for i in range(256)] + [word.encode() for word in spec["words"]]
+    vocab = [
+        {"rank": i, "token_bytes": base64.b64encode(w).decode(), "token_str": w.decode(errors="ignore") or None}
+        for i, w in enumerate(words)
+    ]
+    special = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)]
+    config = spec["config"] | {
+        "num_vocab_tokens": len(words),
+        "default_vocab_size": len(special) + len(words),
+        "default_num_special_tokens": len(special),
+    }
+    about = {"config": config, "vocab": vocab, "special_tokens": special, "audio": spec["audio"]}
+    path.write_text(json.dumps(about))
+    return len(special) + len(words)
 
 
 def _randomise(hf: Any) -> None:
@@ -57,11 +140,11 @@ def _sinusoids(length: int, channels: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def _teacher(text: Any, tokenizer: Any, student: Path, folder: Path) -> None:
+def _teacher(vocab_size: int, tokenizer: Any, student: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    settings = {**LLM, "vocab_size": text.vocab_size, "head_dim": 32, "bos_token_id": None, "eos_token_id": None}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
+    settings = {**SPECS["shared"]["llm"], "vocab_size": vocab_size, "head_dim": 32}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings, bos_token_id=None, eos_token_id=None))
     _randomise(model)
     model.save_pretrained(folder)
     if (student / "tekken.json").is_file():
@@ -74,7 +157,7 @@ def _teacher(text: Any, tokenizer: Any, student: Path, folder: Path) -> None:
 def main() -> int:
     """`python -m opd.models.tiny FAMILY FOLDER`."""
     parser = argparse.ArgumentParser(description="Write a small random checkpoint of a family, and a text teacher.")
-    parser.add_argument("family", choices=sorted(BUILDERS))
+    parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     build(args.family, args.folder)

@@ -24,26 +24,18 @@ from opd.types import Message
 MISTRAL = ("params.json", "tekken.json")
 CONSOLIDATED = "consolidated.safetensors"
 TOWER = "mm_whisper_embeddings.whisper_encoder."
+BLOCK = TOWER + r"transformer.layers.\1."
 RENAMED = [
     (r"model\.language_model\.(.*)", r"model.\1"),
     (r"model\.multi_modal_projector\.linear_1\.(.*)", r"mm_whisper_embeddings.audio_language_projection.0.\1"),
     (r"model\.multi_modal_projector\.linear_2\.(.*)", r"mm_whisper_embeddings.audio_language_projection.2.\1"),
     (r"model\.audio_tower\.conv1\.(.*)", TOWER + r"conv_layers.0.\1"),
     (r"model\.audio_tower\.conv2\.(.*)", TOWER + r"conv_layers.1.\1"),
-    (
-        r"model\.audio_tower\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(.*)",
-        TOWER + r"transformer.layers.\1.attention.w\2.\3",
-    ),
-    (
-        r"model\.audio_tower\.layers\.(\d+)\.self_attn\.out_proj\.(.*)",
-        TOWER + r"transformer.layers.\1.attention.wo.\2",
-    ),
-    (
-        r"model\.audio_tower\.layers\.(\d+)\.self_attn_layer_norm\.(.*)",
-        TOWER + r"transformer.layers.\1.attention_norm.\2",
-    ),
-    (r"model\.audio_tower\.layers\.(\d+)\.final_layer_norm\.(.*)", TOWER + r"transformer.layers.\1.ffn_norm.\2"),
-    (r"model\.audio_tower\.layers\.(\d+)\.fc([12])\.(.*)", TOWER + r"transformer.layers.\1.feed_forward.w\2.\3"),
+    (r"model\.audio_tower\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(.*)", BLOCK + r"attention.w\2.\3"),
+    (r"model\.audio_tower\.layers\.(\d+)\.self_attn\.out_proj\.(.*)", BLOCK + r"attention.wo.\2"),
+    (r"model\.audio_tower\.layers\.(\d+)\.self_attn_layer_norm\.(.*)", BLOCK + r"attention_norm.\2"),
+    (r"model\.audio_tower\.layers\.(\d+)\.final_layer_norm\.(.*)", BLOCK + r"ffn_norm.\2"),
+    (r"model\.audio_tower\.layers\.(\d+)\.fc([12])\.(.*)", BLOCK + r"feed_forward.w\2.\3"),
     (r"model\.audio_tower\.layer_norm\.(.*)", TOWER + r"transformer.norm.\1"),
 ]
 

@@ -1,4 +1,4 @@
-"""Families that hear long audio as windows of 30 s, each through a Whisper-style tower."""
+"""Families that take long audio in windows of 30 s, each through a Whisper-style tower."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from opd.models.qwen2_audio import lengths, log_mel, trimmed_tower
 
 class Windowed(Family):
     """Splits clips into windows, and joins what the tower makes of them."""
-
-    names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
-    parts = {"model.audio_tower.": "tower", "model.multi_modal_projector.": "adapter"}
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         """`mel` [windows, bins, F], `frames` [windows] and `windows` [C]."""
@@ -36,8 +33,8 @@ class Windowed(Family):
         return lengths(frames)[1]
 
     def run_tower(self, hf: Any, features: dict[str, Tensor]) -> list[Tensor]:
-        heard = iter(self.run_windows(hf.model.audio_tower, features["mel"], features["frames"]))
-        return [torch.cat([next(heard) for _ in range(int(n))]) for n in features["windows"]]
+        windows = iter(self.run_windows(hf.model.audio_tower, features["mel"], features["frames"]))
+        return [torch.cat([next(windows) for _ in range(int(n))]) for n in features["windows"]]
 
     def run_windows(self, tower: Any, mel: Tensor, frames: Tensor) -> list[Tensor]:
         """Tower output per window, each [S, width that the adapter takes]."""

@@ -16,17 +16,17 @@ TAIL = 1e-6  # least mass of a tail: float32 log-probabilities do not tell it fr
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probability rows: [..., V], [..., V] -> [...]."""
+    """KL(p || q) of log-probabilities: [..., V], [..., V] -> [...]."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Entropy of log-probability rows: [..., V] -> [...]."""
+    """Entropy of log-probabilities: [..., V] -> [...]."""
     return -(p.exp() * p).sum(-1)
 
 
 def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Generalised Jensen-Shannon divergence of log-probability rows (GKD, arXiv 2306.13649, eq. 1).
+    """Generalised Jensen-Shannon divergence of log-probabilities (GKD, arXiv 2306.13649, eq. 1).
 
     beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. At the ends, where it
     vanishes, its limits take its place: beta = 0 KL(teacher || student), forward; beta = 1 KL(student || teacher).

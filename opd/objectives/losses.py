@@ -2,7 +2,7 @@
 
 Each function returns a loss per token [N]; the batch's weights (train/batch.py) carry the mask, the view's share lambda
 and the global denominator, so that `(weights * loss).sum()` over all micro-batches and ranks is the objective. The
-in-modal and the cross-modal part of every objective therefore come from lambda alone. Names in the tables at the end.
+in-modal and the cross-modal part of every objective therefore come from lambda alone. Their names: LOSSES.
 
 N tokens of responses (a chunk of them: opd/objectives/token_loss.py), V vocabulary, K kept ids.
 """
@@ -73,9 +73,9 @@ class Terms:
     """What an objective gives back."""
 
     loss: Tensor  # [N], with gradient
-    metrics: dict[str, Tensor]  # [N] each: the step's token means are logged under these names
-    reverse_kl: Tensor | None = None  # [N], of on-policy objectives: KL(student || teacher) or its sample
-    advantage: Tensor | None = None  # [N], log-ratio teacher / student of the targets, where the objective has it
+    # [N] each: the step's token means are logged under these names; `reverse_kl`, of on-policy objectives KL(student ||
+    # teacher) or its sample, by view; `advantage`, log-ratio teacher / student of the targets, with the samples
+    metrics: dict[str, Tensor]
 
 
 @dataclass
@@ -138,11 +138,13 @@ def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     logp = ratio_logp if t.temperature == 1.0 else t.pick(t.student())
     out = xopd(logp, t.teacher_logp, ratio_logp, t.sampler_logp, o.advantage_clip, o.ratio_max, o.ratio_above)
     metrics = {
+        "reverse_kl": -out.advantage,
+        "advantage": out.advantage,
         "advantage/mean": out.advantage,
         "ratio/mean": out.ratio,
         "ratio/clipped": (out.ratio > o.ratio_max).float(),
     }
-    return Terms(out.loss, metrics, -out.advantage, out.advantage)
+    return Terms(out.loss, metrics)
 
 
 def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -153,21 +155,26 @@ def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """
     student = t.student()
     kl = divergence(student, t.teacher()) if o.top_k is None else reverse_kl_with_tail(*t.kept(student))
-    return Terms(kl, {}, kl)
+    return Terms(kl, {"reverse_kl": kl})
+
+
+def forward_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
+    """Forward KL(teacher || student), the end beta = 0 of the generalised JSD."""
+    return Terms(_jsd(t, o, 0.0), {})
 
 
 def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
-    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives.
+    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives."""
+    return Terms(_jsd(t, o, o.beta), {})
 
-    With objective.top_k the teacher is known on its K best ids and renormalised there (`jsd_on_teacher_top`).
-    """
+
+def _jsd(t: Tokens, o: ObjectiveConfig, beta: float) -> Tensor:
+    """[N]. With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`)."""
     student = t.student()
     if o.top_k is None:
-        loss = generalized_jsd(student, t.teacher(), o.divergence_beta)
-    else:
-        ours, theirs = t.kept(student)
-        loss = jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, o.divergence_beta)
-    return Terms(loss, {})
+        return generalized_jsd(student, t.teacher(), beta)
+    ours, theirs = t.kept(student)
+    return jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, beta)
 
 
 def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -178,7 +185,8 @@ def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """
     student, teacher = t.student(), t.teacher()
     reverse, unsure = divergence(student, teacher), (entropy(teacher) > o.entropy_threshold).to(student.dtype)
-    return Terms(reverse + unsure * divergence(teacher, student), {"entropy_aware/unsure": unsure}, reverse)
+    loss = reverse + unsure * divergence(teacher, student)
+    return Terms(loss, {"reverse_kl": reverse, "entropy_aware/unsure": unsure})
 
 
 def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -189,7 +197,7 @@ def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """
     assert t.importance is not None
     kl = divergence(t.student(), t.teacher())
-    return Terms(t.importance * kl, {"cord/weight": t.importance}, kl)
+    return Terms(t.importance * kl, {"reverse_kl": kl, "cord/weight": t.importance})
 
 
 def cord_weights(kl: Tensor, response: Tensor, position: Tensor, o: ObjectiveConfig) -> Tensor:
@@ -234,12 +242,13 @@ def uld_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     return Terms(loss, {"uld": loss})
 
 
-OBJECTIVES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
+# The loss of each of opd.config.objective.OBJECTIVES.
+LOSSES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
     "sft": sft_terms,
     "kd": kd_terms,
     "xopd": xopd_terms,
     "reverse_kl": reverse_kl_terms,
-    "forward_kl": jsd_terms,
+    "forward_kl": forward_kl_terms,
     "jsd": jsd_terms,
     "entropy_aware": entropy_aware_terms,
     "cord": cord_terms,
@@ -253,7 +262,7 @@ def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
     objective.reference adds c KL(student || student at the start) in the response's own view.
     """
-    terms = OBJECTIVES[o.name](t, o)
+    terms = LOSSES[o.name](t, o)
     if t.reference is not None:
         kl = divergence(t.student(), torch.log_softmax(t.reference, -1))
         terms.metrics["reference_kl"] = kl

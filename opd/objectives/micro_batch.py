@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from opd.types import Sample
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MicroBatch:
     """Padded tensors of a few samples.
 
@@ -29,7 +29,7 @@ class MicroBatch:
     targets: Tensor  # [B, T], response ids
     mask: Tensor  # [B, T], 1 at response tokens
     weights: Tensor  # [B, T], of each token in the loss, 0 at padding
-    teacher_logp: Tensor  # [B, T], 0 where the objective reads rows instead
+    teacher_logp: Tensor  # [B, T], 0 where the objective reads logits instead
     sampler_logp: Tensor  # [B, T], 0 where no student sampled
     sampled: Tensor  # [B] bool: a student did
     top_ids: Tensor | None = None  # [B, T, K], with objective.top_k; -1 where there is none
@@ -37,8 +37,14 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same with its tensors on `device`."""
-        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return MicroBatch(**moved)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What `SpeechLM` takes of it beside the audio."""
+        names = ("ids", "position_ids", "attends", "row", "positions")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def clips(self) -> list[str]:

@@ -10,20 +10,18 @@ N tokens of a micro-batch, one response after another, padding left out; H hidde
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from opd.config import limits
 from opd.config.objective import ObjectiveConfig
 from opd.objectives.divergences import divergence
 from opd.objectives.losses import Tokens, cord_weights, token_terms
+from opd.objectives.micro_batch import MicroBatch
 
-if TYPE_CHECKING:
-    from opd.objectives.micro_batch import MicroBatch
-
-ELEMENTS = 1 << 26  # of a chunk's logits: 256 MiB in float32, times the few that an objective needs
 Logits = Callable[[slice], Tensor]  # logits [n, V] of the tokens of a chunk, made when they are asked for
 Aligned = Callable[[Tensor, int], Tensor]  # the student's logits [T, V] of a response, its number -> its loss
 
@@ -56,7 +54,7 @@ class TokenLoss:
         self.metrics: dict[str, list[Tensor]] = {}
 
     def parts(self, vocab: int) -> list[slice]:
-        """The chunks in which the tokens are to come: with `aligned` whole responses, else of about ELEMENTS."""
+        """The chunks in which the tokens are to come: with `aligned` whole responses, else of about limits.ELEMENTS."""
         if self.aligned is None:
             return chunks(len(self.targets), vocab)
         ends = torch.unique_consecutive(self.response, return_counts=True)[1].cumsum(0).tolist()
@@ -65,7 +63,7 @@ class TokenLoss:
     @property
     def previews(self) -> bool:
         """Whether the objective needs to see all tokens before it weighs the first (`preview`)."""
-        return self.objective.name == "cord"
+        return self.objective.about.previews
 
     def preview(self, logits: Callable[[slice], Tensor], parts: list[slice]) -> None:
         """Weigh the tokens of whole responses, from logits without gradient."""
@@ -94,12 +92,7 @@ class TokenLoss:
             aligned=self.aligned(logits, int(self.response[part.start])) if self.aligned else None,
         )
         terms = token_terms(tokens, self.objective)
-        found = dict(terms.metrics)
-        if terms.reverse_kl is not None:
-            found["reverse_kl"] = terms.reverse_kl
-        if terms.advantage is not None:
-            found["advantage"] = terms.advantage
-        for name, values in found.items():
+        for name, values in terms.metrics.items():
             self.metrics.setdefault(name, []).append(values.detach())
         return (terms.loss * self.weights[part]).sum()
 
@@ -109,8 +102,8 @@ class TokenLoss:
 
 
 def chunks(count: int, vocab: int, elements: int | None = None) -> list[slice]:
-    """`count` tokens in parts whose logits have about `elements` elements, ELEMENTS by default."""
-    size = max(1, (elements or ELEMENTS) // vocab)
+    """`count` tokens in parts whose logits have about `elements` elements, limits.ELEMENTS by default."""
+    size = max(1, (elements or limits.ELEMENTS) // vocab)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 

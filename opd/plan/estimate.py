@@ -6,6 +6,7 @@ The formulas are in learner_memory.py and server_memory.py, the estimate of time
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from opd.config.needs import needs_teacher, starts_student, starts_teacher
 from opd.config.placement import Placement, Servers, placement_of
 from opd.config.schema import Config
 from opd.plan.learner_memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
-from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kind, ServerMemory, alike, server_memory
+from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kinds, ServerMemory, alike, server_memory
 from opd.plan.shapes import ModelShape, student_shape, teacher_shape
 from opd.plan.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
 from opd.settings import UserError, read_yaml
@@ -99,13 +100,30 @@ class Plan:
     typical: Lengths
     zero: Zero
     learner: LearnerMemory
-    servers: dict[ServerMemory, list[Servers]]  # groups of a kind that are alike share one figure; empty on a CPU
-    uses: list[Use]
-    hosts: list[Use]
-    push: int  # bytes; 0 where nothing is pushed
-    push_s: float
-    time: StepTime | None  # None on a CPU
-    shortfalls: list[str]  # one line for each thing that does not fit
+    servers: dict[ServerMemory, list[Servers]] = field(init=False)  # alike groups share one figure; empty on a CPU
+    uses: list[Use] = field(init=False)
+    hosts: list[Use] = field(init=False)
+    push: int = field(init=False)  # bytes; 0 where nothing is pushed
+    time: StepTime | None = field(init=False)  # None on a CPU
+    shortfalls: list[str] = field(init=False)  # one line for each thing that does not fit
+
+    def __post_init__(self) -> None:
+        """What follows from the parts."""
+        kinds: Kinds = {"student": (self.student, self.placement.rollout)} if starts_student(self.config) else {}
+        if self.teacher and starts_teacher(self.config):
+            kinds["teacher"] = self.teacher, self.placement.teacher
+        on_gpus = self.placement.devices_per_node > 0
+        self.servers = alike(self.config, kinds, self.machine.bytes) if on_gpus else {}
+        self.push = push_bytes(self.config, self.student) if "student" in kinds else 0
+        self.uses, self.hosts = self._devices() if on_gpus else [], self._hosts(kinds)
+        self.time = self._time() if on_gpus else None
+        self.shortfalls = shortfalls(self)
+
+    @property
+    def push_s(self) -> float:
+        """Seconds of a push."""
+        transport = self.config.rollout.transport or "file"
+        return push_seconds(self.push, transport, self.machine.speeds.links[transport])
 
     @property
     def fits(self) -> bool:
@@ -122,6 +140,77 @@ class Plan:
         """GPUs that hold something."""
         return len(self.uses)
 
+    def _devices(self) -> list[Use]:
+        """Every GPU that holds something. A server takes all its share; a shared one sleeps while the learner works."""
+        uses: dict[tuple[int, int], Use] = {}
+
+        def use_of(node: int, device: int) -> Use:
+            return uses.setdefault((node, device), Use(node, device, self.machine.bytes))
+
+        for server, groups in self.servers.items():
+            holds = {f"{server.kind} server's share": server.share}
+            if server.beyond:
+                holds["log-probs of prompts"] = server.beyond
+            for group in groups:
+                for device in group.devices:
+                    use_of(group.node, device).moments[f"{server.kind} server"] = dict(holds)
+        learner = self.learner
+        loss = CONTEXT + round(FRAGMENTS * learner.peak)
+        for ranks in self.placement.learner:
+            for device in ranks.devices:
+                use = use_of(ranks.node, device)
+                sleeping = {}
+                for holds in use.moments.values():
+                    holds["learner, at rest"] = learner.resident + CONTEXT
+                    sleeping = {"sleeping server": SLEEPING if self.config.rollout.sleep else sum(holds.values())}
+                use.moments[f"learner, {learner.worst}"] = {
+                    "states": learner.resident,
+                    **learner.phases[learner.worst],
+                    "CUDA context, fragments": loss,
+                    **sleeping,
+                }
+        return list(uses.values())
+
+    def _hosts(self, kinds: Kinds) -> list[Use]:
+        """A node's own memory: what is offloaded, sleeping weights, pushed files; on a CPU everything."""
+        rollout, learner, on_cpu = self.config.rollout, self.learner, not self.placement.devices_per_node
+        capacity = psutil.virtual_memory().total if on_cpu else None
+        if self.machine.host:
+            capacity = round(self.machine.host * GIB)
+        found = []
+        for node in range(self.placement.nodes):
+            holds: Bytes = {}
+            ranks = sum(len(g.devices) or g.count for g in self.placement.learner if g.node == node)
+            if ranks:
+                each = sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS
+                holds["learner ranks"] = ranks * each
+            for kind, (shape, groups) in kinds.items():
+                count = sum(len(g.parts()) for g in groups if g.node == node)
+                weights = server_memory(self.config, shape, kind, 1, GIB, None).weights
+                if on_cpu and count:
+                    holds[f"{kind} servers"] = count * (weights + PROCESS + rollout.server.kv_cache_gib * GIB)
+                elif count and kind == "student" and rollout.sleep:
+                    holds["weights of sleeping servers"] = count * weights
+            if ranks and rollout.transport == "file" and self.push:
+                holds["weights on their way"] = self.push
+            if holds:
+                found.append(Use(node, None, capacity, {"all together": holds}))
+        return found
+
+    def _time(self) -> StepTime:
+        c, speeds, ranks = self.config, self.machine.speeds, self.placement.ranks
+        rollout, at_once = 0.0, 0
+        if c.rollout.student_writes:  # as if all servers were alike, and the slowest of them
+            students = {s: groups for s, groups in self.servers.items() if s.kind == "student"}
+            count = sum(len(g.parts()) for groups in students.values() for g in groups)
+            figures = [decode_seconds(c, self.student, s, count, ranks, self.typical, speeds) for s in students]
+            rollout, at_once = max(figures, default=(0.0, 0))
+        serves = any(server.kind == "teacher" for server in self.servers)
+        devices = sum(len(g.devices) for g in self.placement.teacher) if serves else ranks
+        teacher = scoring_seconds(c, self.teacher, max(1, devices), self.typical, speeds) if self.teacher else 0.0
+        work = learner_flops(c, self.student, self.typical) / (ranks * speeds.flops(self.student))
+        return StepTime(rollout, teacher, work, self.push_s if c.rollout.student_writes else 0.0, at_once)
+
 
 def load(recipe: str, overrides: list[str]) -> Config:
     """A recipe as `load_config` reads it; a student that an earlier run is still to make has the shape of that run's.
@@ -129,13 +218,14 @@ def load(recipe: str, overrides: list[str]) -> Config:
     The earlier run is of a recipe in the same folder, whose run.dir is this one's student.path.
     """
     config = load_config(recipe, overrides)
+    path = config.student.path
     for other in sorted(Path(recipe).parent.glob("*.yaml")):
-        if _exists(config.student.path):
+        if _exists(path):
             break
         raw = read_yaml(other)
-        if (raw.get("run") or {}).get("dir") == config.student.path and (raw.get("student") or {}).get("path"):
-            config.student.path = raw["student"]["path"]
-    return config
+        if (raw.get("run") or {}).get("dir") == path:
+            path = (raw.get("student") or {}).get("path") or path
+    return config if path == config.student.path else load_config(recipe, [*overrides, f"student.path={path}"])
 
 
 def _exists(path: str) -> bool:
@@ -156,9 +246,6 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
 
     machine, placement = machine or Machine(), placement_of(config)
     student, teacher = student_shape(config), teacher_shape(config) if needs_teacher(config) else None
-    shapes: dict[Kind, ModelShape] = {"student": student}
-    if teacher is not None:
-        shapes["teacher"] = teacher
     longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
     response = machine.response_tokens or max(1, config.rollout.max_tokens // 2)
     if response > config.rollout.max_tokens:
@@ -170,23 +257,9 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     typical = _lengths(config, machine, student, seconds, response)
     zero = Zero.of(deepspeed_settings(config))
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
-    kinds = _kinds(config, placement)
-    on_gpus = placement.devices_per_node > 0
-    servers = alike(config, shapes, kinds, machine.bytes) if on_gpus else {}
-    uses = _devices(config, placement, machine, learner, servers) if on_gpus else []
-    rollouts = sum(len(g.parts()) for g in kinds.get("student", []))
-    pushed = push_bytes(config, student) if rollouts else 0
-    hosts = _hosts(config, placement, machine, learner, kinds, shapes, pushed)
-    transport = config.rollout.transport or "file"
-    push_s = push_seconds(pushed, transport, machine.speeds.links[transport])
-    plan = Plan(
-        config, placement, machine, student, teacher, longest, typical, zero, learner, servers, uses, hosts,
-        pushed, push_s, None, [],
-    )  # fmt: skip
-    if on_gpus:
-        plan.time = _time(plan, rollouts)
-    plan.shortfalls = shortfalls(plan)
-    return plan
+    return Plan(
+        config, placement, machine, student, teacher, longest=longest, typical=typical, zero=zero, learner=learner
+    )
 
 
 def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Path) -> dict[str, Plan | str]:
@@ -203,12 +276,8 @@ def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Pa
 
 def recommended(plans: dict[str, Plan | str]) -> str | None:
     """The placement that fits with the shortest estimated step, of equals the one with fewest GPUs."""
-    fitting = {path: p for path, p in plans.items() if isinstance(p, Plan) and p.fits and p.time}
-    return min(fitting, key=lambda path: _rank(fitting[path]), default=None)
-
-
-def _rank(plan: Plan) -> tuple[float, int]:
-    return (plan.time.step if plan.time else float("inf"), plan.gpus)
+    fitting = [(p.time.step, p.gpus, path) for path, p in plans.items() if isinstance(p, Plan) and p.fits and p.time]
+    return min(fitting)[-1] if fitting else None
 
 
 def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: float, response: int) -> Lengths:
@@ -218,103 +287,6 @@ def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: flo
         room = max(1, config.rollout.server.max_model_len - config.rollout.max_tokens)
         text, speech = min(text, room), min(speech, room)
     return Lengths(speech, text, response, seconds)
-
-
-def _kinds(config: Config, placement: Placement) -> dict[Kind, list[Servers]]:
-    kinds: dict[Kind, list[Servers]] = {}
-    if starts_student(config):
-        kinds["student"] = placement.rollout
-    if starts_teacher(config) and placement.teacher:
-        kinds["teacher"] = placement.teacher
-    return kinds
-
-
-def _devices(
-    config: Config,
-    placement: Placement,
-    machine: Machine,
-    learner: LearnerMemory,
-    servers: dict[ServerMemory, list[Servers]],
-) -> list[Use]:
-    """Every GPU that holds something. A server takes all of its share; a shared one sleeps while the learner works."""
-    uses: dict[tuple[int, int], Use] = {}
-
-    def use_of(node: int, device: int) -> Use:
-        return uses.setdefault((node, device), Use(node, device, machine.bytes))
-
-    for server, groups in servers.items():
-        holds = {f"{server.kind} server's share": server.share}
-        if server.beyond:
-            holds["log-probs of prompts"] = server.beyond
-        for group in groups:
-            for device in group.devices:
-                use_of(group.node, device).moments[f"{server.kind} server"] = dict(holds)
-    loss = CONTEXT + round(FRAGMENTS * learner.peak)
-    for ranks in placement.learner:
-        for device in ranks.devices:
-            use = use_of(ranks.node, device)
-            sleeping = {}
-            for holds in use.moments.values():
-                holds["learner, at rest"] = learner.resident + CONTEXT
-                sleeping = {"sleeping server": SLEEPING if config.rollout.sleep else sum(holds.values())}
-            use.moments[f"learner, {learner.worst}"] = {
-                "states": learner.resident,
-                **learner.phases[learner.worst],
-                "CUDA context, fragments": loss,
-                **sleeping,
-            }
-    return list(uses.values())
-
-
-def _hosts(
-    config: Config,
-    placement: Placement,
-    machine: Machine,
-    learner: LearnerMemory,
-    kinds: dict[Kind, list[Servers]],
-    shapes: dict[Kind, ModelShape],
-    pushed: int,
-) -> list[Use]:
-    """A node's own memory: what is offloaded, sleeping weights, pushed files; on a CPU everything."""
-    on_cpu = not placement.devices_per_node
-    capacity = round(machine.host * GIB) if machine.host else (psutil.virtual_memory().total if on_cpu else None)
-    found = []
-    for node in range(placement.nodes):
-        holds: Bytes = {}
-        ranks = sum(len(g.devices) or g.count for g in placement.learner if g.node == node)
-        if ranks:
-            holds["learner ranks"] = ranks * (sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS)
-        for kind, some in kinds.items():
-            count = sum(len(g.parts()) for g in some if g.node == node)
-            if on_cpu and count:
-                one = server_memory(config, shapes[kind], kind, 1, GIB, None).weights + PROCESS
-                holds[f"{kind} servers"] = count * (one + config.rollout.server.kv_cache_gib * GIB)
-            elif count and kind == "student" and config.rollout.sleep:
-                holds["weights of sleeping servers"] = (
-                    count * server_memory(config, shapes[kind], kind, 1, GIB, None).weights
-                )
-        if ranks and config.rollout.transport == "file" and pushed:
-            holds["weights on their way"] = pushed
-        if holds:
-            found.append(Use(node, None, capacity, {"all together": holds}))
-    return found
-
-
-def _time(plan: Plan, rollouts: int) -> StepTime:
-    c, speeds, ranks = plan.config, plan.machine.speeds, plan.placement.ranks
-    rollout, at_once = 0.0, 0
-    if c.rollout.student_writes:  # as if all servers were alike, and the slowest of them
-        figures = [
-            decode_seconds(c, plan.student, server, rollouts, ranks, plan.typical, speeds)
-            for server in plan.servers
-            if server.kind == "student"
-        ]
-        rollout, at_once = max(figures, default=(0.0, 0))
-    serves = any(server.kind == "teacher" for server in plan.servers)
-    devices = sum(len(g.devices) for g in plan.placement.teacher) if serves else ranks
-    teacher = scoring_seconds(c, plan.teacher, max(1, devices), plan.typical, speeds) if plan.teacher else 0.0
-    work = learner_flops(c, plan.student, plan.typical) / (ranks * speeds.flops(plan.student))
-    return StepTime(rollout, teacher, work, plan.push_s if c.rollout.student_writes else 0.0, at_once)
 
 
 def shortfalls(plan: Plan, node: int | None = None) -> list[str]:
@@ -357,16 +329,11 @@ def where(uses: list[Use]) -> str:
     words = []
     for node in sorted({u.node for u in uses}):
         devices = sorted(u.device for u in uses if u.node == node and u.device is not None)
-        joined = ", ".join(_ranges(devices))
-        words.append(f"node {node} GPU {joined}" if devices else f"node {node} host")
+        words.append(f"node {node} GPU {_ranges(devices)}" if devices else f"node {node} host")
     return "; ".join(words)
 
 
-def _ranges(numbers: list[int]) -> list[str]:
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
+def _ranges(numbers: list[int]) -> str:
+    """Of ascending numbers: those that follow one another differ from their place by the same."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

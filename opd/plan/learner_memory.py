@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from opd.config import limits
 from opd.config.needs import asks_teacher_servers, copies_start, shards_start
 from opd.config.placement import of_routes
 from opd.config.schema import Config
@@ -18,8 +19,6 @@ from opd.plan.shapes import ModelShape, Weight, teacher_shape
 from opd.settings import UserError
 
 SIZES = {"float32": 4, "bfloat16": 2}
-TOWER_CLIPS = 8  # opd.train.learner.CLIPS_PER_CALL, which a test compares, as the next; those modules need torch
-CHUNK = 1 << 26  # opd.objectives.token_loss.ELEMENTS
 Bytes = dict[str, int]
 
 
@@ -246,36 +245,36 @@ def tower_bytes(shape: ModelShape, d: int, seconds: float, clips: int, kept: boo
     return positions * d * (9 * t.width + 2 * t.intermediate) * (t.layers if kept else 1)
 
 
-def rows(config: Config) -> int:
+def chunk_tensors(config: Config) -> int:
     """Tensors [n, V] of a chunk alive at once, of which one, the raw logits, in student.dtype, the others in float32.
 
-    Without the teacher's rows: raw logits, banned ids masked, log-softmax, and two gradients on the way back. A
+    Without the teacher's logits: raw logits, banned ids masked, log-softmax, and two gradients on the way back. A
     divergence joins its two sides, exponentials and differences; a test counts them all. `uld` sorts both sides, too.
     """
-    o = config.objective
-    at_end = o.divergence_beta in (0.0, 1.0)  # where the JSD is one KL
-    if o.name == "uld":
-        return 14 + (3 if o.reference > 0 else 0)
-    with_rows = {"kd": 9, "entropy_aware": 10, "jsd": 8 if at_end else 12}.get(o.name, 8)
-    at_two = o.name == "xopd" and config.rollout.temperature != 1.0  # temperatures
-    return (with_rows if o.reads_logits else 5 + at_two) + (3 if o.reference > 0 else 0)
+    o, about = config.objective, config.objective.about
+    found = 5
+    if o.reads_logits:
+        found = about.tensors + (about.mixture if 0.0 < o.beta < 1.0 else 0)
+    elif config.rollout.temperature != 1.0:
+        found += about.tempered
+    return found + (3 if o.reference > 0 else 0)
 
 
 def chunk_tokens(vocab: int, tokens: int) -> int:
     """Response tokens whose logits exist at a time (opd.objectives.token_loss.chunks)."""
-    return min(tokens, max(1, CHUNK // vocab))
+    return min(tokens, max(1, limits.ELEMENTS // vocab))
 
 
 def loss_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> Bytes:
     """Bytes while the loss is computed, chunk by chunk (opd/objectives/token_loss.py).
 
-    `rows` tensors of a chunk's [n, V], or, of a trained output layer in bfloat16, what a chunk adds to its gradient,
+    `chunk_tensors` of a chunk's [n, V], or, of a trained output layer in bfloat16, what a chunk adds to its gradient,
     Vhd, beside the chunk's own; that gradient, float32, 4Vh; hidden states [N, h] of the responses, and their gradient.
     """
     d, m = SIZES[config.student.dtype], shape.decoder
-    whole = config.objective.name == "uld"  # responses instead of chunks
+    whole = config.objective.about.other_tokenizer  # responses instead of chunks
     n = mb.positions // mb.rows // mb.responses if whole else chunk_tokens(m.vocab, mb.positions)
-    out = {"logits and loss": n * m.vocab * (4 * (rows(config) - 1) + d)}
+    out = {"logits and loss": n * m.vocab * (4 * (chunk_tensors(config) - 1) + d)}
     if "llm" in config.student.train and config.student.lora is None:
         out["output layer's gradient"] = 4 * m.vocab * m.hidden
         if d == 2:
@@ -357,7 +356,7 @@ def learner_memory(
     if hears and not tower_trained:
         width = student.decoder.hidden
         out.device["encoded clips"] = prompts * student.audio_tokens(lengths.audio) * width * d
-        tower = tower_bytes(student, d, lengths.audio, TOWER_CLIPS, kept=False)
+        tower = tower_bytes(student, d, lengths.audio, limits.CLIPS_PER_CALL, kept=False)
         out.phases["tower"] = {"tower's activations": tower}
 
     def passes(prompt: int, clips_per_row: int) -> dict[str, Bytes]:

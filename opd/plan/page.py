@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> 
 def _at_most(plan: Plan) -> Machine:
     """The machine with its counts filled in: alternatives may use no more GPUs than the recipe's placement has."""
     m, p = plan.machine, plan.placement
-    gpus, nodes = (m.gpus if m.gpus is not None else p.devices_per_node), m.nodes if m.nodes is not None else p.nodes
-    return Machine(gpus, nodes, m.memory, m.host, m.speeds, m.text_tokens, m.clip_seconds, m.response_tokens)
+    gpus = p.devices_per_node if m.gpus is None else m.gpus
+    return replace(m, gpus=gpus, nodes=p.nodes if m.nodes is None else m.nodes)
 
 
 def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list[str] | None) -> list[str]:
@@ -177,15 +178,7 @@ def _alternatives(plan: Plan, others: dict[str, Plan | str], best: str | None) -
 
 def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list[str] | None) -> dict[str, Any]:
     """The same as plain data; sizes in bytes, times in seconds."""
-    models = {
-        role: {
-            "path": s.path,
-            "source": s.source,
-            "parameters": {p: s.count(p) for p in ("tower", "adapter", "llm", "fixed")},
-        }
-        for role, s in (("student", plan.student), ("teacher", plan.teacher))
-        if s is not None
-    }
+    parts, roles = ("tower", "adapter", "llm", "fixed"), {"student": plan.student, "teacher": plan.teacher}
     servers = [
         {
             "kind": s.kind, "devices": [[g.node, d] for g in groups for d in g.devices],
@@ -194,36 +187,32 @@ def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: l
         }
         for s, groups in plan.servers.items()
     ]  # fmt: skip
-    t = plan.time
+    seconds = None
+    if (t := plan.time) is not None:
+        seconds = asdict(t) | {"step": t.step, "run": t.step * plan.config.train.steps}
+        del seconds["at_once"]
     return {
         "placement": plan.config.launch.placement,
         "fits": plan.fits,
         "shortfalls": plan.shortfalls,
         "remedy": cure,
-        "models": models,
-        "learner": {
-            "device": plan.learner.device,
-            "phases": plan.learner.phases,
-            "host": plan.learner.host,
-            "peak": plan.learner.peak,
+        "models": {
+            role: {"path": s.path, "source": s.source, "parameters": {p: s.count(p) for p in parts}}
+            for role, s in roles.items()
+            if s is not None
         },
+        "learner": asdict(plan.learner) | {"peak": plan.learner.peak},
         "servers": servers,
-        "devices": [
-            {"node": u.node, "device": u.device, "capacity": u.capacity, "moments": u.moments}
-            for u in [*plan.uses, *plan.hosts]
-        ],
+        "devices": [asdict(use) for use in [*plan.uses, *plan.hosts]],
         "push": {"bytes": plan.push, "seconds": plan.push_s},
-        "seconds": None if t is None else {
-            "rollout": t.rollout, "teacher": t.teacher, "learner": t.learner, "sync": t.sync, "step": t.step,
-            "run": t.step * plan.config.train.steps,
-        },
+        "seconds": seconds,
         "recommended": best,
         "alternatives": {
             path: {"fits": False, "shortfalls": [o]} if isinstance(o, str)
             else {"fits": o.fits, "shortfalls": o.shortfalls, "step": o.time.step if o.time else None}
             for path, o in others.items()
         },
-        "assumed": {"context": CONTEXT, "graphs": GRAPHS, "speeds": vars(plan.machine.speeds)},
+        "assumed": {"context": CONTEXT, "graphs": GRAPHS, "speeds": asdict(plan.machine.speeds)},
     }  # fmt: skip
 
 

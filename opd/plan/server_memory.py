@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from opd.config.limits import scored_tokens
 from opd.config.placement import Servers, memory_share
 from opd.config.schema import Config
 from opd.plan.learner_memory import SIZES, tower_bytes
@@ -18,6 +19,7 @@ from opd.plan.shapes import Decoder, ModelShape
 GIB = 1 << 30
 BLOCK = 16  # tokens, vLLM's default
 Kind = Literal["student", "teacher"]
+Kinds = dict[Kind, tuple[ModelShape, list[Servers]]]
 CONTEXT = GIB  # CUDA's context and NCCL's buffers, of any process on a GPU: assumed
 GRAPHS = GIB  # CUDA graphs: assumed
 # (GiB of a GPU from which, tokens): vllm/engine/arg_utils.py, get_batch_defaults, of an API server
@@ -92,18 +94,13 @@ def batched_tokens(config: Config, kind: str, memory: int) -> int:
     if flag in s.args[:-1]:
         return int(s.args[s.args.index(flag) + 1])
     if kind == "teacher":
-        return max(2048, s.max_model_len, s.max_num_seqs)  # opd/processes/commands.py
+        return scored_tokens(config)
     default = next(tokens for least, tokens in DEFAULT_BATCH if memory >= least * GIB)
     return max(min(default, s.max_num_seqs * s.max_model_len), s.max_num_seqs)
 
 
 def server_memory(
-    config: Config,
-    shape: ModelShape,
-    kind: Kind,
-    tensor_parallel: int,
-    memory: int,
-    share: float | None,
+    config: Config, shape: ModelShape, kind: Kind, tensor_parallel: int, memory: int, share: float | None
 ) -> ServerMemory:
     """One GPU of a server. `memory`: bytes of the device; `share`: what the placement gives it of that.
 
@@ -132,13 +129,11 @@ def server_memory(
     )
 
 
-def alike(
-    config: Config, shapes: dict[Kind, ModelShape], kinds: dict[Kind, list[Servers]], memory: int
-) -> dict[ServerMemory, list[Servers]]:
+def alike(config: Config, kinds: Kinds, memory: int) -> dict[ServerMemory, list[Servers]]:
     """One figure for all groups of a kind with the same tensor_parallel and share. `memory`: bytes of a device."""
     found: dict[ServerMemory, list[Servers]] = {}
-    for kind, groups in kinds.items():
+    for kind, (shape, groups) in kinds.items():
         for g in groups:
-            figure = server_memory(config, shapes[kind], kind, g.tensor_parallel, memory, g.memory)
+            figure = server_memory(config, shape, kind, g.tensor_parallel, memory, g.memory)
             found.setdefault(figure, []).append(g)
     return found

@@ -244,16 +244,17 @@ def _decoder(about: Any) -> Decoder:
     per_token = getattr(about, "num_experts_per_tok", None) or 1
     mixture = next((n for k in ("num_experts", "num_local_experts") if (n := getattr(about, k, None))), 1)
     width = getattr(about, "moe_intermediate_size", None) if mixture > 1 else None
+    at_work = per_token if mixture > 1 else 1
     return Decoder(
-        about.num_hidden_layers,
-        about.hidden_size,
-        about.num_attention_heads,
-        getattr(about, "num_key_value_heads", None) or about.num_attention_heads,
-        getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads,
-        (width or about.intermediate_size) * (per_token if mixture > 1 else 1),
-        about.vocab_size,
-        mixture,
-        per_token if mixture > 1 else 1,
+        layers=about.num_hidden_layers,
+        hidden=about.hidden_size,
+        heads=about.num_attention_heads,
+        kv_heads=getattr(about, "num_key_value_heads", None) or about.num_attention_heads,
+        head_dim=getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads,
+        intermediate=(width or about.intermediate_size) * at_work,
+        vocab=about.vocab_size,
+        experts=mixture,
+        experts_per_token=at_work,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from opd.config.limits import scored_tokens
 from opd.config.load import resolve_model
 from opd.config.placement import Placement, memory_share
 from opd.config.schema import Config
@@ -45,10 +46,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def servers(config: Config, where: Layout, node: int, resolve: Resolve = resolve_model) -> list[Command]:
-    """The vLLM servers that one node has to start."""
+def servers(config: Config, places: list[Place], resolve: Resolve = resolve_model) -> list[Command]:
+    """The vLLM servers at some places of a machine."""
     makers = {"student": student_server, "teacher": teacher_server}
-    return [makers[p.kind](config, p, resolve) for p in where.servers if p.node == node]
+    return [makers[p.kind](config, p, resolve) for p in places]
 
 
 def student_server(config: Config, place: Place, resolve: Resolve = resolve_model) -> Command:
@@ -75,9 +76,7 @@ def student_server(config: Config, place: Place, resolve: Resolve = resolve_mode
 
 def teacher_server(config: Config, place: Place, resolve: Resolve = resolve_model) -> Command:
     """A vLLM server that scores token ids. Prompt log-probs hold [tokens, V] in memory: the batch is capped."""
-    s = config.rollout.server
-    tokens = max(2048, s.max_model_len, s.max_num_seqs)
-    extra = ["--max-num-batched-tokens", str(tokens)]
+    extra = ["--max-num-batched-tokens", str(scored_tokens(config))]
     return _server(config, place, resolve(config.teacher.path, "teacher.path"), config.teacher.dtype, extra)
 
 

@@ -1,7 +1,8 @@
-"""Processes that die with the run: each in its own group, stopped on exit, error, signal, or the launcher's death.
+"""Processes that die with the run: on exit, error, signal, or the launcher's death.
 
-Run as `python -m opd.processes.guard PARENT_PID -- COMMAND...` it is the guard between the launcher and a command: it
-stops the command's whole group when the launcher is gone, also after `kill -9`.
+Launcher and guards do the same. Each adopts the descendants that lose their parent, so that it finds all of them, and
+ends them when it ends. Run as `python -m opd.processes.guard PARENT_PID -- COMMAND...` it is the guard between the
+launcher and a command: it also ends when the launcher is gone, after `kill -9` too.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from opd.processes.commands import Command
+import psutil
+
+if TYPE_CHECKING:
+    from opd.processes.commands import Command  # a guard starts without what that imports
 
 GRACE_S = 8.0
 ORPHANS_S = 1.0  # for what a process that ended by itself left behind
+KILL_S = 10.0  # for the system to end what was killed
 PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
 
 
@@ -44,34 +50,27 @@ class Process:
         """Exit code, None while it runs."""
         return self.guard.poll()
 
-    def stop(self) -> None:
-        """Ask the guard to stop the group; it escalates by itself."""
-        if self.code is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.guard.send_signal(signal.SIGTERM)
 
-    def wait(self) -> None:
-        """Return when nothing of it is left."""
-        try:
-            self.guard.wait(GRACE_S + 5)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.guard.pid, signal.SIGKILL)
-            self.guard.wait()
-
-    def last_error(self) -> str:
-        """The last line of the log that names an error, or its last line."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        named = [line for line in lines if "Error" in line or "error:" in line]
-        return (named or lines or ["(empty log)"])[-1][:300]
+def run(command: Command, log: Path, timeout_s: float) -> None:
+    """A command that ends by itself. Raises ChildProcessError when it fails, or is not done after `timeout_s`."""
+    process = Process(command, log)
+    try:
+        code = process.guard.wait(timeout_s)
+    except subprocess.TimeoutExpired as e:
+        raise ChildProcessError(f"{command.name} is not done after {timeout_s:g} s, see {log}") from e
+    finally:
+        stop_all([process])
+    if code:
+        raise ChildProcessError(f"{command.name} ended with exit code {code}, see {log}")
 
 
 def stop_all(processes: list[Process]) -> None:
-    """Stop every process, newest first, and wait until all are gone."""
+    """Have the guards stop every process, newest first, and wait until all are gone."""
     for p in reversed(processes):
-        p.stop()
-    for p in reversed(processes):
-        p.wait()
+        p.guard.terminate()
+    for p in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of a guard that hangs
+            p.guard.wait(GRACE_S + KILL_S + 5)
 
 
 @contextlib.contextmanager
@@ -93,53 +92,66 @@ def serving(command: Command, log: Path, timeout_s: float) -> Iterator[str]:
         stop_all([process])
 
 
-def adopt_orphans(on: bool) -> None:
+@contextlib.contextmanager
+def no_orphans() -> Iterator[None]:
+    """Whatever is started in the block ends with it: what the guards leave, because one was killed, is killed."""
+    before = _descendants()
+    _adopt_orphans(True)
+    try:
+        yield
+    finally:
+        _end_all(before, 0)
+        _adopt_orphans(False)
+
+
+def _adopt_orphans(on: bool) -> None:
     """Make this process the parent of descendants that lose theirs, so that it can find them. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
 
 
+def _descendants() -> set[psutil.Process]:
+    """Live processes below this one, in whatever session or group."""
+    return {p for p in psutil.Process().children(recursive=True) if _alive(p)}
+
+
+def _end_all(but: set[psutil.Process], grace_s: float) -> None:
+    """End all descendants `but` some."""
+    deadline = time.monotonic() + grace_s
+    _send(signal.SIGTERM, _descendants() - but)
+    while (left := _descendants() - but) and time.monotonic() < deadline + KILL_S:
+        if time.monotonic() >= deadline:
+            _send(signal.SIGKILL, left)
+        time.sleep(0.05)
+    if left:
+        print(f"opd: cannot stop processes {sorted(p.pid for p in left)}", file=sys.stderr)
+
+
+def _send(number: int, processes: set[psutil.Process]) -> None:
+    for p in processes:
+        with contextlib.suppress(psutil.Error):
+            p.send_signal(number)  # psutil checks that the pid has not been reused
+
+
+def _alive(p: psutil.Process) -> bool:
+    try:
+        return p.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def guard(parent: int, argv: list[str]) -> int:
-    """Run a command and stop its whole group when asked to, when it ends, or when the parent is gone."""
+    """Run a command; end it and all below it when asked to, when the parent is gone, or when it ends by itself."""
     asked = []
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(s, lambda *_: asked.append(True))
-    adopt_orphans(True)
+    _adopt_orphans(True)
     child = subprocess.Popen(argv, start_new_session=True)
     while child.poll() is None and not asked and os.getppid() == parent:
         time.sleep(0.1)
-    descendants = _descendants()
-    stopped = child.poll() is None
-    _signal(child.pid, descendants, signal.SIGTERM)
-    deadline = time.monotonic() + (GRACE_S if stopped else ORPHANS_S)
-    while time.monotonic() < deadline and (child.poll() is None or any(map(_alive, descendants))):
-        time.sleep(0.05)
-    _signal(child.pid, descendants | _descendants(), signal.SIGKILL)
-    code = child.wait()
-    return 143 if stopped else code if code >= 0 else 128 - code
-
-
-def _signal(group: int, pids: set[int], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
-    for pid in pids:  # vLLM and accelerate put some of theirs into sessions of their own
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
-
-
-def _descendants() -> set[int]:
-    import psutil
-
-    return {p.pid for p in psutil.Process().children(recursive=True)}
-
-
-def _alive(pid: int) -> bool:
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    code = child.returncode
+    _end_all(set(), GRACE_S if code is None else ORPHANS_S)
+    return 143 if code is None else code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 from opd.config.needs import starts_student, starts_teacher
@@ -15,12 +17,15 @@ FIRST_PORT = 8100  # where the recipe names none and several nodes must agree
 SERVERS_FROM = 10  # ports from the first to those of the servers
 
 
+Kind = Literal["student", "teacher"]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where one vLLM server runs."""
 
     name: str  # of the process and its log
-    kind: Literal["student", "teacher"]
+    kind: Kind
     node: int
     host: str
     port: int
@@ -34,7 +39,7 @@ class Place:
         return f"http://{self.host}:{self.port}"
 
     @classmethod
-    def here(cls, kind: Literal["student", "teacher"], port: int | None = None) -> Place:
+    def here(cls, kind: Kind, port: int | None = None) -> Place:
         """A lone server on this machine's CPU, at a free port."""
         return cls(kind, kind, 0, LOOPBACK, port or free_port())
 
@@ -52,6 +57,10 @@ class Layout:
     def urls(self, kind: str) -> list[str]:
         """Base URLs of the servers of a kind, on all nodes."""
         return [p.url for p in self.servers if p.kind == kind]
+
+    def on(self, node: int) -> list[Place]:
+        """Servers of a node."""
+        return [p for p in self.servers if p.node == node]
 
     @property
     def head(self) -> int:
@@ -80,19 +89,27 @@ def layout(config: Config) -> Layout:
     def port(offset: int) -> int:
         return fixed + offset if fixed else free_port()
 
-    groups = {"student": placement.rollout if starts_student(config) else []}
-    groups["teacher"] = placement.teacher if starts_teacher(config) else []
-    found: list[Place] = []
-    for kind, some in groups.items():
-        parts = [(g, devices) for g in some for devices in g.parts()]
-        for i, (g, devices) in enumerate(parts):
-            name = kind if len(parts) == 1 else f"{kind}-{i}"
-            beside = sum(other.node == g.node for other, _ in parts)
-            at = port(SERVERS_FROM + len(found))
-            found.append(_place(name, kind, g, hosts[g.node], at, devices, beside))
+    offsets = count(SERVERS_FROM)
+
+    def address(node: int) -> tuple[str, int]:
+        return hosts[node], port(next(offsets))
+
+    found = places_of("student", placement.rollout if starts_student(config) else [], address)
+    found += places_of("teacher", placement.teacher if starts_teacher(config) else [], address)
     return Layout(placement, hosts, found, port(0), port(1))
 
 
-def _place(name: str, kind: str, g: Servers, host: str, port: int, devices: tuple[int, ...], beside: int) -> Place:
-    assert kind in ("student", "teacher")
-    return Place(name, kind, g.node, host, port, devices, g.memory, beside)  # type: ignore[arg-type]
+def here(node: int) -> tuple[str, int]:
+    """An address of this machine alone."""
+    return LOOPBACK, free_port()
+
+
+def places_of(kind: Kind, groups: list[Servers], address: Callable[[int], tuple[str, int]] = here) -> list[Place]:
+    """Where the servers of a kind run; `address`: host and port for one more on a node."""
+    parts = [(g, devices) for g in groups for devices in g.parts()]
+    nodes = [g.node for g, _ in parts]
+    name = kind if len(parts) == 1 else f"{kind}-{{}}"
+    return [
+        Place(name.format(i), kind, g.node, *address(g.node), devices, g.memory, nodes.count(g.node))
+        for i, (g, devices) in enumerate(parts)
+    ]

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-
-import psutil
 
 from opd.config.schema import Config
 from opd.inference.client import healthy
 from opd.processes.cluster import PROCESS, Alone, End
 from opd.processes.commands import Command
 from opd.processes.display import Display, make_display
-from opd.processes.guard import Process, adopt_orphans, stop_all
+from opd.processes.guard import Process, no_orphans, stop_all
 from opd.processes.logs import STARTED, cause, killed
-from opd.settings import UserError
+from opd.settings import RunFailed, UserError
 
 POLL_S = 0.25
-SWEEP_S = 10.0
 Parts = Callable[[], tuple[list[Command], Command | None]]  # checks, then this node's servers and learner
 
 
@@ -149,10 +144,8 @@ def supervise(config: Config, parts: Parts, cluster: Alone, plain: bool, remote:
     `remote`: URLs of other nodes' servers. Returns how the run ended, the same on all nodes. Whatever happens, nothing
     that was started here is left.
     """
-    before = {p.pid for p in psutil.Process().children(recursive=True)}
     watch: Watch | None = None
-    with Signals() as signals:
-        adopt_orphans(True)
+    with Signals() as signals, no_orphans():
         try:
             cluster.join(_patience(config, signals))
             started, trainer = parts()
@@ -174,8 +167,6 @@ def supervise(config: Config, parts: Parts, cluster: Alone, plain: bool, remote:
             raise
         finally:
             stop_all(watch.processes if watch else [])
-            _sweep(before)
-            adopt_orphans(False)
 
 
 def _patience(config: Config, signals: Signals) -> Callable[[], None]:
@@ -190,18 +181,10 @@ def _patience(config: Config, signals: Signals) -> Callable[[], None]:
     return check
 
 
-def _sweep(before: set[int]) -> None:
-    """Kill what outlived the guards: learner ranks sit in sessions of their own, and a guard itself can be killed."""
-    deadline = time.monotonic() + SWEEP_S
-    while left := [p for p in psutil.Process().children(recursive=True) if p.pid not in before]:
-        for p in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                p.kill()  # psutil checks that the pid has not been reused
-        psutil.wait_procs(left, timeout=1)
-        if time.monotonic() > deadline:
-            print(f"opd: cannot stop processes {[p.pid for p in left]}", file=sys.stderr)
-            return
-
-
-class RunFailed(RuntimeError):
-    """A server or the learner ended badly: the message names it, the cause and the log."""
+def conclude(end: End, after_signal: str) -> int:
+    """0, or 128 + number when a signal ended the run, after a line. Raises UserError or RunFailed for another end."""
+    if end.code and end.code < 128:
+        raise UserError(end.message) if end.user_error else RunFailed(end.message)
+    if end.code:
+        print(f"\n{end.message}{after_signal}", flush=True)
+    return end.code

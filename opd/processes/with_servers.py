@@ -3,56 +3,57 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 from opd.config.load import resolve_model
 from opd.config.objective import ObjectiveConfig
 from opd.config.placement import Placement, Servers, node_of, placement_of
 from opd.config.schema import Config
-from opd.inference.ports import LOOPBACK, free_port
 from opd.processes.cluster import Alone
-from opd.processes.commands import Command, student_server, teacher_server
-from opd.processes.layout import Place
-from opd.processes.supervise import RunFailed, supervise
+from opd.processes.commands import Command, servers
+from opd.processes.layout import Place, places_of
+from opd.processes.supervise import conclude, supervise
+from opd.processes.worker import worker
 from opd.settings import UserError
 
 URLS = {"student": "rollout.urls", "teacher": "teacher.urls"}
-QUIET = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 
 def served(config: Config, out: Path, teacher: bool) -> Config:
     """The recipe as its servers alone have it: no learner, models resolved, the teacher on a server or nowhere."""
-    config.run.dir = str(out)
-    config.objective = ObjectiveConfig()  # none that reads more of a teacher than a server gives
-    config.rollout.source, config.rollout.sleep, config.student.lora = "student", False, None
-    config.student.path = resolve_model(config.student.path, "student.path")
-    config.teacher.kind = "server" if teacher else "local"
+    values = {
+        "run.dir": str(out),
+        "objective": ObjectiveConfig(),  # none that reads more of a teacher than a server gives
+        "rollout.source": "student",
+        "rollout.sleep": False,
+        "student.lora": None,
+        "student.path": resolve_model(config.student.path, "student.path"),
+        "teacher.kind": "server" if teacher else "local",
+    }
     if teacher:
-        config.teacher.path = resolve_model(config.teacher.path, "teacher.path")
-    return config
+        values["teacher.path"] = resolve_model(config.teacher.path, "teacher.path")
+    return config.changed(values)
 
 
-def ask(config: Config, name: str, argv: list[str], plain: bool, servers: bool = True) -> int:
-    """Start the servers that have no URL yet, then `python -m ARGV... rollout.urls=[...]`, and see both through.
+def ask(config: Config, name: str, target: str, given: dict[str, Any], plain: bool, start: bool = True) -> int:
+    """Start the servers that have no URL yet, then a worker that is told their URLs, and see both through.
 
-    Returns 0, or 128 + number when a signal ended it. Raises UserError and RunFailed.
+    target: its function (opd.processes.worker); `given`: arguments, `overrides` among them; `start`: False where it
+    needs no server. Returns 0, or 128 + number when a
+    signal ended it. Raises UserError and RunFailed.
     """
-    (Path(config.run.dir) / "status.json").unlink(missing_ok=True)
+    folder = Path(config.run.dir)
+    (folder / "status.json").unlink(missing_ok=True)
 
     def parts() -> tuple[list[Command], Command]:
-        started = places(config) if servers else []
+        started = places(config) if start else []
         urls = {key: [p.url for p in started if p.kind == kind] for kind, key in URLS.items()}
         told = [f"{key}={json.dumps(found)}" for key, found in urls.items() if found]
-        return commands(config, started), Command(name, [sys.executable, "-m", *argv, *told], QUIET)
+        asking = worker(name, target, folder, given | {"overrides": [*given["overrides"], *told]})
+        return commands(config, started), asking
 
-    end = supervise(config, parts, Alone(), plain, [])
-    if end.code >= 128:
-        print(f"\n{end.message}; the same command goes on from here", flush=True)
-        return end.code
-    if end.code:
-        raise UserError(end.message) if end.user_error else RunFailed(end.message)
-    return 0
+    return conclude(supervise(config, parts, Alone(), plain, []), "; the same command goes on from here")
 
 
 WHOLE = 0.9  # of a GPU's memory that two servers on it share
@@ -79,8 +80,7 @@ def places(config: Config) -> list[Place]:
         whole = config.rollout.server.gpu_memory_utilization or WHOLE
         students = [g.model_copy(update={"memory": whole * STUDENT}) for g in students]
         teachers = [g.model_copy(update={"memory": whole * (1 - STUDENT)}) for g in teachers]
-        config.rollout.server.gpu_memory_utilization = None
-    return _placed("student", students) + _placed("teacher", teachers)
+    return places_of("student", students) + places_of("teacher", teachers)
 
 
 def _teacher(placement: Placement, node: int, rollout: list[Servers]) -> Servers:
@@ -93,16 +93,9 @@ def _teacher(placement: Placement, node: int, rollout: list[Servers]) -> Servers
     return Servers(node=node, devices=free[:size], tensor_parallel=size)
 
 
-def _placed(kind: str, groups: list[Servers]) -> list[Place]:
-    parts = [(g, devices) for g in groups for devices in g.parts()]
-    name = kind if len(parts) == 1 else f"{kind}-{{}}"
-    return [
-        Place(name.format(i), kind, g.node, LOOPBACK, free_port(), devices, g.memory, len(parts))  # type: ignore[arg-type]
-        for i, (g, devices) in enumerate(parts)
-    ]
-
-
 def commands(config: Config, found: list[Place]) -> list[Command]:
-    """The servers' commands."""
-    makers = {"student": student_server, "teacher": teacher_server}
-    return [makers[p.kind](config, p) for p in found]
+    """The servers' commands. Where student and teacher share a device, their places have the word on its memory."""
+    devices = [d for p in found for d in p.devices]
+    if len(set(devices)) < len(devices):
+        config = config.changed({"rollout.server.gpu_memory_utilization": None})
+    return servers(config, found)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.scoring.answers import MATCHES, check_answer
-from opd.settings import UserError, read_lines, regular_file
+from opd.settings import UserError, regular_file, text_lines
 from opd.types import Prompt
 
 # of a record
@@ -138,7 +138,7 @@ def records(path: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
     if path.startswith("hub:") or Path(path).suffix in (".parquet", ".json", ".csv"):
         yield from datasets_records(path, streaming)
         return
-    for place, line in read_lines(path, "manifest"):
+    for place, line in text_lines(path, "manifest"):
         try:
             yield place, line if isinstance(line, ValueError) else json.loads(line)
         except json.JSONDecodeError as e:

@@ -1,10 +1,11 @@
-"""The charts of a report, as inline SVG that takes the page's text colour and has no background of its own."""
+"""The charts of a report."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from opd.report.html import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, figure
+from opd.report.blocks import Figure
+from opd.report.figure import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, figure
 from opd.report.pipelines import PHASES, Pipeline, phases
 from opd.report.runs import VIEWS, Run
 
@@ -12,11 +13,32 @@ BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}
 PHASE_COLOURS = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY), strict=True))
 POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
 
-# name of the metric, label of its axis, least span of the axis: noise around a constant shall look like one
-Panel = tuple[tuple[str, ...], str, float]
+# what a chart shows: of each panel its metrics, the label of its axis and the least span of that, so that noise around
+# a constant looks like one
+CURVES = {
+    "Reverse KL on the student's own samples, by view (text dashed).": [
+        ("reverse_kl/speech reverse_kl/text", "nats per token", 0.01),
+    ],
+    "Importance ratio of learner to sampler, and the share of tokens where it is cut off.": [
+        ("ratio/mean", "importance ratio, mean", 0.02),
+        ("ratio/clipped", "importance ratio, share clipped", 0.02),
+    ],
+    "Responses: mean length, and the share that never ended.": [
+        ("length/mean", "tokens", 1.0),
+        ("length/truncated", "share truncated", 0.02),
+    ],
+    "Loss, which each objective defines for itself, and the norm of the gradient.": [
+        ("loss", "loss", 0.01),
+        ("grad_norm", "gradient norm", 0.01),
+    ],
+    "Mean |learner - sampler| log-prob of the sampled tokens, and the student's entropy.": [
+        ("mismatch/logprob", "nats per token", 1e-6),
+        ("entropy", "entropy, nats per token", 0.01),
+    ],
+}
 
 
-def accuracy(pipelines: list[Pipeline], key: str) -> str:
+def accuracy(pipelines: list[Pipeline]) -> Figure:
     """Bars with standard errors by stage, a group of bars for each pipeline."""
     shown = [p for p in pipelines if p.stages]
     places, ticks, x = [], [], 0.0
@@ -42,14 +64,15 @@ def accuracy(pipelines: list[Pipeline], key: str) -> str:
         axes.set_ylabel("accuracy")
 
     caption = "Accuracy by stage, with standard errors" + ("; pipelines side by side." if len(shown) > 1 else ".")
-    return figure(key, caption, draw, (max(8.0, 1.1 * x), 3.2))
+    return figure(caption, draw, (max(8.0, 1.1 * x), 3.2))
 
 
-def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) -> str:
-    """Step metrics against the steps of the whole pipeline: a colour per pipeline, or per run or view of the only one.
+def curves(pipelines: list[Pipeline], caption: str) -> Figure:
+    """Metrics of CURVES against the steps of a pipeline: a colour per pipeline, or per run or view of a single one.
 
     A run that several pipelines begin with is drawn once, in grey; other runs before a pipeline's last are paler.
     """
+    panels = CURVES[caption]
     pale = {r.name for p in pipelines for r in p.runs[:-1]} if len(pipelines) > 1 else set()
 
     def draw(figure: Any) -> None:
@@ -58,7 +81,7 @@ def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) ->
             ax.grid(True, axis="y")
             ax.set(xlabel="step of the pipeline", ylabel=label)
             for run, start, colour in _placed(pipelines):
-                for name in names:
+                for name in names.split():
                     style: dict[str, Any] = {"color": colour, "linestyle": "--" if name.endswith("/text") else "-"}
                     style["alpha"] = 0.55 if run.name in pale else 1.0
                     view = name.rpartition("/")[2]
@@ -73,7 +96,7 @@ def curves(pipelines: list[Pipeline], key: str, caption: str, *panels: Panel) ->
 
     if any(len(r.steps) > POINTS for p in pipelines for r in p.runs):
         caption += f" Means of consecutive steps, at most {POINTS} points a curve."
-    return figure(key, caption, draw, (8.0, 3.2))
+    return figure(caption, draw, (8.0, 3.2))
 
 
 def _widen(axes: Any, least: float) -> None:
@@ -85,7 +108,7 @@ def _widen(axes: Any, least: float) -> None:
         axes.set_ylim(start, start + least)
 
 
-def times(runs: list[Run], key: str) -> str:
+def times(runs: list[Run]) -> Figure:
     """Seconds of a mean step by phase, a bar for each run."""
     found = [(r, seconds) for r in runs if (seconds := phases(r))["step"]["n"]]
 
@@ -101,7 +124,7 @@ def times(runs: list[Run], key: str) -> str:
         axes.set_xlabel("seconds per step")
 
     caption = "Where a step's time goes: mean seconds by phase, a run's first step left out when there are more."
-    return figure(key, caption, draw, (8.0, 1.4 + 0.4 * len(found)))
+    return figure(caption, draw, (8.0, 1.4 + 0.4 * len(found)))
 
 
 def _placed(pipelines: list[Pipeline]) -> list[tuple[Run, int, str]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -123,11 +125,12 @@ def _public(node: Any, key: str = "") -> Any:
 # ---- does it load? ---------------------------------------------------------------------------------------------------
 
 
-class Tried:
+class Tried(NamedTuple):
     """What transformers found in a folder."""
 
-    def __init__(self, model_class: str, tensors: int, parameters: int) -> None:
-        self.model_class, self.tensors, self.parameters = model_class, tensors, parameters
+    model_class: str
+    tensors: int
+    parameters: int
 
 
 def try_model(folder: Path) -> Tried:
@@ -184,22 +187,19 @@ def try_adapter(folder: Path, model: Path) -> Tried:
     return Tried(family.model_class, len(there), sum(v.numel() for v in state.values()))
 
 
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """transformers prints a table of its own where weights do not fit; ours is the error."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._before = logging.get_verbosity()
-        self._bar = logging.is_progress_bar_enabled()
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: Any) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._before)
-        if self._bar:
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
             logging.enable_progress_bar()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.config.objective import METHODS
-from opd.report.runs import Run, student_of
+from opd.report.runs import Run, section, student_of
 from opd.storage import checkpoints as saved
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "audio-text-to-text"
 NOT_RECORDED = "not recorded"
 # What eval.jsonl measures of a student: its name in words, its unit, and its type as the Hub lists it.
@@ -68,7 +69,9 @@ def model_card(about: Exported) -> ModelCard:
     from huggingface_hub import ModelCard, ModelCardData
 
     run, base, measured = about.runs[-1], base_of(about.runs), evaluation(about)
-    name = _name(run)
+    folder, stage = run.folder.resolve().name, _get(run, "run", "stage", "")
+    name = f"{folder}-{stage}" if stage and stage not in folder else folder
+    best = saved.best_of(run.folder)
     data = ModelCardData(
         base_model=base.hub,
         base_model_relation=("adapter" if about.adapter else "finetune") if base.hub else None,
@@ -77,28 +80,25 @@ def model_card(about: Exported) -> ModelCard:
         license=base.license or "unknown",
         library_name="peft" if about.adapter else "transformers",
         pipeline_tag=TASK,
-        tags=[
-            "opd",
-            "on-policy-distillation",
-            "speech",
-            *sorted({_get(r, "objective", "name", "xopd") for r in about.runs}),
-        ],
+        tags=["opd", "on-policy-distillation", "speech", *sorted({_objective(r, "xopd") for r in about.runs})],
         model_name=name,
         eval_results=_results(run, measured) or None,
         **base.more,
     )
-    parts = [
-        f"# {name}",
-        _lead(about, base),
-        _use(about, base),
-        "## Training\n\n" + _training(about),
-        "## Data\n\n" + _data(about.runs),
-        "## Metrics\n\n" + _metrics(about, measured),
-        "## Licences of its parents\n\n" + _licences(about.runs, base),
-        "## Limits\n\n" + _limits(about, measured),
-        "## Recipe\n\n`recipe.yaml` has every setting of the last stage.",
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        about=about,
+        run=run,
+        base=base,
+        teachers=_teachers(about.runs),
+        stages=[_stage(about, r) for r in about.runs],
+        measured=measured,
+        metrics=_metrics(about, measured) if measured else [],
+        manifests={k: label(str(_get(run, "eval", k, "none"))) for k in ("test", "retention")},
+        best=best if best is not None and best["step"] == about.step else None,
+    )
 
 
 def evaluation(about: Exported) -> dict[str, Any] | None:
@@ -158,22 +158,6 @@ def _parent(path: str, here: Path) -> Parent:
     return found
 
 
-def _licences(runs: list[Run], base: Parent) -> str:
-    rows = [f"- student: {base.name}: {base.licence}"]
-    rows += [f"- teacher: {t.name}: {t.licence}" for t in _teachers(runs)]
-    about = "The weights are those of the student, trained further; what it learnt came from its teachers and data."
-    return "\n".join([*rows, "", f"{about} Check what each licence asks for before you pass them on."])
-
-
-def _name(run: Run) -> str:
-    stage = _get(run, "run", "stage", "")
-    return (
-        f"{run.folder.resolve().name}-{stage}"
-        if stage and stage not in run.folder.resolve().name
-        else run.folder.resolve().name
-    )
-
-
 def _datasets(runs: list[Run]) -> list[str]:
     """Data sets of the Hub that runs were trained on."""
     paths = [str(_get(r, "data", "train", "")) for r in runs]
@@ -206,117 +190,60 @@ def _slug(name: str) -> str:
     return name.removeprefix("hub:").partition(":")[0] if name.startswith("hub:") else re.sub(r"[^\w.-]+", "-", name)
 
 
-def _get(run: Run, section: str, key: str, default: Any) -> Any:
-    found = run.config.get(section)
-    value = found.get(key) if isinstance(found, dict) else None
+def _get(run: Run, name: str, key: str, default: Any) -> Any:
+    value = section(run.config, name).get(key)
     return default if value is None else value
 
 
-def _lead(about: Exported, base: Parent) -> str:
+def _objective(run: Run, default: str = NOT_RECORDED) -> str:
+    return str(_get(run, "objective", "name", default))
+
+
+def _stage(about: Exported, run: Run) -> dict[str, str]:
+    """How a run trained: its name, method, paper, data, and settings in one line."""
+    words, paper = METHODS.get(_objective(run), (_objective(run), ""))
+    lora = _get(run, "student", "lora", None)
+    sampled = _get(run, "rollout", "source", "") in ("student", "mix")
+    facts = {
+        "teacher": ", ".join(t.name for t in _teachers([run])),
+        "weight of the text view λ": _get(run, "objective", "lambda", None),
+        "responses from": _get(run, "rollout", "source", None),
+        "steps": about.step if run is about.runs[-1] else run.done,
+        "prompts a step": _get(run, "train", "prompts_per_step", None),
+        "responses per prompt and view": _get(run, "rollout", "n", None) if sampled else None,
+        "learning rate": _get(run, "optim", "lr", None),
+        "trained parts": ", ".join(_get(run, "student", "train", [])),
+        "LoRA": f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}" if lora else None,
+        "precision": _get(run, "student", "dtype", None),
+        "seed": _get(run, "run", "seed", None),
+    }
+    return {
+        "name": _get(run, "run", "stage", run.name),
+        "method": words,
+        "paper": paper,
+        "data": label(str(_get(run, "data", "train", NOT_RECORDED))),
+        "facts": "; ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, "")),
+    }
+
+
+def _metrics(about: Exported, e: dict[str, Any]) -> list[list[str]]:
+    """A table's rows, the first its heads: what an evaluation found, beside the first on the same records, if any."""
     run = about.runs[-1]
-    teachers = ", ".join(t.name for t in _teachers(about.runs))
-    what = f"A LoRA adapter for {base.name}" if about.adapter else f"{base.name}, trained further"
-    models = f"a text LLM ({teachers}) answers their transcripts" if teachers else "the responses of its data do"
-    why = f"so that it answers spoken questions as {models}"
-    size = f"{about.parameters:,} parameters, as safetensors"
-    return f"{what} {why}. {size}. Step {about.step} of the run {run.name} ({run.state})."
-
-
-def _use(about: Exported, base: Parent) -> str:
-    lines = [f"from transformers import AutoProcessor, {about.model_class}", ""]
-    if about.adapter:
-        lines = ["from peft import PeftModel", *lines]
-        lines.append(f'base = {about.model_class}.from_pretrained("{base.name}")')
-        lines.append('model = PeftModel.from_pretrained(base, "PATH/OF/THIS")')
-    else:
-        lines.append(f'model = {about.model_class}.from_pretrained("PATH/OF/THIS")')
-    lines.append('processor = AutoProcessor.from_pretrained("PATH/OF/THIS")')
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def _training(about: Exported) -> str:
-    rows = []
-    for number, run in enumerate(about.runs, 1):
-        objective = str(_get(run, "objective", "name", NOT_RECORDED))
-        words, paper = METHODS.get(objective, (objective, ""))
-        steps = about.step if run is about.runs[-1] else run.done
-        lora = _get(run, "student", "lora", None)
-        sampled = _get(run, "rollout", "source", "") in ("student", "mix")
-        facts = {
-            "teacher": ", ".join(t.name for t in _teachers([run])),
-            "weight of the text view λ": _get(run, "objective", "lambda", None),
-            "responses from": _get(run, "rollout", "source", None),
-            "steps": steps,
-            "prompts a step": _get(run, "train", "prompts_per_step", None),
-            "responses per prompt and view": _get(run, "rollout", "n", None) if sampled else None,
-            "learning rate": _get(run, "optim", "lr", None),
-            "trained parts": ", ".join(_get(run, "student", "train", [])),
-            "LoRA": f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}" if lora else None,
-            "precision": _get(run, "student", "dtype", None),
-            "seed": _get(run, "run", "seed", None),
-        }
-        told = "; ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, ""))
-        rows.append(
-            f"{number}. **{_get(run, 'run', 'stage', run.name)}**: {words}{f' ({paper})' if paper else ''}. {told}."
-        )
-    run = about.runs[-1]
-    versions = ", ".join(f"{k} {v}" for k, v in run.versions.items())
-    how = "Made with opd: vLLM samples, DeepSpeed trains."
-    return "\n".join([*rows, "", f"{how} Versions: {versions or NOT_RECORDED}; commit {run.commit[:12]}."])
-
-
-def _data(runs: list[Run]) -> str:
-    rows = [f"- {_get(r, 'run', 'stage', r.name)}: {label(str(_get(r, 'data', 'train', NOT_RECORDED)))}" for r in runs]
-    return "\n".join(["Spoken prompts with transcripts, as manifests:", "", *rows])
-
-
-def _metrics(about: Exported, e: dict[str, Any] | None) -> str:
-    run = about.runs[-1]
-    if e is None:
-        return f"The weights of step {about.step} were not evaluated."
     same = [(r, b) for r in about.runs for b in r.evaluations if r.records == run.records]
-    where, before = next(((r, b) for r, b in same if (r, b["step"]) != (run, about.step)), (run, None))
-    head = ["metric", "unit", f"step {about.step}", "records"]
-    if before is not None and not e.get("interim"):
-        head.insert(2, f"before: {before['stage']}" + (f" of {where.name}" if where is not run else ""))
-    rows = []
-    for key, (words, unit, _) in METRICS.items():
+    where, before = next(((r, b) for r, b in same if (r, b["step"]) != (run, about.step)), (run, {}))
+    before = {} if e.get("interim") else before
+    of = f" of {where.name}" if where is not run else ""
+    earlier = [f"before: {before['stage']}{of}"] if before else []
+    rows = [["metric", "unit", *earlier, f"step {about.step}", "records"]]
+    teacher = {"accuracy/teacher": ("accuracy of the teacher, typed questions", "share", "accuracy")}
+    for key, (words, unit, _) in (METRICS | teacher).items():
         if (found := e.get(key)) and found["mean"] is not None:
-            cells = [words, unit, _number(found), str(found.get("n") or "")]
-            if len(head) == 5:
-                cells.insert(2, _number((before or {}).get(key)))
-            rows.append(cells)
-    if (teacher := e.get("accuracy/teacher")) and teacher["mean"] is not None:
-        cells = ["accuracy of the teacher, typed questions", "share", _number(teacher), str(teacher.get("n") or "")]
-        rows.append([*cells[:2], *["–"] * (len(head) == 5), *cells[2:]])
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-    test, retention = (label(str(_get(run, "eval", k, "none"))) for k in ("test", "retention"))
-    told = f"Greedy answers to held-out records: test {test}, retention {retention}. ± is one standard error."
-    part = " An evaluation in training, on the first records of each manifest only." if e.get("interim") else ""
-    return f"{told}{part}\n\n{table}"
+            earlier = [_number(None if key in teacher else before.get(key))] if before else []
+            rows.append([words, unit, *earlier, _number(found), str(found.get("n") or "")])
+    return rows
 
 
 def _number(e: dict[str, Any] | None) -> str:
     if not e or e.get("mean") is None:
         return "–"
     return f"{e['mean']:.4g}" + (f" ± {e['stderr']:.2g}" if e.get("stderr") is not None else "")
-
-
-def _limits(about: Exported, e: dict[str, Any] | None) -> str:
-    run = about.runs[-1]
-    model = "teacher" if _teachers(about.runs) else "data"
-    found = [
-        f"It was trained to agree with its {model}, faults included; no answer was checked for truth, safety or bias."
-    ]
-    found.append(
-        "What is measured above is all that is known of it; voices, noise, languages and tasks beyond those are not."
-    )
-    if e is None:
-        found.append("It was not evaluated.")
-    best = saved.best_of(run.folder)
-    if best is not None and best["step"] == about.step:
-        found.append(f"It was chosen as the best by {best['metric']} on the records above, which flatters that number.")
-    if run.status.get("phase") != "finished":
-        found.append(f"Its run did not finish: {run.state}.")
-    found += [f"A warning of its run: {text}." for text in run.warnings]
-    return "\n".join(f"- {text}" for text in found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from opd.storage.json_lines import Line, conform, read_lines
 from opd.storage.metrics import EVAL_METRICS, STEP_METRICS
 
 VIEWS = ("speech", "text")
-RECORDS = ("test", "retention", "limit", "kl_limit")  # settings under eval that say what an evaluation measured
+MEASURED_ON = ("test", "retention", "limit", "kl_limit")  # settings under eval that say what an evaluation measured
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Run:
     @property
     def records(self) -> dict[str, Any]:
         """What its evaluations are measured on: only equal ones can be compared."""
-        return {k: section(self.config, "eval").get(k) for k in RECORDS}
+        return {k: section(self.config, "eval").get(k) for k in MEASURED_ON}
 
 
 class _Loose(BaseModel):
@@ -126,8 +126,7 @@ class _Evaluation(Line):
     warnings: list[_Warning] | None = None
 
 
-class _Launch(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class _Launch(_Loose):
     seconds: float
 
 
@@ -168,7 +167,10 @@ def read_run(folder: Path, name: str = "") -> Run:
     """Parse a run folder. Raises UserError naming file and line, and what was expected there."""
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}")
-    about = _about(folder / "config.yaml")
+    settings, status = folder / "config.yaml", folder / "status.json"
+    if not settings.is_file():
+        raise UserError(f"{folder}: not a run folder (no config.yaml)")
+    about = _read(settings, yaml.safe_load, _About)
     samples: dict[int, list[dict[str, Any]]] = {}
     for s in read_lines(folder / "samples.jsonl", _Sample):
         samples.setdefault(s["step"], []).append(s)
@@ -183,7 +185,7 @@ def read_run(folder: Path, name: str = "") -> Run:
         config=about["config"],
         versions=about["versions"],
         commit=about["git_commit"],
-        status=_status(folder / "status.json"),
+        status=_read(status, json.loads, _Status) if status.exists() else {},
         steps=list(read_lines(folder / "metrics.jsonl", _StepLine)),
         evaluations=list(evaluations.values()),
         interim=list(interim.values()),
@@ -193,36 +195,23 @@ def read_run(folder: Path, name: str = "") -> Run:
     )
 
 
-def _about(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent}: not a run folder (no config.yaml)")
-    try:
-        return conform(yaml.safe_load(_text(path)), _About, str(path))
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: expected YAML ({getattr(e, 'problem', None) or e})") from e
-
-
-def _status(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return conform(json.loads(_text(path)), _Status, str(path))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: expected a JSON object ({e.msg})") from e
-
-
-def _text(path: Path) -> str:
+def _read(path: Path, parse: Callable[[str], Any], shape: type[BaseModel]) -> dict[str, Any]:
+    """A file that holds one object of a shape. Raises UserError naming file and line."""
     raw = b""
     try:
         raw = path.read_bytes()
-        return raw.decode("utf-8")
+        return conform(parse(raw.decode("utf-8")), shape, str(path))
     except OSError as e:
         raise UserError(f"{path}: expected a readable file ({e.strerror})") from e
     except UnicodeDecodeError as e:
         line = raw[: e.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: expected UTF-8, found byte 0x{raw[e.start]:02x}") from e
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: expected a JSON object ({e.msg})") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: expected YAML ({getattr(e, 'problem', None) or e})") from e
 
 
 def section(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -62,19 +62,19 @@ class VllmSampler:
         the same recipe. Raises ServerError when a server failed, none holds the learner's weights, or one read the
         prompt differently from the learner or answered without what was asked for.
         """
-        requests, seeds, read = [], [], []
+        requests, seeds, prompt_ids = [], [], []
         for prompt, view, key in jobs:
             seeds.append(zlib.crc32(f"{self.config.run.seed}/{key}/{view}".encode()) & 0x7FFFFFF)
             messages = render(prompt, view)
-            read.append(self.family.prompt_ids(messages, _heard(prompt, view, clips)))
+            prompt_ids.append(self.family.prompt_ids(messages, _clip_lengths(prompt, view, clips)))
             body = self._request(messages, clips, n, temperature, seeds[-1])
-            tokens = len(read[-1]) + n * self.config.rollout.max_tokens
+            tokens = len(prompt_ids[-1]) + n * self.config.rollout.max_tokens
             requests.append(Request("/v1/chat/completions", body, tokens))
         rollouts: list[Rollout] = []
         answers = self._ask(requests, check)
-        for (prompt, view, _), seed, expected, answer in zip(jobs, seeds, read, answers, strict=True):
+        for (prompt, view, _), seed, expected, answer in zip(jobs, seeds, prompt_ids, answers, strict=True):
             _check_prompt(prompt, view, expected, answer["prompt_token_ids"])
-            rollouts += [self._rollout(prompt, view, seed, c, n) for c in sorted(answer["choices"], key=_index)]
+            rollouts += [self._rollout(prompt, view, seed, c) for c in sorted(answer["choices"], key=_index)]
         assert len(rollouts) == n * len(jobs)
         return rollouts
 
@@ -86,22 +86,22 @@ class VllmSampler:
         other ids than the prompt's and the response's. Any weights that the servers hold will do.
         """
         found: list[np.ndarray | None] = []
-        requests, read = [], []
+        requests, sequences = [], []
         for r in rollouts:
             messages = render(r.prompt, r.view)
-            ids = [*self.family.prompt_ids(messages, _heard(r.prompt, r.view, clips)), *r.token_ids]
+            ids = [*self.family.prompt_ids(messages, _clip_lengths(r.prompt, r.view, clips)), *r.token_ids]
             body: dict[str, Any] = {"model": "student", "temperature": 1.0, "prompt_logprobs": 0}
             body["return_token_ids"] = True
             if r.view == "text":
                 path, body = "/v1/completions", body | {"prompt": ids, "max_tokens": 1, "add_special_tokens": False}
             else:
                 said = self.family.tokenizer.decode(r.token_ids, clean_up_tokenization_spaces=False)
-                sent = [{**m, "content": self._content(m["content"], clips)} for m in messages]
+                sent = self._spoken(messages, clips)
                 path, body = "/v1/chat/completions", body | {"max_completion_tokens": 1, "add_generation_prompt": False}
                 body |= {"messages": [*sent, {"role": "assistant", "content": said}], "continue_final_message": True}
             requests.append(Request(path, body, len(ids) + 1))
-            read.append(ids)
-        for r, ids, answer in zip(rollouts, read, self._ask(requests, check=False), strict=True):
+            sequences.append(ids)
+        for r, ids, answer in zip(rollouts, sequences, self._ask(requests, check=False), strict=True):
             told = answer if r.view == "speech" else answer["choices"][0]
             if r.view == "speech" and told["prompt_token_ids"] != ids:
                 found.append(None)
@@ -129,7 +129,7 @@ class VllmSampler:
         family, r = self.family, self.config.rollout
         return {
             "model": "student",
-            "messages": [{**m, "content": self._content(m["content"], clips)} for m in messages],
+            "messages": self._spoken(messages, clips),
             "n": n,
             "max_completion_tokens": r.max_tokens,
             "temperature": temp,
@@ -149,18 +149,20 @@ class VllmSampler:
             "add_generation_prompt": True,
         }
 
-    def _content(self, content: Any, clips: dict[str, np.ndarray]) -> Any:
-        if isinstance(content, str):
-            return content
-        return [self._part(p, clips) for p in content]
+    def _spoken(self, messages: list[Message], clips: dict[str, np.ndarray]) -> list[Message]:
+        """Messages as vLLM takes them, with the clips in them."""
 
-    def _part(self, part: dict[str, Any], clips: dict[str, np.ndarray]) -> dict[str, Any]:
-        if part["type"] != "audio":
-            return part
-        wav = to_base64_wav(clips[part["path"]], self.family.sampling_rate)
-        return {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}
+        def part(of: dict[str, Any]) -> dict[str, Any]:
+            if of["type"] != "audio":
+                return of
+            wav = to_base64_wav(clips[of["path"]], self.family.sampling_rate)
+            return {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}
 
-    def _rollout(self, prompt: Prompt, view: View, seed: int, choice: dict[str, Any], n: int) -> Rollout:
+        return [
+            m if isinstance(m["content"], str) else {**m, "content": list(map(part, m["content"]))} for m in messages
+        ]
+
+    def _rollout(self, prompt: Prompt, view: View, seed: int, choice: dict[str, Any]) -> Rollout:
         ids, entries = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content")
         if not ids or not entries or len(ids) != len(entries):
             raise ServerError(f"prompt {prompt.id}: expected token ids with a log-prob each, found {str(choice)[:200]}")
@@ -169,7 +171,7 @@ class VllmSampler:
         logprobs = np.array([e["logprob"] for e in entries], np.float32)
         truncated = ids[-1] not in self.family.eos_ids
         top = _best(entries, self.best) if self.best else None
-        return Rollout(prompt, view, tuple(ids), logprobs, self.version, truncated, seed, top)
+        return Rollout(prompt, view, tuple(ids), logprobs, self.version, truncated, seed, top_ids=top)
 
 
 def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
@@ -184,7 +186,7 @@ def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
     return out
 
 
-def _heard(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:
+def _clip_lengths(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:
     """Samples of each clip that a view holds."""
     return [len(clips[k]) for k in audio_paths(prompt)] if view == "speech" else []
 

@@ -103,17 +103,15 @@ class MixSource:
 
 def make_source(config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family) -> Any:
     """The response source that the recipe asks for; `writer`: the teacher that writes, wherever it is."""
+
+    def student() -> StudentSource:
+        assert sampler is not None, "a student that samples has a server"
+        return StudentSource(sampler, config, views)
+
     make: dict[str, Callable[[], ResponseSource]] = {
-        "student": lambda: StudentSource(_there(sampler), config, views),
+        "student": student,
         "teacher": lambda: TeacherSource(writer, config, views),
         "dataset": lambda: DatasetSource(family, config, views),
-        "mix": lambda: MixSource(
-            StudentSource(_there(sampler), config, views), TeacherSource(writer, config, views), config
-        ),
+        "mix": lambda: MixSource(student(), TeacherSource(writer, config, views), config),
     }
     return make[config.rollout.source]()
-
-
-def _there(sampler: VllmSampler | None) -> VllmSampler:
-    assert sampler is not None, "a student that samples has a server"
-    return sampler

@@ -35,7 +35,7 @@ def read_lines(path: Path, shape: type[BaseModel] = Line) -> Iterator[dict[str, 
                 if not raw.strip():
                     continue
                 try:
-                    found = _finite(json.loads(raw.decode("utf-8")))
+                    found = finite(json.loads(raw.decode("utf-8")))
                 except (ValueError, RecursionError) as e:
                     if not raw.endswith(b"\n"):
                         return
@@ -74,15 +74,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _json(line: dict[str, Any]) -> str:
-    return json.dumps(_finite(line), allow_nan=False) + "\n"
+    return json.dumps(finite(line), allow_nan=False) + "\n"
 
 
-def _finite(node: Any) -> Any:
+def finite(node: Any) -> Any:
     """JSON has no NaN and no infinity: null. Scalars and arrays of numpy and torch become plain numbers and lists."""
     if isinstance(node, dict):
-        return {k: _finite(v) for k, v in node.items()}
+        return {k: finite(v) for k, v in node.items()}
     if isinstance(node, list | tuple):
-        return [_finite(v) for v in node]
+        return [finite(v) for v in node]
     if hasattr(node, "tolist"):
-        return _finite(node.tolist())
+        return finite(node.tolist())
     return None if isinstance(node, float) and not math.isfinite(node) else node

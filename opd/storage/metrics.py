@@ -27,7 +27,7 @@ EVAL_METRICS = (
     *("misalignment", "forgetting", "retention", "reverse_kl/speech", "reverse_kl/text"),
     *("length/speech", "length/text"),
 )
-PHASES = ("starting", "loading", "evaluating", "training", "checkpointing", "finished", "failed", "interrupted")
+RUN_PHASES = ("starting", "loading", "evaluating", "training", "checkpointing", "finished", "failed", "interrupted")
 
 
 class Sink(NamedTuple):
@@ -68,7 +68,7 @@ class MetricsLog:
         self, phase: str, detail: str, step: int, steps: int, error: str | None = None, user_error: bool = False
     ) -> None:
         """Replace status.json, atomically."""
-        assert phase in PHASES, phase
+        assert phase in RUN_PHASES, phase
         content: dict[str, Any] = {"phase": phase, "detail": detail, "step": step, "steps": steps, "error": error}
         content |= {"user_error": user_error, "warnings": self.warnings}
         write_atomic(self.run_dir / "status.json", json.dumps(content))

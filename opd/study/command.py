@@ -7,8 +7,7 @@ from pathlib import Path
 from opd.settings import UserError
 from opd.storage import run_folder
 from opd.study.grid import Study
-from opd.study.results import write
-from opd.study.schedule import TO_RUN, Launcher, Subprocesses, run_all
+from opd.study.schedule import TO_RUN, Subprocesses, run_all
 from opd.study.spec import Row
 
 
@@ -18,7 +17,7 @@ def main(
     jobs: int | None,
     dry_run: bool,
     report_only: bool,
-    launcher: Launcher | None = None,
+    launcher: Subprocesses | None = None,
 ) -> int:
     """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
 
@@ -42,6 +41,8 @@ def main(
         if failed:
             print(f"failed: {', '.join(run.name for run in failed)}", flush=True)
             code = code or 1
+    from opd.study.results import write  # pandas and scipy, which listing and running need not wait for
+
     write(study, _say)
     return code
 

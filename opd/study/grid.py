@@ -29,11 +29,11 @@ class Study:
         self._configs: dict[str, tuple[list[Config], list[Config]]] = {}
         for row in self.rows.values():  # a mistake in a recipe shall come to light before the first run
             rate = row.rates[0] if row.rates else None
-            start = runs.make(self.out, self.start(row), "report", 0, 1.0, {}, None) if row.start else None
+            start = Run(self.out, self.start(row), "report", 0, 1.0, {}) if row.start else None
             by_seed = []
             for split in (self.spec.selection, self.spec.report):
                 seeds = split.seeds if runs.SEED in f"{row.overrides} {split.set}" else split.seeds[:1]
-                own = [runs.make(self.out, row, "report", seed, rate, split.set, start) for seed in seeds]
+                own = [Run(self.out, row, "report", seed, rate, split.set, start) for seed in seeds]
                 by_seed.append([runs.config_of(run) for run in own])
             self._configs[row.id] = (by_seed[0], by_seed[1])
             select, report = by_seed[0][0], by_seed[1][0]
@@ -42,7 +42,7 @@ class Study:
             if not start and (found := report.student.path) != (expected := self.students.setdefault(row.world, found)):
                 raise UserError(f"{path}: worlds.{row.world}: expected a student.path for all rows, found {expected} "
                                 f"in that of base and {found} in that of {row.name}")  # fmt: skip
-        self._outcomes: dict[Path, Outcome] = {}
+        self._outcomes: dict[Run, Outcome] = {}
         self._choices: dict[str, Choice | None] = {}
 
     def _check_splits(self, row: Row, select: EvalConfig, report: EvalConfig) -> None:
@@ -68,13 +68,13 @@ class Study:
 
     def outcome(self, run: Run) -> Outcome:
         """What the run's folder holds, read once."""
-        if run.folder not in self._outcomes:
-            self._outcomes[run.folder] = runs.outcome(run)
-        return self._outcomes[run.folder]
+        if run not in self._outcomes:
+            self._outcomes[run] = runs.outcome(run)
+        return self._outcomes[run]
 
     def forget(self, run: Run) -> None:
         """Read the run's folder anew the next time."""
-        self._outcomes.pop(run.folder, None)
+        self._outcomes.pop(run, None)
         self._choices.clear()
 
     # ---- rows -------------------------------------------------------------------------------------------------------
@@ -119,42 +119,32 @@ class Study:
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 
-    def select_run(self, row: Row, rate: float | None, seed: int) -> Run | None:
-        """A run on the validation split; None while the rate of the row that it starts from is open."""
-        start = None
-        if row.start:
-            before = self.start(row)
-            choice = self.choice(before)
-            start = self.select_run(before, choice.rate, seed) if choice else None
-            if start is None:
-                return None
-        return runs.make(self.out, row, "select", seed, rate, self.spec.selection.set, start)
-
-    def report_run(self, row: Row, seed: int) -> Run | None:
-        """A run on the test split at the chosen rate; None while that is open."""
-        split = self.spec.report.set
-        if row.name == BASE:
-            return runs.make(self.out, row, "report", seed, None, split, None)
-        choice, start = self.choice(row), None
-        if choice is None:
+    def run(self, row: Row, phase: runs.Phase, rate: float | None, seed: int) -> Run | None:
+        """A run on the validation or the test split; None while the rate of the row that it starts from is open."""
+        start = self.run_at_choice(self.start(row), phase, seed) if row.start else None
+        if row.start and start is None:
             return None
-        if row.start:
-            start = self.report_run(self.start(row), seed)
-            if start is None:
-                return None
-        return runs.make(self.out, row, "report", seed, choice.rate, split, start)
+        split = self.spec.selection if phase == "select" else self.spec.report
+        return Run(self.out, row, phase, seed, rate, split.set, start)
+
+    def run_at_choice(self, row: Row, phase: runs.Phase, seed: int) -> Run | None:
+        """The run at the chosen rate; None while that is open. The untrained student has none to choose."""
+        if row.name == BASE:
+            return self.run(row, phase, None, seed)
+        choice = self.choice(row)
+        return self.run(row, phase, choice.rate, seed) if choice else None
 
     def sweep(self, row: Row) -> dict[float | None, list[Run]]:
         """The runs on the validation split that can be named, by rate; without any where the row needs none."""
         if not self.selects(row):
             return {}
         tried: list[float | None] = list(row.rates) or [None]
-        found = {rate: [self.select_run(row, rate, s) for s in self.spec.selection.seeds] for rate in tried}
+        found = {rate: [self.run(row, "select", rate, s) for s in self.spec.selection.seeds] for rate in tried}
         return {rate: [r for r in some if r is not None] for rate, some in found.items()}
 
     def reported(self, row: Row) -> list[Run]:
         """The runs on the test split, once they can be named."""
-        found = [self.report_run(row, seed) for seed in self.spec.report.seeds]
+        found = [self.run_at_choice(row, "report", seed) for seed in self.spec.report.seeds]
         return [r for r in found if r is not None]
 
     def named(self, row: Row) -> list[Run]:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 from typing import Any
 
+from pandas import DataFrame, Series
+from scipy.special import stdtrit
+
+from opd.scoring.statistics import LEVEL
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic
 from opd.storage.metrics import EVAL_METRICS
 from opd.study.grid import Study
 from opd.study.runs import Outcome, Run
 from opd.study.spec import BASE, Row
-from opd.study.stats import LEVEL, interval, paired
 
+ALL = "all records"
 GROUPED = ("speech", "text", "misalignment")  # what an evaluation has by group: accuracy by view, misalignment
 OF_TEACHER = ("accuracy/teacher", "drop/", "forgetting", "reverse_kl/")  # measured against the row's own teacher
+Interval = dict[str, Any]  # mean, half (of the interval's width, None for one value), n
+Measured = dict[str, DataFrame]  # of ALL, a metric a column; of each of GROUPED, a group a column; a line a seed
 
 
 def write(study: Study, say: Callable[[str], None]) -> None:
@@ -27,11 +32,10 @@ def write(study: Study, say: Callable[[str], None]) -> None:
 
     Those that are there and hold a complete row which is not complete any more are moved aside first.
     """
-    from opd.study.page import page  # it draws
-    from opd.study.tables import markdown
+    from opd.study.tables import pages  # it draws
 
     content = summarise(study)
-    texts = {"study.json": json.dumps(content, indent=2), "study.md": markdown(content), "study.html": page(content)}
+    texts = {"study.json": json.dumps(content, indent=2), **pages(content)}
     try:
         study.out.mkdir(parents=True, exist_ok=True)
         lost = [row for row in _complete(study.out) if row not in _complete_rows(content)]
@@ -74,17 +78,15 @@ def summarise(study: Study) -> dict[str, Any]:
     spec = study.spec
     worlds = []
     for world in spec.worlds:
-        rows = [_row(study, r) for r in study.rows.values() if r.world == world]
-        usual = _usual([r["samples"] for r in rows if r["samples"]])
-        by_name = {r["name"]: r for r in rows}
-        for r in rows:
-            if study.teachers[f"{world}/{r['name']}"] != study.teachers[f"{world}/{BASE}"]:
-                _regrade(r, by_name[BASE])
+        measured: dict[str, Measured] = {}
+        rows = [_row(study, r, measured) for r in study.rows.values() if r.world == world]
+        learnt = [r["samples"] for r in rows if r["samples"]]
+        usual = mode(learnt) if learnt else None
         for r in rows:
             r["matched"] = r["samples"] == usual if r["samples"] else None
             for other in (BASE, spec.reference) if r["name"] != BASE else ():
-                if other and other != r["name"] and r["complete"] and by_name[other]["complete"]:
-                    r["differences"][other] = _differences(r, by_name[other])
+                if other and other != r["name"] and all(x["complete"] for x in rows if x["name"] in (r["name"], other)):
+                    r["differences"][other] = _differences(r, measured[r["name"]], measured[other])
         worlds.append({"name": world, "samples": usual, "rows": rows})
     return {
         "study": str(study.path),
@@ -97,12 +99,23 @@ def summarise(study: Study) -> dict[str, Any]:
     }
 
 
-def _row(study: Study, row: Row) -> dict[str, Any]:
+def _row(study: Study, row: Row, measured: dict[str, Measured]) -> dict[str, Any]:
+    """A row of its world; what its finished runs measured joins `measured`, where that of base is already."""
     reported = study.reported(row)
     done = [r for r in reported if _outcome(study, r).finished]
     choice = study.choice(row) if row.rates else None
+    notes = choice.notes if choice else []
+    means, errors = (_measured(study, done, what) for what in ("mean", "stderr"))
+    if study.teachers[row.id] != study.teachers[study.base(row).id]:
+        means[ALL] = _regraded(means[ALL], measured[BASE][ALL])
+        errors[ALL] = errors[ALL].drop(columns=["drop/speech", "drop/text"], errors="ignore")
+        notes = [*notes, "its teacher is not base's: drops are below base's teacher, F and reverse KL are left out"]
+    measured[row.name] = means
     complete = len(done) == len(study.spec.report.seeds)
-    totals = [_totals(study, r) for r in done]
+    aggregates = {of: _aggregates(means[of], errors[of]) for of in means} if complete else {ALL: {}}
+    lineages = [[study.outcome(part) for part in r.lineage] for r in done]
+    seconds = Series([sum(o.seconds for o in outcomes) for outcomes in lineages], dtype=float)
+    by_seed = {of: {seed: _known(line) for seed, line in means[of].iterrows()} for of in means}
     return {
         "name": row.name,
         "start": row.start,
@@ -110,34 +123,16 @@ def _row(study: Study, row: Row) -> dict[str, Any]:
         "state": "complete" if complete else _missing(study, row, reported, done),
         "rate": choice.rate if choice else None,
         "sweep": choice.sweep if choice else [],
-        "notes": choice.notes if choice else [],
-        "metrics": _aggregates([study.outcome(r).evaluation for r in done], EVAL_METRICS) if complete else {},
-        "groups": _groups(study, done) if complete else {},
-        "samples": fmean(t["samples"] for t in totals) if complete else None,
-        "seconds": interval([t["seconds"] for t in totals]) if complete else None,
-        "by_seed": {r.seed: _means(study.outcome(r).evaluation) for r in done},
-        "groups_by_seed": {r.seed: {n: _known(_by_group(study, r, n)) for n in GROUPED} for r in done},
+        "notes": notes,
+        "metrics": aggregates.pop(ALL),
+        "groups": aggregates,
+        "samples": fmean(sum(o.samples for o in outcomes) for outcomes in lineages) if complete else None,
+        "seconds": interval(seconds) if complete else None,
+        "by_seed": by_seed[ALL],
+        "groups_by_seed": {r.seed: {of: by_seed[of][r.seed] for of in GROUPED} for r in done},
         "differences": {},
-        "curve": _curve(study, row, done) if complete else [],
+        "curve": _curve(study, done) if complete else [],
     }
-
-
-def _regrade(row: dict[str, Any], base: dict[str, Any]) -> None:
-    """A row with another teacher than base's: its drops are below base's, what else needs a teacher is left out."""
-    for seed, own in row["by_seed"].items():
-        row["by_seed"][seed] = own = {k: v for k, v in own.items() if not k.startswith(OF_TEACHER)}
-        teacher = base["by_seed"].get(seed, {}).get("accuracy/teacher")
-        for view in ("speech", "text"):
-            if teacher and f"accuracy/{view}" in own:
-                own[f"drop/{view}"] = 100 * (1 - own[f"accuracy/{view}"] / teacher)
-    if row["complete"]:
-        row["metrics"] = {k: v for k, v in row["metrics"].items() if not k.startswith(OF_TEACHER)}
-        for name in ("drop/speech", "drop/text"):
-            values = [own[name] for own in row["by_seed"].values() if name in own]
-            if len(values) == len(row["by_seed"]):
-                row["metrics"][name] = interval(values) | {"stderr_records": None}
-    note = "its teacher is not base's: drops are below base's teacher, F and reverse KL are left out"
-    row["notes"] = [*row["notes"], note]
 
 
 def _missing(study: Study, row: Row, reported: list[Run], done: list[Run]) -> str:
@@ -166,106 +161,88 @@ def _bad(study: Study, some: list[Run]) -> str:
     return "".join([*found, *([f", {len(unusable)} cannot be used ({unusable[0]})"] if unusable else [])])
 
 
-def _totals(study: Study, run: Run) -> dict[str, float]:
-    """Over a run and those before it: responses learnt from, seconds of training steps."""
-    outcomes = [study.outcome(r) for r in run.lineage]
-    return {k: sum(getattr(o, k) for o in outcomes) for k in ("steps", "samples", "seconds")}
+def _run(study: Study, run: Run) -> dict[str, Any]:
+    found = {k: v for k, v in vars(study.outcome(run)).items() if k != "interim"}
+    found["evaluation"] = {k: v for k, v in found["evaluation"].items() if k in (*EVAL_METRICS, "groups")}
+    about = {"name": run.name, "row": run.row.id, "phase": run.phase, "rate": run.rate, "seed": run.seed}
+    return about | {"recipe": run.row.recipe, "overrides": run.overrides} | found
 
 
-def _means(evaluation: dict[str, Any]) -> dict[str, float]:
-    return _known({name: evaluation.get(name) or {} for name in EVAL_METRICS})
+# ---- numbers ------------------------------------------------------------------------------------------------------
 
 
-def _known(estimates: dict[str, Any]) -> dict[str, float]:
-    return {name: e["mean"] for name, e in estimates.items() if e.get("mean") is not None}
+def interval(values: Series) -> Interval:
+    """Mean of n >= 1 values and half the width of its 95% confidence interval, t_{0.975, n-1} * s / sqrt(n)."""
+    n = len(values)
+    half = float(stdtrit(n - 1, 0.5 + LEVEL / 2) * values.sem()) if n > 1 else None
+    return {"mean": float(values.mean()), "half": half, "n": n}
 
 
-def _aggregates(found: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    """By name of what all seeds measured: the interval over seeds, and the mean standard error over records, which all
-    rows share."""
-    aggregates = {}
-    for name in names:
-        estimates = [f.get(name) or {} for f in found]
-        if all(e.get("mean") is not None for e in estimates):
-            errors = [e["stderr"] for e in estimates if e.get("stderr") is not None]
-            over_records = fmean(errors) if errors else None
-            aggregates[name] = {**interval([e["mean"] for e in estimates]), "stderr_records": over_records}
-    return aggregates
+def paired(values: DataFrame, others: DataFrame) -> dict[str, Interval]:
+    """By column, the interval of the difference values - others over the seeds that both have, where there is one."""
+    found = {name: (values[name] - others[name]).dropna() for name in values if name in others}
+    return {name: interval(difference) for name, difference in found.items() if len(difference)}
 
 
-def _groups(study: Study, done: list[Run]) -> dict[str, dict[str, Any]]:
-    """Accuracy by view, and misalignment, by the group that records name, as `_aggregates` has it."""
-    by_name: dict[str, Any] = {}
-    for name in GROUPED:
-        found = [_by_group(study, r, name) for r in done]
-        by_name[name] = _aggregates(found, sorted(set().union(*found)))
-    return by_name
+def _measured(study: Study, done: list[Run], what: str) -> Measured:
+    """`what` of each estimate: its mean, or its standard error over records."""
+    found: dict[str, list[dict[str, Any]]] = {of: [] for of in (ALL, *GROUPED)}
+    for run in done:
+        evaluation = study.outcome(run).evaluation
+        groups = evaluation.get("groups") or {}
+        found[ALL].append({name: evaluation.get(name) for name in EVAL_METRICS})
+        for of in GROUPED:
+            found[of].append(groups.get(of) or {})
+    seeds = [r.seed for r in done]
+    measured = {}
+    for of, lines in found.items():
+        wanted = [{n: (e or {}).get(what) for n, e in line.items()} for line in lines]
+        measured[of] = DataFrame(wanted, seeds, EVAL_METRICS if of == ALL else None, dtype=float)
+    return measured
 
 
-def _by_group(study: Study, run: Run, name: str) -> dict[str, Any]:
-    return (study.outcome(run).evaluation.get("groups") or {}).get(name) or {}
-
-
-def _differences(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Paired by seed: by metric, and under `groups` by what is grouped and group."""
-    found = _paired(row["metrics"], row["by_seed"], other["by_seed"])
-    of_groups = {}
-    for name, some in row["groups"].items():
-        of_groups[name] = _paired(some, *({s: g[name] for s, g in r["groups_by_seed"].items()} for r in (row, other)))
-    return found | {"groups": of_groups}
-
-
-def _paired(names: Iterable[str], ours: dict[int, Any], theirs: dict[int, Any]) -> dict[str, Any]:
-    found = {}
-    for name in names:
-        difference = paired(*({s: m[name] for s, m in by_seed.items() if name in m} for by_seed in (ours, theirs)))
-        if difference is not None:
-            found[name] = difference
+def _regraded(means: DataFrame, base: DataFrame) -> DataFrame:
+    """Of a row with another teacher than base's: its drops are below base's, what else needs a teacher is left out."""
+    found = means.drop(columns=[name for name in means if name.startswith(OF_TEACHER)])
+    teacher = base["accuracy/teacher"].reindex(means.index).replace(0, float("nan"))
+    for view in ("speech", "text"):
+        found[f"drop/{view}"] = 100 * (1 - found[f"accuracy/{view}"] / teacher)
     return found
 
 
-def _curve(study: Study, row: Row, done: list[Run]) -> list[dict[str, Any]]:
+def _aggregates(means: DataFrame, errors: DataFrame) -> dict[str, Any]:
+    """By name of what all seeds measured: the interval over seeds, and the mean standard error over records, which all
+    rows share."""
+    over_records = _known(errors.mean())
+    whole = means.dropna(axis="columns")
+    return {name: {**interval(whole[name]), "stderr_records": over_records.get(name)} for name in whole}
+
+
+def _known(numbers: Series) -> dict[str, float]:
+    return numbers.dropna().to_dict()
+
+
+def _differences(row: dict[str, Any], ours: Measured, theirs: Measured) -> dict[str, Any]:
+    """Paired by seed: by metric, and under `groups` by what is grouped and group."""
+    groups = {of: paired(ours[of][[*row["groups"][of]]], theirs[of]) for of in GROUPED}
+    return {**paired(ours[ALL][[*row["metrics"]]], theirs[ALL]), "groups": groups}
+
+
+def _curve(study: Study, done: list[Run]) -> list[dict[str, Any]]:
     """Points of the row's curve over its whole pipeline, means over seeds; steps and seconds count from its start.
 
     All of them, also those of whole evaluations, are of the records that interim evaluations are measured on.
     """
-    points: dict[int, list[dict[str, Any]]] = {}
+    points = []
     for run in done:
         steps, seconds = 0, 0.0
         for part in run.lineage:
             outcome = study.outcome(part)
             for e in [*outcome.interim, outcome.evaluation]:
-                at = {"seconds": seconds + e["train_seconds"]}
-                points.setdefault(steps + e["step"], []).append(at | _means(e.get("first") or e))
+                at = {"step": steps + e["step"], "seconds": seconds + e["train_seconds"]}
+                measured = e.get("first") or e
+                points.append(at | {name: (measured.get(name) or {}).get("mean") for name in EVAL_METRICS})
             steps, seconds = steps + outcome.steps, seconds + outcome.seconds
-    found = []
-    for step, of_point in sorted(points.items()):
-        if len(of_point) == len(done):
-            names = set.intersection(*(set(p) for p in of_point))
-            found.append({"step": step, **{n: fmean(p[n] for p in of_point) for n in names}})
-    return found
-
-
-def _usual(samples: list[float]) -> float | None:
-    """The number of samples that most rows have seen."""
-    return Counter(samples).most_common(1)[0][0] if samples else None
-
-
-def _run(study: Study, run: Run) -> dict[str, Any]:
-    o = study.outcome(run)
-    return {
-        "name": run.name,
-        "row": run.row.id,
-        "phase": run.phase,
-        "rate": run.rate,
-        "seed": run.seed,
-        "state": o.state,
-        "error": o.error,
-        "recipe": run.row.recipe,
-        "overrides": run.overrides,
-        "steps": o.steps,
-        "samples": o.samples,
-        "seconds": o.seconds,
-        "wall": o.wall,
-        "evaluation": {k: v for k, v in o.evaluation.items() if k in (*EVAL_METRICS, "groups")},
-    }
+    by_step = DataFrame(points, dtype=float).groupby("step")
+    of_all = by_step.mean().where(by_step.count() == len(done)).dropna(subset="seconds")
+    return [{"step": int(step), **_known(line)} for step, line in of_all.iterrows()]

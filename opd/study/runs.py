@@ -25,18 +25,24 @@ State = Literal["missing", "partial", "failed", "conflict", "finished"]
 class Run:
     """One launch: a row at one learning rate and seed. `start` is the run whose student it goes on with."""
 
-    row: Row = field(compare=False)
+    out: Path  # the study's folder
+    row: Row
     phase: Phase
     seed: int
     rate: float | None  # none: the untrained student, which is measured and not trained
-    folder: Path
     split: dict[str, Any] = field(compare=False)
     start: Run | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
         """Its folder below the study's."""
-        return "/".join([self.row.id, *self.folder.parts[-3 if self.rate is not None else -2 :]])
+        rate = [] if self.rate is None else [f"lr_{self.rate:g}"]
+        return "/".join([self.row.id, self.phase, *rate, f"seed_{self.seed}"])
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out / self.name
 
     @property
     def log(self) -> Path:
@@ -86,12 +92,6 @@ class Outcome:
     def finished(self) -> bool:
         """Whether its numbers may be used."""
         return self.state == "finished"
-
-
-def make(out: Path, row: Row, phase: Phase, seed: int, rate: float | None, split: dict[str, Any], start: Run | None):
-    """The run of a row, in a folder that says which."""
-    parts = [row.world, row.name, phase, *([] if rate is None else [f"lr_{rate:g}"]), f"seed_{seed}"]
-    return Run(row, phase, seed, rate, out.joinpath(*parts), split, start)
 
 
 def config_of(run: Run) -> Config:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from opd.processes.commands import Command
 from opd.processes.guard import Process, stop_all
@@ -21,29 +20,8 @@ TAIL = 4  # lines of a failed run's log that are shown
 TO_RUN = ("missing", "partial", "failed")
 
 
-class Started(Protocol):
-    """Seam: a launch under way."""
-
-    @property
-    def code(self) -> int | None:
-        """Exit code, None while it runs."""
-        ...
-
-
-class Launcher(Protocol):
-    """Seam: starts runs and ends them."""
-
-    def start(self, run: Run) -> Started:
-        """Begin a launch."""
-        ...
-
-    def stop(self, started: list[Started]) -> None:
-        """End launches in an orderly way and wait for that."""
-        ...
-
-
 class Subprocesses:
-    """`opd launch` of this installation; every launch dies with this process, also after `kill -9`."""
+    """Starts and ends `opd launch` of this installation; every launch dies with this process, also after `kill -9`."""
 
     def start(self, run: Run) -> Process:
         """Begin a launch; its output is appended to the run's log. Raises UserError where that cannot be."""
@@ -53,9 +31,9 @@ class Subprocesses:
         except OSError as e:
             raise UserError(f"{run.log}: expected a log that can be written ({e.strerror})") from e
 
-    def stop(self, started: list[Started]) -> None:
+    def stop(self, started: list[Process]) -> None:
         """Ask all to end and wait until nothing of them is left."""
-        stop_all([p for p in started if isinstance(p, Process)])
+        stop_all(started)
 
 
 def command(run: Run) -> Command:
@@ -65,32 +43,25 @@ def command(run: Run) -> Command:
 
 
 def run_all(
-    study: Study, rows: list[Row], jobs: int, launcher: Launcher, say: Callable[[str], None]
+    study: Study, rows: list[Row], jobs: int, launcher: Subprocesses, say: Callable[[str], None]
 ) -> tuple[list[Run], int]:
     """Run what is missing, `jobs` at a time, in the order of the rows; a run that fails does not hold up the others.
 
     Returns the runs that failed or hold something else, and 0, or 128 + the number of the signal that ended it.
     """
     board = Board(study, rows, jobs, say)
-    active: list[tuple[Run, Started]] = []
     with Signals() as signals:
         try:
             while True:
-                for run, started in list(active):
-                    if started.code is not None:
-                        active.remove((run, started))
-                        board.ended(run, started.code)
-                while len(active) < jobs and not signals.received:
-                    following = board.next()
-                    if following is None:
-                        break
-                    active.append((following, launcher.start(following)))
-                    board.began(following)
-                if not active or signals.received:
+                for over in [r for r, started in board.running.items() if started.code is not None]:
+                    board.ended(over)
+                while len(board.running) < jobs and not signals.received and (run := board.next()):
+                    board.began(run, launcher.start(run))
+                if not board.running or signals.received:
                     break
                 time.sleep(POLL_S)
         finally:
-            launcher.stop([started for _, started in active])
+            launcher.stop([*board.running.values()])
     if signals.received:
         say(f"stopped by {signals.received.name}; the same command goes on from here")
         return board.failed, 128 + signals.received
@@ -103,8 +74,8 @@ class Board:
     def __init__(self, study: Study, rows: list[Row], jobs: int, say: Callable[[str], None]) -> None:
         self.study, self.rows, self.jobs, self.say = study, rows, jobs, say
         self.total = sum(map(study.count, rows))
-        self.taken: dict[Path, float] = {}  # runs of this session, and when they began
-        self.running: list[Run] = []
+        self.taken: dict[Run, float] = {}  # runs of this session, and when they began
+        self.running: dict[Run, Process] = {}
         self.failed: list[Run] = []
         self.took: list[float] = []
         self._changed, self._queue = True, list[Run]()
@@ -117,29 +88,30 @@ class Board:
 
     def _ready(self) -> list[Run]:
         found = []
-        for run in (r for row in self.rows for r in self.study.named(row)):
-            if run.folder in self.taken:
-                continue
+        for run in (r for r in self._named() if r not in self.taken):
             outcome = self.study.outcome(run)
             if outcome.state == "conflict":
-                self.taken[run.folder] = time.monotonic()
+                self.taken[run] = time.monotonic()
                 self.failed.append(run)
                 self.say(f"{run.name}: {outcome.error}")
             elif outcome.state in TO_RUN and self.study.problem(run) is None:
                 found.append(run)
         return found
 
-    def began(self, run: Run) -> None:
+    def _named(self) -> list[Run]:
+        return [r for row in self.rows for r in self.study.named(row)]
+
+    def began(self, run: Run, started: Process) -> None:
         """A run was started."""
-        self.taken[run.folder] = time.monotonic()
-        self.running.append(run)
+        self.taken[run] = time.monotonic()
+        self.running[run] = started
         self.say(f"{self._progress()} started {run.name}")
 
-    def ended(self, run: Run, code: int) -> None:
+    def ended(self, run: Run) -> None:
         """A run has ended; it counts as done when its folder says so."""
-        self.running.remove(run)
+        code = self.running.pop(run).code
         self.study.forget(run)
-        took = time.monotonic() - self.taken[run.folder]
+        took = time.monotonic() - self.taken[run]
         outcome = self.study.outcome(run)
         self._changed = True
         if outcome.finished:
@@ -155,8 +127,7 @@ class Board:
     @property
     def done(self) -> int:
         """Runs whose numbers can be used."""
-        named = (r for row in self.rows for r in self.study.named(row))
-        return sum(self.study.outcome(r).finished for r in named)
+        return sum(self.study.outcome(r).finished for r in self._named())
 
     def _progress(self) -> str:
         done = self.done

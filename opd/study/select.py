@@ -45,8 +45,8 @@ def choose(spec: SelectionSpec, base: Means, sweep: dict[float, Means], failed: 
     assert sweep
     lines = []
     for rate in sorted(sweep):
-        excess = {g: _worse(g, base[g], sweep[rate][g]) - allowed for g, allowed in spec.guard.items()}
-        worst = max(excess.values(), default=0.0)
+        excess = [BETTER[g] * (base[g] - sweep[rate][g]) - allowed for g, allowed in spec.guard.items()]
+        worst = max(excess, default=0.0)
         lines.append({"rate": rate, **sweep[rate], "excess": worst, "passes": worst <= HAIR})
     passing = [line for line in lines if line["passes"]]
     notes = []
@@ -74,7 +74,3 @@ def _best(lines: list[dict[str, Any]], score: Callable[[dict[str, Any]], float])
     most = max(map(score, lines))
     first, *others = [line for line in lines if score(line) >= most - HAIR]
     return first, others
-
-
-def _worse(metric: str, base: float, value: float) -> float:
-    return BETTER[metric] * (base - value)

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    StringConstraints,
-    field_validator,
-)
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, StringConstraints, field_validator
 
 from opd.config.evaluation import BETTER
 from opd.settings import Section, UserError, read_yaml, validated
@@ -107,7 +100,7 @@ class Row:
     world: str
     name: str
     recipe: str
-    overrides: dict[str, Any]
+    overrides: dict[str, Any] = field(compare=False)
     rates: tuple[float, ...] = ()  # none: the untrained student
     start: str | None = None
 

@@ -1,11 +1,12 @@
-"""What study.md and study.html say, from the content of study.json: one text, which each of the two spells its way."""
+"""What study.md and study.html say, from the content of study.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from opd.report.blocks import Block, Bullets, Heading, Paragraph, Table, document, markdown
+from opd.study.charts import World, charts
 from opd.study.spec import BASE
 
 # heading, metric, scale, digits
@@ -25,75 +26,39 @@ GROUPED = (("Spoken accuracy by group, %", "speech", 100, 1), ("M by group, nats
 COMPARED = ("accuracy/speech", "accuracy/text", "retention", "forgetting")  # of the tables of differences
 STAR = "†"  # marks a row that is not matched; it means nothing in Markdown
 FEW = 5  # seeds below which a table warns of itself
-World = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Heading:
-    """Of level 1, 2 or 3."""
-
-    level: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph; a warning is set off from others."""
-
-    text: str
-    warning: bool = False
-
-
-@dataclass(frozen=True)
-class Notes:
-    """Sentences of equal rank, each with words in front that are set in bold, or none."""
-
-    notes: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, and what it shows."""
-
-    heads: list[str]
-    lines: list[list[str]]
-    about: str
-
-
-@dataclass(frozen=True)
-class Plots:
-    """The plots of the k-th world, which Markdown goes without."""
-
-    world: World
-    k: int
-
-
-Block = Heading | Text | Notes | Table | Plots
+def pages(content: dict[str, Any]) -> dict[str, str]:
+    """study.md and study.html: the same blocks, each spelt its way; Markdown goes without charts."""
+    found = list(blocks(content))
+    return {"study.md": markdown(found), "study.html": document("opd study", found, "wide wrap")}
 
 
 def blocks(content: dict[str, Any]) -> Iterator[Block]:
     """All that is said of a study, in order."""
     seeds = content["seeds"]
-    yield Heading(1, f"Study: {content['study']}")
-    yield Text(
+    yield Heading(f"Study: {content['study']}", 1)
+    yield Paragraph(
         f"Test split, seeds {', '.join(map(str, seeds))}: mean over seeds ± half of its 95 % confidence interval (t). "
         "Speech, text and retention are accuracies; drop S and T are percent below the teacher's typed accuracy; M, F "
         "and reverse KL nats per token; length is tokens of a spoken question's answer. Samples are responses learnt "
         "from, seconds those of all training steps on this machine, the stages before included."
     )
     if len(seeds) < FEW:
-        yield Text(f"{len(seeds)} seeds are few: the intervals are wide, and rely on a normal distribution.", True)
-    for k, world in enumerate(content["worlds"]):
-        yield Heading(2, world["name"])
+        yield Paragraph(
+            f"{len(seeds)} seeds are few: the intervals are wide, and rely on a normal distribution.", "warn"
+        )
+    for world in content["worlds"]:
+        yield Heading(world["name"])
         heads = ["row", "rate", *(c[0] for c in COLUMNS), "samples", "seconds"]
         yield Table(heads, cells(world), "Means over seeds ± half of their 95 % confidence intervals.")
-        yield Notes(notes(world))
+        yield Bullets(notes(world))
         others = list(dict.fromkeys(filter(None, (BASE, content["reference"]))))
         for other in others:
             yield from differences(world, other)
         yield from groups(world, others[-1:])
-        yield Plots(world, k)
-        yield Heading(3, "Choice of the learning rate")
+        yield from charts(world)
+        yield Heading("Choice of the learning rate", 3)
         yield sweeps(world)
 
 
@@ -119,20 +84,21 @@ def _cell(found: dict[str, Any] | None, scale: float, digits: int, sign: str = "
     return mean if found["half"] is None else f"{mean} ± {scale * found['half']:.{digits}f}"
 
 
-def notes(world: World) -> list[tuple[str, str]]:
+def notes(world: World) -> list[Paragraph]:
     """What a reader of a world's table has to know, a sentence each."""
-    found = [(f"{r['name']} is incomplete", f": {r['state']}.") for r in world["rows"] if not r["complete"]]
+    found = [
+        Paragraph(f": {r['state']}.", lead=f"{r['name']} is incomplete") for r in world["rows"] if not r["complete"]
+    ]
     if any(r["matched"] is False for r in world["rows"]):
         usual = f"most rows learn from {world['samples']:.0f} samples"
-        found.append(("", f"{STAR} not matched: {usual}, this one does not."))
-    found += [("", f"{r['name']}: {note}.") for r in world["rows"] for note in r["notes"]]
+        found.append(Paragraph(f"{STAR} not matched: {usual}, this one does not."))
+    found += [Paragraph(f"{r['name']}: {note}.") for r in world["rows"] for note in r["notes"]]
     speech = next((r["metrics"].get("accuracy/speech") for r in world["rows"] if r["complete"]), None)
     if speech and speech["stderr_records"] is not None:
         error = 100 * speech["stderr_records"]
         shared = f"they add about ± {error:.1f} (standard error of the first row's speech)"
-        found.append(
-            ("", f"The questions are a sample too: {shared} to every row alike, less to differences between rows.")
-        )
+        to = "to every row alike, less to differences between rows"
+        found.append(Paragraph(f"The questions are a sample too: {shared} {to}."))
     return found
 
 
@@ -158,16 +124,14 @@ def groups(world: World, others: list[str]) -> Iterator[Table]:
         lines = [[r["name"], *(_cell(r["groups"][of].get(g), scale, digits) for g in names)] for r in rows]
         yield Table(["row", *names], lines, f"{what}, ± half of its 95 % confidence interval.")
         for other in others:
-            found = {
-                r["name"]: r["differences"][other]["groups"].get(of, {}) for r in rows if other in r["differences"]
-            }
-            lines = [[row, *(_cell(d.get(g), scale, digits, "+") for g in names)] for row, d in found.items()]
+            found = [(r["name"], r["differences"][other]["groups"]) for r in rows if other in r["differences"]]
+            lines = [[row, *(_cell(d.get(of, {}).get(g), scale, digits, "+") for g in names)] for row, d in found]
             if lines:
                 about = f"{what}, differences to {other}, paired by seed, ± half of their 95 % confidence intervals."
                 yield Table([f"row - {other}", *names], lines, about)
 
 
-def sweeps(world: World) -> Table | Text:
+def sweeps(world: World) -> Table | Paragraph:
     """Every learning rate that was tried, and what it gave on the validation split."""
     lines, names = [], list[str]()
     for r in world["rows"]:
@@ -177,37 +141,9 @@ def sweeps(world: World) -> Table | Text:
             chosen = "chosen" if tried["rate"] == r["rate"] else ""
             lines.append([r["name"], *shown, "yes" if tried["passes"] else "no", chosen])
     if not lines:
-        return Text("No row had rates to choose from, or none is chosen yet.")
+        return Paragraph("No row had rates to choose from, or none is chosen yet.")
     about = (
         "Means over the selection seeds on the validation split; kept: whether the guard's metrics stay close enough "
         "to the untrained student's."
     )
     return Table(["row", "rate", *names, "kept", ""], lines, about)
-
-
-# ---- study.md -----------------------------------------------------------------------------------------------------
-
-
-def markdown(content: dict[str, Any]) -> str:
-    """study.md."""
-    parts = (_markdown(block) for block in blocks(content))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case Heading(level, text):
-            return f"{'#' * level} {text}"
-        case Text(text, warning):
-            return f"**{text}**" if warning else text
-        case Notes(found):
-            return "\n".join(f"- **{first}**{rest}" if first else f"- {rest}" for first, rest in found)
-        case Table(heads, lines, about):
-            rows = [_line(heads), "|---" * len(heads) + "|", *map(_line, lines)]
-            return "\n".join([about, "", *rows])
-        case Plots():
-            return ""
-
-
-def _line(shown: list[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in shown) + " |"

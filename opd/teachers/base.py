@@ -19,8 +19,8 @@ Reply = tuple[tuple[int, ...], bool]  # token ids with end of turn, truncated
 class Teacher(Protocol):
     """Seam: a frozen LLM that reads the text view. All but that of `uld` share the student's tokenizer."""
 
-    gives_logits: bool  # whether `rows` is there to be asked
-    grades: bool  # whether `score` is
+    gives_logits: bool  # whether `logits` is there to be asked
+    gives_scores: bool  # whether `score` is
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         """Log-probabilities of each rollout's own token ids, at temperature 1, in the text view."""
@@ -38,7 +38,7 @@ class Teacher(Protocol):
 class _Reader:
     """Tokenises text views with the teacher's own tokenizer and chat template."""
 
-    grades = True
+    gives_scores = True
 
     def __init__(self, config: Config, family: Family) -> None:
         self.config, self.family = config, family

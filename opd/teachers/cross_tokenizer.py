@@ -37,17 +37,17 @@ class Retold:
 
 
 class CrossTokenizerTeacher(LocalTeacher):
-    """A local model that need not share the student's tokenizer: it gives neither log-probs nor rows of its tokens.
+    """A local model that need not share the student's tokenizer: it gives neither scores nor logits of its tokens.
 
     Both tokenizers must be byte-level BPE, as those of Qwen, Llama 3 and Mistral v0.3 are.
     """
 
-    gives_logits = grades = False
+    gives_logits = gives_scores = False
 
     def __init__(self, config: Config, family: Family, device: torch.device) -> None:
         super().__init__(config, family, device)
-        rows = self.model.config.vocab_size
-        self._knows(rows, [], [self.tokenizer.eos_token_id], rows)
+        size = self.model.config.vocab_size
+        self._knows(size, [], [self.tokenizer.eos_token_id], size)
         self.loss = uld_loss(config.objective, family.tokenizer, self.tokenizer, device)
 
     def check(self) -> None:
@@ -68,10 +68,10 @@ class CrossTokenizerTeacher(LocalTeacher):
             r = retold[i]
             if not r.ids:
                 return logits.sum() * 0.0
-            rows = self._project(states[ends[i] - len(r.theirs) : ends[i]])
+            teacher = self._project(states[ends[i] - len(r.theirs) : ends[i]])
             ours, theirs = (_given(*a, logits.device) for a in ((r.ids, r.offsets), (r.theirs, r.their_offsets)))
             return self.loss(
-                logits[None, : len(r.ids)], rows[None], ours[0], theirs[0], ours[1], theirs[1], ours[2], theirs[2]
+                logits[None, : len(r.ids)], teacher[None], ours[0], theirs[0], ours[1], theirs[1], ours[2], theirs[2]
             )
 
         return loss

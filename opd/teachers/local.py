@@ -24,7 +24,7 @@ from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 
 class LocalTeacher(_Reader):
-    """A Hugging Face model in the learner process; also gives full-vocabulary rows.
+    """A Hugging Face model in the learner process; also gives full-vocabulary logits.
 
     With teacher.shard each rank holds a part of it (ZeRO-3). Every forward pass then takes all ranks: each of them
     calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work.
@@ -49,20 +49,14 @@ class LocalTeacher(_Reader):
         except (OSError, ValueError) as e:
             raise UserError(f"teacher.path {config.teacher.path}: not loadable: {_first_line(e)}") from e
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would bend what is greedy
-        self.model.eval().requires_grad_(False)
-        if settings:
-            import deepspeed
-
-            self.engine, *_ = deepspeed.initialize(model=self.model, config=settings)  # its hooks gather and release
-        else:
-            self.model.to(device)
+        frozen(self.model, settings, device)
         self._knows(family.vocab_size, family.banned_ids, family.eos_ids, self.model.config.vocab_size)
 
-    def _knows(self, vocab: int, banned: list[int], eos: list[int], rows: int) -> None:
-        """Ids: how many there are, which are banned, which end a response; `rows` of the output layer."""
+    def _knows(self, vocab: int, banned: list[int], eos: list[int], outputs: int) -> None:
+        """Ids: how many there are, which are banned, which end a response; `outputs` of the output layer."""
         self.banned = torch.zeros(vocab, dtype=torch.bool, device=self.device)
         self.banned[banned] = True
-        self.eos_ids, self.suppressed = eos, [i for i in banned if i < rows]
+        self.eos_ids, self.suppressed = eos, [i for i in banned if i < outputs]
 
     def _idle(self, calls: int) -> int:
         """How many more calls of a sharded model some other rank makes than this one."""
@@ -73,25 +67,25 @@ class LocalTeacher(_Reader):
         out: list[ScoredRollout | None] = [None] * len(rollouts)
         for chunk, states in self._passes(pairs):
             lengths = [len(rollouts[i].token_ids) for i in chunk]
-            found = [self._graded([rollouts[i] for i in chunk], states, p) for p in self._parts(sum(lengths))]
+            found = [self._scored([rollouts[i] for i in chunk], states, p) for p in self._parts(sum(lengths))]
             columns = [torch.cat(c).cpu().split(lengths) for c in zip(*found, strict=True)]
             for i, logp, *top in zip(chunk, *columns, strict=True):
                 out[i] = ScoredRollout(rollouts[i], logp.numpy(), *(x.numpy() for x in top))
         return [s for s in out if s is not None]
 
-    def _graded(self, rollouts: list[Rollout], states: Tensor, part: slice) -> tuple[Tensor, ...]:
+    def _scored(self, rollouts: list[Rollout], states: Tensor, part: slice) -> tuple[Tensor, ...]:
         """Of the tokens `part`: log-probs [n], with objective.top_k also ids [n, K] and log-probs [n, K]."""
-        rows = torch.log_softmax(self._project(states[part]), -1)
-        targets = torch.tensor([y for r in rollouts for y in r.token_ids][part], device=rows.device)
-        logp = rows.gather(-1, targets[:, None])[:, 0]
+        logp = torch.log_softmax(self._project(states[part]), -1)
+        targets = torch.tensor([y for r in rollouts for y in r.token_ids][part], device=logp.device)
+        of_targets = logp.gather(-1, targets[:, None])[:, 0]
         o = self.config.objective
         if o.top_of is None:
-            return (logp,)
+            return (of_targets,)
         if o.top_of == "teacher":
-            best = rows.topk(min(o.top_k or 1, rows.shape[-1]))
-            return logp, best.indices, best.values
-        ids = torch.from_numpy(np.concatenate([_asked(r) for r in rollouts])[part]).to(rows.device)
-        return logp, ids, rows.gather(-1, ids.clamp(min=0))
+            best = logp.topk(min(o.top_k or 1, logp.shape[-1]))
+            return of_targets, best.indices, best.values
+        ids = torch.from_numpy(np.concatenate([_asked(r) for r in rollouts])[part]).to(logp.device)
+        return of_targets, ids, logp.gather(-1, ids.clamp(min=0))
 
     def logits(self, samples: list[Sample]) -> Logits:
         """Logits of the samples' response tokens, one response after another, banned ids and ids it lacks at EXCLUDED.
@@ -212,6 +206,17 @@ class LocalTeacher(_Reader):
 
     def _parts(self, count: int) -> list[slice]:
         return chunks(count, len(self.banned))
+
+
+def frozen(model: Any, settings: dict[str, Any] | None, device: torch.device) -> None:
+    """Make a model one that only reads: on `device`, or with `settings` of DeepSpeed in parts on all ranks."""
+    model.eval().requires_grad_(False)
+    if settings is None:
+        model.to(device)
+    else:
+        import deepspeed
+
+        deepspeed.initialize(model=model, config=settings)  # its hooks gather and release
 
 
 def _chunks(lengths: list[int], budget: int) -> list[list[int]]:

@@ -18,17 +18,17 @@ from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import switched_off
 from opd.models.sharding import DTYPES, load_sharded
-from opd.models.speech_lm import SpeechLM, at_responses
+from opd.models.speech_lm import SpeechLM, Task, at_responses
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import Logits
-from opd.teachers.local import LocalTeacher
+from opd.teachers.local import LocalTeacher, frozen
 from opd.types import Prompt, render
 
 Running = tuple[SpeechLM, Callable[..., Any]]
 
 
 class ReferenceModel:
-    """Reads without gradient what the student may hear or read.
+    """Reads without gradient the speech view or the text view.
 
     A second copy of student.path, which stays the start when a run is resumed; with teacher.shard each rank holds a
     part of it. Where adapters are all that differs from the start, the learner's own module with them switched off.
@@ -45,15 +45,15 @@ class ReferenceModel:
         self.sharded = any(hasattr(p, "ds_id") for p in self.model.parameters())
 
     @torch.no_grad()
-    def __call__(self, **inputs: Any) -> Tensor:
+    def __call__(self, task: Task, **inputs: Any) -> Tensor:
         """`SpeechLM.forward` of the starting student."""
         if self.call is None:
-            return self.model(**inputs)
+            return self.model(task, **inputs)
         with ExitStack() as stack:
             stack.callback(self.model.train, self.model.training)
             stack.enter_context(switched_off(self.model.hf))
             self.model.eval()
-            return self.call(**inputs)
+            return self.call(task, **inputs)
 
     @torch.no_grad()
     def project(self, states: Tensor) -> Tensor:
@@ -63,9 +63,9 @@ class ReferenceModel:
     def logits(self, mb: MicroBatch, inputs: dict[str, Any]) -> Logits:
         """Logits of the micro-batch's response tokens, each in its own view.
 
-        inputs: `Learner.inputs` of it. What of the audio path is trained it hears with its own.
+        inputs: `Learner.inputs` of it. Trained parts of the audio path are its own.
         """
-        states = self(whole=self.sharded, **at_responses(inputs, mb.mask))
+        states = self("states", whole=self.sharded, **at_responses(inputs, mb.mask))
         return lambda part: self.project(states[part])
 
 
@@ -85,13 +85,13 @@ class SelfTeacher(LocalTeacher):
         order = torch.arange(length, device=ids.device)
         attends = (order <= order[:, None])[None, None].expand(len(ids), 1, length, length)  # padding is on the right
         positions = order.expand_as(ids)
-        return self.start(ids=ids, position_ids=positions, attends=attends, at=at, whole=self.sharded)
+        return self.start("states", ids=ids, position_ids=positions, attends=attends, at=at, whole=self.sharded)
 
     def _project(self, states: Tensor) -> Tensor:
         return self.start.project(states)
 
     def _write(self, **arguments: Any) -> Tensor:
-        return self.start(generate=arguments)
+        return self.start("generate", **arguments)
 
 
 def _copy(config: Config, family: Family, device: torch.device) -> SpeechLM:
@@ -103,10 +103,5 @@ def _copy(config: Config, family: Family, device: torch.device) -> SpeechLM:
 
     hf = load_sharded(load, settings) if settings else load()
     model = SpeechLM(hf, family, list(config.student.train))  # what is trained, it is given as the learner is
-    model.eval().requires_grad_(False)
-    if settings is None:
-        return model.to(device)
-    import deepspeed
-
-    deepspeed.initialize(model=model, config=settings)  # its hooks gather and release
+    frozen(model, settings, device)
     return model

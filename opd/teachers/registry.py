@@ -31,7 +31,7 @@ def make_start(config: Config, family: Family, device: torch.device, learner: Ru
 
 
 def _local(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:
-    return (CrossTokenizerTeacher if config.objective.name == "uld" else LocalTeacher)(config, family, device)
+    return (CrossTokenizerTeacher if config.objective.about.other_tokenizer else LocalTeacher)(config, family, device)
 
 
 def _server(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,6 @@ from opd.teachers.base import Reply, Teacher
 from opd.teachers.routes import route_of
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
-if TYPE_CHECKING:
-    pass
-
-
 T = TypeVar("T")
 
 
@@ -27,7 +23,7 @@ class RoutedTeacher:
     Every teacher is asked every time, if only with nothing: a sharded one needs all ranks.
     """
 
-    grades = True
+    gives_scores = True
 
     def __init__(self, config: Config, teachers: dict[str, Teacher]) -> None:
         """`teachers`: by route."""
@@ -41,29 +37,29 @@ class RoutedTeacher:
         return self._ask(prompts, lambda t, at: t.respond([prompts[i] for i in at], max_tokens))
 
     def logits(self, samples: list[Sample]) -> Logits:
-        found: list[tuple[Tensor, Tensor, Logits]] = []  # of a teacher: which tokens are its own, how many came before
+        parts: list[tuple[Tensor, Tensor, Logits]] = []  # of a teacher: which tokens are its own, how many came before
         lengths = torch.tensor([len(s.response_ids) for s in samples])
         for teacher, at in self._split([s.scored.rollout.prompt for s in samples]):
             mine = torch.zeros(len(samples), dtype=torch.bool)
             mine[at] = True
             own = mine.repeat_interleave(lengths)
             before = torch.cat([torch.zeros(1, dtype=torch.long), own.cumsum(0)])
-            found.append((own, before, teacher.logits([samples[i] for i in at])))
+            parts.append((own, before, teacher.logits([samples[i] for i in at])))
 
-        def rows(part: slice) -> Tensor:
+        def logits(part: slice) -> Tensor:
             out: Tensor | None = None
-            for own, before, rows_of in found:
+            for own, before, logits_of in parts:
                 first, end = int(before[part.start]), int(before[part.stop])
                 if first == end:
                     continue
-                logits = rows_of(slice(first, end))
+                found = logits_of(slice(first, end))
                 if out is None:
-                    out = logits.new_empty(part.stop - part.start, logits.shape[-1])
-                out[own[part].to(logits.device)] = logits
+                    out = found.new_empty(part.stop - part.start, found.shape[-1])
+                out[own[part].to(found.device)] = found
             assert out is not None, "no tokens to read"
             return out
 
-        return rows
+        return logits
 
     def _ask(self, prompts: list[Prompt], ask: Callable[[Teacher, list[int]], list[T]]) -> list[T]:
         out: dict[int, T] = {}

@@ -29,8 +29,8 @@ class ServerTeacher(_Reader):
         from transformers import AutoConfig
 
         super().__init__(config, family)
-        rows = AutoConfig.from_pretrained(config.teacher.path).get_text_config().vocab_size
-        self.bans = {str(i): BAN for i in family.banned_ids if i < rows}
+        size = AutoConfig.from_pretrained(config.teacher.path).get_text_config().vocab_size
+        self.bans = {str(i): BAN for i in family.banned_ids if i < size}
         self.usable = frozenset(range(family.vocab_size)) - frozenset(family.banned_ids)
         self.first = dist.get_rank() if dist.is_initialized() else 0  # not every rank begins with the same server
 
@@ -88,7 +88,7 @@ class ServerTeacher(_Reader):
         return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in answers]
 
     def logits(self, samples: list[Sample]) -> Logits:
-        raise AssertionError("a server gives no rows; who asks looks at gives_logits")
+        raise AssertionError("a server gives no logits; who asks looks at gives_logits")
 
     def _ask(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
         requests = [Request(path, {"model": "teacher"} | b, len(b["prompt"]) + b["max_tokens"]) for b in bodies]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from opd.config.schema import Config
 from opd.models.base import Family
@@ -51,11 +52,11 @@ def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Conf
         counts[views.index(r.view)] += _counts(r, config) * torch.tensor([1.0, tokens], dtype=torch.float64)
         counts[-1] += torch.tensor([1.0, tokens], dtype=torch.float64)
     counts = all_reduce(counts, "sum")
-    for s in samples:
+    for place, s in enumerate(samples):
         r = s.scored.rollout
         responses, tokens = counts[views.index(r.view)].tolist()
         denominator = responses * len(s.response_ids) if config.objective.average == "response" else tokens
-        s.weight = shares[r.view] * _counts(r, config) / denominator
+        s.weight, s.place = shares[r.view] * _counts(r, config) / denominator, place
     micro = split(samples, config.train.micro_batch_tokens)
     most = int(all_reduce(torch.tensor(float(len(micro))), "max"))
     assert micro, "a rank without samples"
@@ -74,7 +75,7 @@ def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
 
     A group whose row alone would pass the budget is cut; a lone sample may pass it.
     """
-    rows = [part for group in _groups(samples) for part in _cut(group, budget)]
+    rows = [part for group in _groups(samples) for part in _cut([samples[i] for i in group], budget)]
     micro: list[list[list[Sample]]] = []
     for row in sorted(rows, key=_row_length, reverse=True):
         if micro and _row_length(micro[-1][0]) * (len(micro[-1]) + 1) <= budget:
@@ -86,51 +87,60 @@ def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
 
 def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
     """Pack samples that share a prompt into rows and pad on the right; [B, ...] tensors keep the samples' order."""
-    groups = _groups(samples)
-    index = {id(s): i for i, s in enumerate(samples)}
-    assert len(index) == len(samples), "a sample twice in one micro-batch"
-    longest = max(map(_row_length, groups))
-    steps = max(len(s.response_ids) for s in samples)
-    n = len(samples)
-    ids = torch.full((len(groups), longest), pad_id, dtype=torch.long)
-    places = torch.zeros(len(groups), longest, dtype=torch.long)
-    part = torch.full((len(groups), longest), -1)  # 0 prompt, k the k-th response, -1 padding
-    row = torch.zeros(n, dtype=torch.long)
-    positions, targets = torch.zeros(n, steps, dtype=torch.long), torch.zeros(n, steps, dtype=torch.long)
-    mask, teacher, sampler = (torch.zeros(n, steps) for _ in range(3))
-    for g, group in enumerate(groups):
-        p = at = len(group[0].prompt_ids)
-        ids[g, :p] = torch.tensor(group[0].prompt_ids)
-        places[g, :p] = torch.arange(p)
-        part[g, :p] = 0
-        for k, s in enumerate(group, 1):
-            i, t = index[id(s)], len(s.response_ids)
-            ids[g, at : at + t] = torch.tensor(s.response_ids)
-            places[g, at : at + t] = torch.arange(p, p + t)
-            part[g, at : at + t] = k
-            row[i] = g
-            positions[i, 0] = p - 1
-            positions[i, 1:t] = torch.arange(at, at + t - 1)
-            targets[i, :t] = torch.tensor(s.response_ids)
-            mask[i, :t] = 1
-            for into, values in ((teacher, s.scored.teacher_logprobs), (sampler, s.scored.rollout.logprobs)):
-                if values is not None:
-                    assert len(values) == t, f"{s.scored.rollout.prompt.id}: {t} tokens, {len(values)} log-probs"
-                    into[i, :t] = torch.from_numpy(np.asarray(values, np.float32))
-            at += t
-    attends = _attends(part)
-    weights = mask * torch.tensor([s.weight for s in samples])[:, None]
-    sampled = torch.tensor([s.scored.rollout.logprobs is not None for s in samples])
-    inputs = (ids, places, attends, row, positions, targets, mask, weights, teacher, sampler, sampled)
-    return MicroBatch(samples, *inputs, *_top(samples, steps))
+    ids, places, parts = [], [], []  # of each row; parts: 0 prompt, k the k-th response
+    row = torch.zeros(len(samples), dtype=torch.long)
+    positions: list[list[int]] = [[] for _ in samples]
+    for g, group in enumerate(_groups(samples)):
+        prompt = samples[group[0]].prompt_ids
+        p = len(prompt)
+        ids.append([*prompt])
+        places.append([*range(p)])
+        parts.append([0] * p)
+        for k, i in enumerate(group, 1):
+            response, at = samples[i].response_ids, len(ids[g])
+            t = len(response)
+            row[i], positions[i] = g, [p - 1, *range(at, at + t - 1)]
+            ids[g] += response
+            places[g] += range(p, p + t)
+            parts[g] += [k] * t
+    top_ids, top_logp = _top(samples)
+    return MicroBatch(
+        samples=samples,
+        ids=_padded(ids, pad_id),
+        position_ids=_padded(places),
+        attends=_attends(_padded(parts, -1)),
+        row=row,
+        positions=_padded(positions),
+        targets=_padded([s.response_ids for s in samples]),
+        mask=_padded([[1.0] * len(s.response_ids) for s in samples]),
+        weights=_padded([[s.weight] * len(s.response_ids) for s in samples]),
+        teacher_logp=_padded([_logprobs(s, s.scored.teacher_logprobs) for s in samples]),
+        sampler_logp=_padded([_logprobs(s, s.scored.rollout.logprobs) for s in samples]),
+        sampled=torch.tensor([s.scored.rollout.logprobs is not None for s in samples]),
+        top_ids=top_ids,
+        top_logp=top_logp,
+    )
 
 
-def _top(samples: list[Sample], steps: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def _padded(values: list[Any], fill: int = 0) -> Tensor:
+    return pad_sequence([torch.as_tensor(v) for v in values], batch_first=True, padding_value=fill)
+
+
+def _logprobs(sample: Sample, values: np.ndarray | None) -> np.ndarray:
+    """[T] float32, zeros where there are none."""
+    t = len(sample.response_ids)
+    found = np.zeros(t, np.float32) if values is None else np.asarray(values, np.float32)
+    assert len(found) == t, f"{sample.scored.rollout.prompt.id}: {t} tokens, {len(found)} log-probs"
+    return found
+
+
+def _top(samples: list[Sample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Ids [B, T, K] and the teacher's log-probs there, padded with -1 and 0; none where no sample has them."""
     most = max((s.scored.top_ids.shape[1] for s in samples if s.scored.top_ids is not None), default=0)
     if most == 0:
         return None, None
-    ids, logp = torch.full((len(samples), steps, most), -1), torch.zeros(len(samples), steps, most)
+    shape = len(samples), max(len(s.response_ids) for s in samples), most
+    ids, logp = torch.full(shape, -1), torch.zeros(shape)
     for i, s in enumerate(samples):
         if s.scored.top_ids is not None and s.scored.top_logprobs is not None:
             t, k = s.scored.top_ids.shape
@@ -147,11 +157,11 @@ def _attends(part: Tensor) -> Tensor:
     return (causal & seen & (part >= 0)[:, None, :] | torch.eye(length, dtype=torch.bool))[:, None]
 
 
-def _groups(samples: list[Sample]) -> list[list[Sample]]:
-    """Samples by prompt ids and clips, in order of first appearance."""
-    groups: dict[tuple[Any, ...], list[Sample]] = {}
-    for s in samples:
-        groups.setdefault((tuple(s.prompt_ids), tuple(s.clips)), []).append(s)
+def _groups(samples: list[Sample]) -> list[list[int]]:
+    """Places of the samples with the same prompt ids and clips, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, s in enumerate(samples):
+        groups.setdefault((tuple(s.prompt_ids), tuple(s.clips)), []).append(i)
     return list(groups.values())
 
 

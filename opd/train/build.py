@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from opd.config import resume
 from opd.config.load import resolve_model
 from opd.config.needs import asks_teacher_servers, evaluates, needs_teacher, teacher_servers
-from opd.config.schema import Config
+from opd.config.schema import Config, TeacherConfig
 from opd.inference.client import Server, check_model
 from opd.inference.weight_sync import WeightSync
+from opd.models.base import Family
 from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
 from opd.prompts.clips import ClipLoader, list_bad, listed
@@ -22,6 +22,7 @@ from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import make_source
 from opd.settings import UserError
 from opd.storage.metrics import MetricsLog
+from opd.teachers.base import Teacher
 from opd.teachers.registry import make_start, make_teacher
 from opd.teachers.server import ServerTeacher
 from opd.train import checkpoint
@@ -30,59 +31,90 @@ from opd.train.evaluator import Evaluator
 from opd.train.learner import Learner
 from opd.train.loop import evaluate, judge, loop, push, sleep_servers
 from opd.train.parts import Parts, status
-from opd.types import View
 
 
 def build(config: Config, log: MetricsLog | None) -> Parts:
     """All parts of a run, from its recipe."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     path = resolve_model(config.student.path, "student.path")
-    for teacher_config in config.teacher.each.values():
-        if teacher_config.path:
-            teacher_config.path = resolve_model(teacher_config.path, "teacher.path")
+    config = config.model_copy(update={"teacher": _resolved(config.teacher)})
     family = family_of(path, config.student.family)
     prompts, bad = read_manifest(config.data.train)
-    stream = PromptStream(prompts, config.train.prompts_per_step, config.run.seed)
-    views: list[View] = list(view_shares(config))
-    sampler = sync = None
-    limit = ContextLimit(family, config.rollout.max_tokens, None)
-    if config.rollout.urls:
-        sampler = VllmSampler(config, family, config.rollout.urls, rank)
-        taken = [check_model(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
-        limit = ContextLimit(family, config.rollout.max_tokens, min(taken))
-        sync = WeightSync(sampler.servers, family, config, rank)
-        sync.sleep()  # before anything else needs the device
+    sampler, sync, limit = _student_servers(config, family, path)
     for key, url, model in teacher_servers(config):
         check_model(Server(url, config.rollout.timeout_s), key, model, model)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     learner = Learner(config, family, path)
+    teacher, writer = _teachers(config, learner)
+    if log is not None:
+        known = listed(config)
+        list_bad(config, [b for b in bad if b["place"] not in known])
+    parts = Parts(
+        config=config,
+        learner=learner,
+        teacher=teacher,
+        stream=PromptStream(prompts, config.train.prompts_per_step, config.run.seed),
+        clips=ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), limit),
+        source=make_source(config, list(view_shares(config)), sampler, writer, family),
+        log=log,
+        sampler=sampler,
+        sync=sync,
+    )
+    if evaluates(config):
+        parts.evaluator = _evaluator(parts, writer, limit)
+    return parts
+
+
+def _resolved(teacher: TeacherConfig) -> TeacherConfig:
+    """The same with runs replaced by the folders of their checkpoints."""
+    each = {
+        route: one.model_copy(update={"path": resolve_model(one.path, "teacher.path")}) if one.path else one
+        for route, one in teacher.each.items()
+    }
+    return teacher.model_copy(update={"routes": each}) if teacher.kind == "routed" else each[""]
+
+
+def _student_servers(
+    config: Config, family: Family, path: str
+) -> tuple[VllmSampler | None, WeightSync | None, ContextLimit]:
+    """What asks the student's servers, what gives them weights, and how long a prompt they take; they sleep after it,
+    for what is built next needs the device."""
+    urls, max_tokens = config.rollout.urls, config.rollout.max_tokens
+    if not urls:
+        return None, None, ContextLimit(family, max_tokens, None)
+    rank = dist.get_rank()
+    sampler = VllmSampler(config, family, urls, rank)
+    taken = [check_model(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
+    sync = WeightSync(sampler.servers, family, config, rank)
+    sync.sleep()
+    return sampler, sync, ContextLimit(family, max_tokens, min(taken))
+
+
+def _teachers(config: Config, learner: Learner) -> tuple[Teacher | None, Teacher | None]:
+    """The teacher that scores and the one that writes; gives the learner its reference, where it has one."""
+    family, device = learner.family, learner.device
     start = make_start(config, family, device, (learner.model, learner.call))
     learner.reference = start if config.objective.reference > 0 else None
     teacher = make_teacher(config, family, device, start) if needs_teacher(config) else None
-    writer = teacher
-    if config.teacher.kind == "local" and asks_teacher_servers(config):  # they write, it grades
-        writer = ServerTeacher(config, family, device)
-    if rank == 0:
-        known = listed(config)
-        list_bad(config, [b for b in bad if b["place"] not in known])
-    clips = ClipLoader(config, family.sampling_rate, len(prompts) + len(bad), len(bad), limit)
-    source = make_source(config, views, sampler, writer, family)
-    parts = Parts(config, learner, teacher, stream, clips, source, log, sampler, sync)
-    if evaluates(config):
-        assert teacher is not None
-        assert sampler is not None
-        held = [read_manifest(p, config.eval.limit)[0] if p else [] for p in (config.eval.test, config.eval.retention)]
-        eval_clips = ClipLoader(config, family.sampling_rate, sum(map(len, held)), 0, limit)
+    if config.teacher.kind == "local" and asks_teacher_servers(config):
+        return teacher, ServerTeacher(config, family, device)
+    return teacher, teacher
 
-        def say(what: str) -> None:
-            if log is not None:
-                log.status("evaluating", what, 0, config.train.steps, None)
 
-        measured = (sampler, eval_clips, held[0], held[1])
-        parts.evaluator = Evaluator(config, family, learner, teacher, *measured, say, writer)
-    assert world == learner.world
-    return parts
+def _evaluator(parts: Parts, writer: Teacher | None, limit: ContextLimit) -> Evaluator:
+    c, family = parts.config, parts.learner.family
+    assert parts.teacher is not None and parts.sampler is not None
+    test, retention = (read_manifest(p, c.eval.limit)[0] if p else [] for p in (c.eval.test, c.eval.retention))
+    return Evaluator(
+        config=c,
+        family=family,
+        learner=parts.learner,
+        teacher=parts.teacher,
+        sampler=parts.sampler,
+        clips=ClipLoader(c, family.sampling_rate, len(test) + len(retention), 0, limit),
+        test=test,
+        retention=retention,
+        say=lambda what: status(parts, "evaluating", 0, what),
+        writer=writer,
+    )
 
 
 def check_urls(config: Config) -> None:

@@ -34,7 +34,7 @@ CHUNK = 64  # records whose clips are in memory at a time
 PAIRS = 8  # records of one forward pass in the divergences
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluator:
     """Measures a student through its live server (accuracy) and its learner (divergences)."""
 
@@ -48,7 +48,7 @@ class Evaluator:
     retention: list[Prompt]
     say: Callable[[str], None] = lambda _: None
     writer: Teacher | None = None  # answers in the teacher's place; none: the teacher itself
-    _teacher_right: list[float] | None = None  # the teacher is frozen: asked once
+    _teacher_right: list[float] | None = field(default=None, init=False)  # the teacher is frozen: asked once
     _scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,8 +60,8 @@ class Evaluator:
             )
         if best in ("misalignment", "forgetting") and self.test and all(p.response is None for p in self.test):
             raise UserError(f"eval.best {best}: follows gold responses: expected a `response` in records of eval.test")
-        if best.startswith("reverse_kl") and not self.teacher.grades:
-            raise UserError(f"eval.best {best}: a teacher with another tokenizer does not grade; choose another metric")
+        if best.startswith("reverse_kl") and not self.teacher.gives_scores:
+            raise UserError(f"eval.best {best}: a teacher with another tokenizer gives no scores; take another metric")
 
     def run(self) -> dict[str, Any]:
         """All metrics that the manifests allow, by the names of the design."""
@@ -128,8 +128,8 @@ class Evaluator:
             clips = self._load(chunk) if view == "speech" else {}
             jobs = [(p, view, f"{name}/{i}") for i, p in chunk]
             answers = self.sampler.sample(jobs, clips, 1, 0.0)
-            graded = self._scorer.grade([(r.prompt, decode(self.family, r.token_ids), r.truncated) for r in answers])
-            for (i, _), r, grade in zip(chunk, answers, graded, strict=True):
+            grades = self._scorer.grade([(r.prompt, decode(self.family, r.token_ids), r.truncated) for r in answers])
+            for (i, _), r, grade in zip(chunk, answers, grades, strict=True):
                 found[:, i] = torch.tensor([grade.score or 0.0, len(r.token_ids)])
         right, lengths = all_reduce(found, "sum").tolist()
         return right, lengths
@@ -158,13 +158,13 @@ class Evaluator:
             return {}
         sums = torch.zeros(3, len(prompts), dtype=torch.float64)  # misalignment, forgetting, tokens
         for chunk in self._in_step(prompts):
-            clips = self._load([c for c in chunk if c[0] >= 0] or chunk)
+            clips = self._load(chunk)
             speech, text = (self._gold(chunk, v, clips) for v in VIEWS)
-            mb, read = self._student(text, clips)
-            heard = self._student(speech, clips)[1]
-            self._gather(sums[0], chunk, self._kl(mb, read, heard))
+            mb, from_text = self._student(text, clips)
+            from_speech = self._student(speech, clips)[1]
+            self._gather(sums[0], chunk, self._kl(mb, from_text, from_speech))
             if self.teacher.gives_logits:
-                self._gather(sums[1], chunk, self._kl(mb, self.teacher.logits(mb.samples), read))
+                self._gather(sums[1], chunk, self._kl(mb, self.teacher.logits(mb.samples), from_text))
             self._gather(sums[2], chunk, mb.mask.sum(-1))
         sums = all_reduce(sums, "sum")
         names = ["misalignment", "forgetting"] if self.teacher.gives_logits else ["misalignment"]
@@ -176,19 +176,19 @@ class Evaluator:
         """KL(student || teacher) per token on the student's own samples at temperature 1, by view: over the full
         vocabulary with a local teacher, else the sampled tokens' estimate of it; absent with another tokenizer."""
         out: dict[str, Estimate] = {}
-        if not self.teacher.grades:
+        if not self.teacher.gives_scores:
             return out
         for view in VIEWS:
             prompts = self.test[: self.config.eval.kl_limit]
             sums = torch.zeros(2, len(prompts), dtype=torch.float64)
             for chunk in self._in_step(prompts):
-                clips = self._load([c for c in chunk if c[0] >= 0] or chunk)
+                clips = self._load(chunk)
                 jobs = [(p, view, f"reverse_kl/{i}") for i, p in chunk]
                 own = self.sampler.sample(jobs, clips, 1, 1.0)
                 scored = self._scored(own)
                 mb, student = self._student(make_samples(scored, clips, self.family), clips)
-                rows = self.teacher.logits(mb.samples) if self.teacher.gives_logits else None
-                self._gather(sums[0], chunk, self._kl(mb, student, rows))
+                teacher = self.teacher.logits(mb.samples) if self.teacher.gives_logits else None
+                self._gather(sums[0], chunk, self._kl(mb, student, teacher))
                 self._gather(sums[1], chunk, mb.mask.sum(-1))
             sums = all_reduce(sums, "sum")
             out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist(), questions(prompts))
@@ -204,10 +204,10 @@ class Evaluator:
         real = mb.mask.bool()
 
         def of(part: slice) -> torch.Tensor:
-            rows = torch.log_softmax(p(part), -1)
+            logp = torch.log_softmax(p(part), -1)
             if q is not None:
-                return divergence(rows, torch.log_softmax(q(part), -1))
-            return rows.gather(-1, mb.targets[real][part, None])[:, 0] - mb.teacher_logp[real][part]
+                return divergence(logp, torch.log_softmax(q(part), -1))
+            return logp.gather(-1, mb.targets[real][part, None])[:, 0] - mb.teacher_logp[real][part]
 
         out = torch.zeros_like(mb.mask)
         parts = chunks(int(real.sum()), self.family.vocab_size)

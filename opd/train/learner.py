@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd.config.deepspeed import deepspeed_settings
+from opd.config.limits import CLIPS_PER_CALL
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import Piece, adapters, pieces
 from opd.models.sharding import DTYPES, all_reduce, load_sharded
-from opd.models.speech_lm import SpeechLM, at_responses
+from opd.models.speech_lm import SpeechLM, Task, at_responses
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import TokenLoss
 from opd.settings import UserError
@@ -27,8 +29,15 @@ if TYPE_CHECKING:
     from opd.teachers.reference import ReferenceModel
 
 
-CLIPS_PER_CALL = 8  # of the frozen tower
 GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
+
+
+@dataclass
+class StepResult:
+    """What a step found."""
+
+    metrics: dict[str, float]  # over all ranks, the same on every rank
+    advantages: list[list[float]]  # per token of each of the batch's samples; [] where the objective has none
 
 
 class Learner:
@@ -41,7 +50,6 @@ class Learner:
         from deepspeed.accelerator import get_accelerator
 
         self.config, self.family = config, family
-        self.advantages: dict[int, list[float]] = {}  # by id() of the newest step's samples, for samples.jsonl
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
         settings = deepspeed_settings(config)
@@ -62,12 +70,12 @@ class Learner:
         self._silent_clip = self._features([silent])
         self._silence: list[Tensor] | None = None
         if self.model.adapter_trained and not self.model.tower_trained:
-            self._silence = self.call(features=self._silent_clip)
+            self._silence = self.call("encode", features=self._silent_clip)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch, step: int, teacher: Any = None) -> dict[str, float]:
-        """One gradient step on the batches of all ranks; returns the metrics of the step, the same on every rank.
+    def step(self, batch: Batch, step: int, teacher: Any = None) -> StepResult:
+        """One gradient step on the batches of all ranks.
 
         `teacher.logits(samples)` gives its distributions to objectives that read them.
         """
@@ -76,7 +84,7 @@ class Learner:
             group["lr"] = lr
         torch.manual_seed(hash((self.config.run.seed, step, self.rank)))  # dropout is the same after a resume
         audio = self.encode(batch.clips, batch.samples)
-        stats = Sums()
+        stats = Sums(len(batch.samples))
         last = len(batch.micro_batches) - 1
         for i, samples in enumerate(batch.micro_batches):
             mb = collate(samples).to(self.device)
@@ -84,8 +92,8 @@ class Learner:
             self.engine.set_gradient_accumulation_boundary(i == last)
             self.engine.backward(loss * self.world, scale_wrt_gas=False)  # ZeRO averages over ranks: we mean the sum
             self.engine.step()
-        metrics = stats.reduce()
-        return metrics | {"lr": lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
+        of_step = {"lr": lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
+        return StepResult(stats.reduce() | of_step, stats.advantages)
 
     def _loss(
         self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray], stats: Sums, teacher: Any
@@ -93,7 +101,7 @@ class Learner:
         objective = self.config.objective
         inputs = self.inputs(mb, audio, clips)
         logits = reference = aligned = None
-        if objective.name == "uld":
+        if objective.about.other_tokenizer:
             aligned = teacher.aligned(mb.samples)
         elif objective.reads_logits:
             logits = teacher.logits(mb.samples)
@@ -101,7 +109,7 @@ class Learner:
             assert self.reference is not None
             reference = self.reference.logits(mb, inputs)
         loss = TokenLoss(mb, objective, self.config.rollout.temperature, logits, reference, aligned)
-        total = self.call(**inputs, loss=loss, mask=mb.mask)
+        total = self.call("response_loss", **inputs, loss=loss, mask=mb.mask)
         stats.total("loss", total)
         self._count(mb, loss.found(), stats)
         return total
@@ -111,8 +119,9 @@ class Learner:
         real = mb.mask.bool()
         counted = (mb.weights > 0)[real]
         if (advantage := found.pop("advantage", None)) is not None:
-            own = advantage.split(real.sum(1).tolist())
-            self.advantages |= {id(s): a.tolist() for s, a in zip(mb.samples, own, strict=True) if s.weight > 0}
+            for s, own in zip(mb.samples, advantage.split(real.sum(1).tolist()), strict=True):
+                if s.weight > 0:
+                    stats.advantages[s.place] = own.tolist()
         if (kl := found.pop("reverse_kl", None)) is not None:
             for view in VIEWS:
                 of_view = torch.tensor([s.scored.rollout.view == view for s in mb.samples], device=real.device)
@@ -124,7 +133,6 @@ class Learner:
 
     def encode(self, clips: dict[str, np.ndarray], samples: list[Sample]) -> dict[str, Tensor]:
         """Run what is frozen of the audio path once per clip; the same number of calls on every rank."""
-        self.advantages = {}
         if self.model.tower_trained:
             return {}
         keys = sorted({k for s in samples for k in s.clips}, key=lambda k: len(clips[k]))
@@ -132,23 +140,18 @@ class Learner:
         calls = int(all_reduce(torch.tensor(float(len(chunks))), "max"))
         audio: dict[str, Tensor] = {}
         for chunk in chunks:
-            outputs = self.call(features=self._features([clips[k] for k in chunk]))
+            outputs = self.call("encode", features=self._features([clips[k] for k in chunk]))
             audio.update(zip(chunk, outputs, strict=True))
         for _ in range(calls - len(chunks)):
-            self.call(features=self._silent_clip)
+            self.call("encode", features=self._silent_clip)
         return audio
-
-    def logits(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> Tensor:
-        """Logits [B, T, V] of a micro-batch's response tokens; every rank runs the same modules."""
-        return self.call(**self.inputs(mb, audio, clips))
 
     def inputs(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
         """What `SpeechLM` takes of a micro-batch; `audio`: what `encode` gave for its clips."""
-        inputs: dict[str, Any] = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
-        return inputs | self.heard(mb.clips, audio, clips)
+        return mb.inputs | self._audio_inputs(mb.clips, audio, clips)
 
-    def heard(self, keys: list[str], audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The part of `inputs` that is heard: of no clip a silent one where something of the audio path is trained."""
+    def _audio_inputs(self, keys: list[str], audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Audio of the clips; without any a silent one, where something of the audio path is trained."""
         if self.model.tower_trained:
             return {"features": self._features([clips[k] for k in keys]) if keys else self._silent_clip}
         if keys:
@@ -157,10 +160,10 @@ class Learner:
 
     @torch.no_grad()
     def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
-        """One micro-batch and its logits without gradient; every rank calls it as often as every other."""
+        """One micro-batch and its logits [B, T, V] without gradient; every rank calls it as often as every other."""
         self.model.eval()
         mb = collate(samples).to(self.device)
-        logits = self.logits(mb, self.encode(clips, samples), clips)
+        logits = self.call("response_logits", **self.inputs(mb, self.encode(clips, samples), clips))
         self.model.train()
         return mb, logits
 
@@ -169,19 +172,19 @@ class Learner:
         """As `eval_logits`, the hidden states [N, H] of the response tokens alone, one response after another."""
         self.model.eval()
         mb = collate(samples).to(self.device)
-        states = self.call(**at_responses(self.inputs(mb, self.encode(clips, samples), clips), mb.mask))
+        states = self.call("states", **at_responses(self.inputs(mb, self.encode(clips, samples), clips), mb.mask))
         self.model.train()
         return mb, states
 
     @torch.no_grad()
     def at_output_layer(self, run: Callable[[], Tensor]) -> Tensor:
         """`run()`, in which `model.project` makes logits of states; every rank calls it as often as every other."""
-        found: Tensor = self.call(run=run)
+        found: Tensor = self.call("at_output_layer", run=run)
         return found
 
-    def call(self, **inputs: Any) -> Any:
+    def call(self, task: Task, **inputs: Any) -> Any:
         """`SpeechLM.forward` through DeepSpeed's engine."""
-        return self.engine(**inputs)
+        return self.engine(task, **inputs)
 
     def _features(self, waves: list[np.ndarray]) -> dict[str, Tensor]:
         return {k: v.to(self.device) for k, v in self.family.features(waves).items()}
@@ -227,9 +230,10 @@ def _groups(found: list[Piece]) -> list[list[Piece]]:
 
 
 class Sums:
-    """Token-weighted means of a step, summed over micro-batches and then over ranks."""
+    """Token-weighted means of a step, summed over micro-batches and then over ranks; advantages by sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, samples: int = 0) -> None:
+        self.advantages: list[list[float]] = [[] for _ in range(samples)]
         self.sums: dict[str, list[float]] = {}
         self.totals: dict[str, float] = {}
 
@@ -272,12 +276,7 @@ def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
 
 def _optimizer(config: Config, params: list[Any], settings: dict[str, Any]) -> Any:
     o = config.optim
-    options: dict[str, Any] = {
-        "lr": o.lr,
-        "betas": (o.betas[0], o.betas[1]),
-        "eps": o.eps,
-        "weight_decay": o.weight_decay,
-    }
+    options: dict[str, Any] = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
     offload = (settings.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -1,4 +1,4 @@
-"""Builds the parts, then runs the loop. Started on every rank by accelerate, deepspeed or torchrun."""
+"""The loop, and what it does between two steps: evaluate, save, push weights. One process on every rank runs it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def loop(parts: Parts, start: int) -> int:
         scored = scorer.score(rollouts) if scorer else [ScoredRollout(r, None) for r in rollouts]
         clock.lap("teacher")
         batch = make_batch(make_samples(scored, clips, learner.family), clips, c)
-        stats = learner.step(batch, step, parts.teacher if c.objective.reads_logits else None)
+        result = learner.step(batch, step, parts.teacher if c.objective.reads_logits else None)
         clock.lap("learner")
         if on_policy:
             push(parts, version=step + 1)
             clock.lap("sync")
-        report_step(parts, step + 1, batch, stats, clock)
+        report_step(parts, step + 1, batch, result, clock)
         maybe_evaluate(parts, step + 1)
         maybe_checkpoint(parts, step + 1)
     return c.train.steps

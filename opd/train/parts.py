@@ -18,7 +18,7 @@ from opd.train.learner import Learner
 from opd.train.verdict import Verdict
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Parts:
     """Everything that the loop holds together."""
 

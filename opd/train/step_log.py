@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from opd.models.base import Family
 from opd.models.sharding import all_reduce
 from opd.rollout.sources import decode
+from opd.train.learner import StepResult
 from opd.train.parts import Parts, status
 from opd.types import VIEWS, Batch, Sample, transcript
 
@@ -36,17 +38,17 @@ class Clock:
         return {f"time/{k}": v for k, v in self.laps.items()} | {"time/step": self._mark - self.start}
 
 
-def report_step(parts: Parts, done: int, batch: Batch, stats: dict[str, float], clock: Clock) -> None:
+def report_step(parts: Parts, done: int, batch: Batch, result: StepResult, clock: Clock) -> None:
     """Metrics and samples of a finished step; stops the run when sampler and learner have parted."""
     c = parts.config
-    mismatch = stats.get("mismatch/logprob", 0.0)
+    mismatch = result.metrics.get("mismatch/logprob", 0.0)
     if mismatch > c.rollout.max_mismatch:
         raise RuntimeError(
             f"step {done}: mean |learner - sampler| log-prob is {mismatch:.3f}, more than rollout.max_mismatch="
             f"{c.rollout.max_mismatch:g}: the server does not hold the learner's weights, or computes otherwise"
         )
     rollouts = [s.scored.rollout for s in batch.samples]
-    line: dict[str, Any] = {"step": done, "steps": c.train.steps, **stats}
+    line: dict[str, Any] = {"step": done, "steps": c.train.steps, **result.metrics}
     line["length/mean"] = batch.tokens / batch.responses
     truncated = all_reduce(torch.tensor(float(sum(r.truncated for r in rollouts))), "sum")
     line["length/truncated"] = float(truncated) / batch.responses
@@ -64,12 +66,12 @@ def report_step(parts: Parts, done: int, batch: Batch, stats: dict[str, float], 
     for view in VIEWS:
         shown = [s for s in batch.samples if s.scored.rollout.view == view][: c.train.samples_per_step]
         for s in shown:
-            parts.log.sample(_sample_line(parts, done, s))
+            parts.log.sample(_sample_line(parts.learner.family, done, s, result.advantages[s.place]))
     status(parts, "training", done)
 
 
-def _sample_line(parts: Parts, step: int, s: Sample) -> dict[str, Any]:
-    r, family = s.scored.rollout, parts.learner.family
+def _sample_line(family: Family, step: int, s: Sample, advantage: list[float]) -> dict[str, Any]:
+    r = s.scored.rollout
     return {
         "step": step,
         "id": r.prompt.id,
@@ -77,6 +79,6 @@ def _sample_line(parts: Parts, step: int, s: Sample) -> dict[str, Any]:
         "prompt": transcript(r.prompt),
         "text": decode(family, r.token_ids),
         "tokens": [family.tokenizer.decode([i]) for i in r.token_ids],
-        "advantage": parts.learner.advantages.get(id(s), []),
+        "advantage": advantage,
         "truncated": r.truncated,
     }

@@ -31,7 +31,7 @@ DATA, RUNS = Path("data/tiny_select"), Path("runs/select")
 TRAIN, FIRST = 6000, 2000  # questions spoken; those before FIRST are the natural corpus, and the warm start's of `rare`
 RARE, SHARE = "arithmetic", 0.1
 HOURS = 0.05  # of speech to choose: 180 s
-WARM_STEPS, PROMPTS, RATE = 40, 64, 4e-4  # KD as docs/study.md has it
+WARM_STEPS, PROMPTS, RATE = 40, 64, 4e-4  # KD as docs/results/study.md has it
 MIXED = "as in the corpus"
 Record = dict[str, Any]
 
@@ -260,7 +260,7 @@ def by_skill(folder: Path) -> dict[str, float]:
     """M of each skill in nats per token, from the probe's records."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for record in read(folder / "records.jsonl"):
-        if found := record.get("misalignment"):
+        if found := record.get("misalignment/sampled", record.get("misalignment")):
             total = sums[record["fields"]["group"]]
             total[0], total[1] = total[0] + found["nats"], total[1] + found["tokens"]
     return {skill: nats / tokens for skill, (nats, tokens) in sorted(sums.items())}

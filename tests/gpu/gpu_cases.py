@@ -17,7 +17,7 @@ ZERO3 = "train.deepspeed=deepspeed_configs/zero3.json"
 NO_CHECKPOINTING = "train.gradient_checkpointing=false"
 OFFLOAD = "train.deepspeed=deepspeed_configs/zero3_offload.json"
 
-# bfloat16 against float32 (docs/gpu.md). The loss is near 1; rounding of single log-probs averages out in it.
+# bfloat16 against float32 (docs/cluster.md). The loss is near 1; rounding of single log-probs averages out in it.
 MISMATCH = 0.05  # mean |learner - reference| log-prob, in nats: the doctor's limit
 LOSS = 0.03
 GRAD_NORM = 0.10  # relative

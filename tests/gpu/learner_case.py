@@ -104,11 +104,11 @@ class Reference:
     def logp(self, s: Sample, clips: dict[str, np.ndarray]) -> torch.Tensor:
         """Log-probs [1, T] of a sample's response, with gradient."""
         mb = collate([s]).to(self.device)
-        inputs = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
+        inputs = mb.inputs
         if s.clips:
             features = self.family.features([clips[k] for k in s.clips])
-            inputs["audio"] = self.model(features={k: v.to(self.device) for k, v in features.items()})
-        return torch.log_softmax(self.model(**inputs), -1).gather(-1, mb.targets[..., None])[..., 0]
+            inputs["audio"] = self.model.encode({k: v.to(self.device) for k, v in features.items()})
+        return torch.log_softmax(self.model.response_logits(**inputs), -1).gather(-1, mb.targets[..., None])[..., 0]
 
     @torch.no_grad()
     def logprobs(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -206,7 +206,7 @@ def run(case: Case) -> dict[str, Any]:
         peak.add(learner)
         counter = FlopCounterMode(display=False) if case.flops else nullcontext()
         with counter:
-            first = learner.step(batch, 0)
+            first = learner.step(batch, 0).metrics
         peak.reset()  # counting holds tensors of its own
         timed = [timed_step(learner, batch, i) for i in range(1, case.steps + 1)]
         out |= {"peak": peak.bytes, "resident": peak.now()}
@@ -228,7 +228,7 @@ def run(case: Case) -> dict[str, Any]:
 def timed_step(learner: Learner, batch: Batch, step: int) -> tuple[float, dict[str, float]]:
     """(seconds, metrics) of one step."""
     began = time.perf_counter()
-    stats = learner.step(batch, step)
+    stats = learner.step(batch, step).metrics
     if learner.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began, stats

@@ -29,7 +29,7 @@ def write_student(
 
     from opd.models.files import buffers, write_model
     from opd.models.load import family_of
-    from opd.models.tiny_builders import BUILDERS
+    from opd.models.tiny import config_and_processor
     from opd.plan.shapes import shipped
 
     wanted = {"text": text or {}, "audio": audio or {}, "seed": seed}
@@ -43,7 +43,7 @@ def write_student(
         audio_config={**known["audio_config"], **wanted["audio"]},
         text_config={**known["text_config"], "tie_word_embeddings": False, **wanted["text"]},
     )
-    _, _, processor = BUILDERS["qwen2_audio"](folder)
+    _, processor = config_and_processor("qwen2_audio", folder)
     config.audio_token_index = processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
     config.architectures = ["Qwen2AudioForConditionalGeneration"]
     config.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """The learner on a GPU, in bfloat16 under real ZeRO over NCCL: values, memory and speed of Qwen2-Audio at true width.
 
-What is measured and how close it must be: docs/gpu.md. Each case has a process, and so a GPU, of its own.
+What is measured and how close it must be: docs/cluster.md. Each case has a process, and so a GPU, of its own.
 """
 
 from __future__ import annotations

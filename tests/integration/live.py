@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import httpx
 import numpy as np
 
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.doctor.probe import PlainStudent
+from opd.processes import guard
 from opd.processes.commands import Command, student_server
-from opd.processes.guard import Process, stop_all
 from opd.processes.layout import Place
 from opd.rollout.sampler import VllmSampler
 from opd.types import Prompt, Rollout
@@ -42,27 +39,9 @@ def opd(*args: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
-def wait_healthy(process: Process) -> str:
-    """The URL of a server, once it answers."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.code is None:
-        try:
-            if httpx.get(f"{process.command.url}/health", timeout=2, trust_env=False).status_code == 200:
-                return process.command.url
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.3)
-    raise AssertionError(f"server not healthy: {process.last_error()}")
-
-
-@contextmanager
-def serving(command: Command, folder: Path) -> Iterator[str]:
+def serving(command: Command, folder: Path) -> AbstractContextManager[str]:
     """The URL of a live server, which dies with the tests."""
-    process = Process(command, folder / "server.log")
-    try:
-        yield wait_healthy(process)
-    finally:
-        stop_all([process])
+    return guard.serving(command, folder / "server.log", 240)
 
 
 def serving_student(data: Path, folder: Path) -> AbstractContextManager[str]:

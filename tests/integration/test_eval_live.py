@@ -78,7 +78,7 @@ def measured(data: Path, student_url: str, teacher_url: str, tmp_path_factory: p
     items = [i for i in read_items(config) if i.part == "test"]
     found = gap.measure(items)
     paths = [p for i in items for p in audio_paths(i.prompt)]
-    clips = {p: gap.room.filled(audio.load(p, family.sampling_rate, 30.0)) for p in paths}
+    clips = {p: gap.limit.filled(audio.load(p, family.sampling_rate, 30.0)) for p in paths}
     return gap, items, found, clips, PlainStudent(config, family, [i.prompt for i in items], clips)
 
 
@@ -105,7 +105,7 @@ def test_scored_tokens_are_those_of_transformers(measured: Any) -> None:
     assert max(np.abs(a - b).max() for a, b in zip(exact, told, strict=True)) < 1e-4
     # and what is kept of a record is the difference of these
     for k, one in enumerate(found):
-        m, f = one["misalignment"], one["forgetting"]
+        m, f = one["misalignment/sampled"], one["forgetting/sampled"]
         assert (m is None) == (k not in scored)
         if m is not None:
             assert m["tokens"] == len(read[k].token_ids)
@@ -162,7 +162,7 @@ def test_the_command_goes_on_and_compares(data: Path, student_url: str, teacher_
     evaluation = json.loads((a / "eval.jsonl").read_text())
     right = [x["views"]["speech"]["right"] for x in lines[:6]]
     assert evaluation["accuracy/speech"]["mean"] == pytest.approx(sum(right) / 6)
-    assert evaluation["accuracy/teacher"]["mean"] > 0.8 and evaluation["misalignment"]["mean"] > 0
+    assert evaluation["accuracy/teacher"]["mean"] > 0.8 and evaluation["misalignment/sampled"]["mean"] > 0
     more = with_urls(data, student_url, teacher_url, **{"eval.limit": 8})
     grown = opd("eval", recipe, *more, "--out", str(a), "--plain")
     assert "4 of 16 records to measure" in grown.stdout and grown.returncode == 0, grown.stdout + grown.stderr

@@ -24,9 +24,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_xopd_with_adapters(data: Path, tmp_path: Path) -> None:
+def test_xopd_with_adapters(data: Path, student_url: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    path, overrides = recipe("2_xopd", data, run, *LORA, *FAST)
+    path, overrides = recipe("2_xopd", data, run, *LORA, *FAST, f'rollout.urls=["{student_url}"]')
     done = opd("launch", path, *overrides, "--plain")
     assert done.returncode == 0, done.stderr + done.stdout
     steps = metrics(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import zlib
@@ -21,7 +20,6 @@ import plain_losses
 
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models import base
 from opd.models.base import Family
 from opd.models.load import family_of
 from opd.models.speech_lm import SpeechLM
@@ -37,7 +35,7 @@ from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 ON, MIXED = "rollout.source=student", ["rollout.source=mix", "train.prompts_per_step=4"]
 CASES = {
     "xopd": ["objective.name=xopd", "objective.advantage_clip=1.5", "objective.ratio_max=1.2", ON],
-    "xopd, by token, heard": ["objective.name=xopd", "objective.average=token", "objective.lambda=0", ON],
+    "xopd, by token, speech": ["objective.name=xopd", "objective.average=token", "objective.lambda=0", ON],
     "kd": ["objective.name=kd", "objective.mu=0.7", "rollout.source=teacher"],
     "reverse_kl of best": ["objective.name=reverse_kl", "objective.top_k=5", ON],
     "jsd, mixed": ["objective.name=jsd", "objective.beta=0.3", *MIXED],
@@ -78,15 +76,15 @@ class Teacher:
     def __init__(self, family: Family) -> None:
         self.banned, self.vocab = family.banned_ids, family.vocab_size
 
-    def row(self, s: Sample) -> Tensor:
+    def of(self, s: Sample) -> Tensor:
         r = s.scored.rollout
         rng = torch.Generator().manual_seed(zlib.crc32(repr((r.prompt.id, r.token_ids)).encode()))
-        rows = 2.0 * torch.randn(len(r.token_ids), self.vocab, generator=rng)
-        rows[:, self.banned] = EXCLUDED
-        return rows
+        logits = 2.0 * torch.randn(len(r.token_ids), self.vocab, generator=rng)
+        logits[:, self.banned] = EXCLUDED
+        return logits
 
     def logits(self, samples: list[Sample]) -> Logits:
-        flat = torch.cat([self.row(s) for s in samples])
+        flat = torch.cat([self.of(s) for s in samples])
         return lambda part: flat[part]
 
 
@@ -98,16 +96,15 @@ def plain(model: SpeechLM, config: Config, samples: list[Sample], clips: Any) ->
     for s in samples:
         mb = collate([s])
         audio = model.encode(family.features([clips[k] for k in s.clips])) if s.clips else None
-        names = ("ids", "position_ids", "attends", "row", "positions")
-        logits = model(**{n: getattr(mb, n) for n in names}, audio=audio)[0].double()
-        rows = teacher.row(s).double()
+        logits = model.response_logits(**mb.inputs, audio=audio)[0].double()
+        theirs = teacher.of(s).double()
         tokens = []
         for t, y in enumerate(s.response_ids):
             r = s.scored
             top = list(zip(r.top_ids[t].tolist(), r.top_logprobs[t].tolist(), strict=True)) if o.top_k else []
             sampler = 0.0 if r.rollout.logprobs is None else float(r.rollout.logprobs[t])
             tokens.append(
-                plain_losses.Token(logits[t], usable, y, rows[t], float(r.teacher_logprobs[t]), sampler, tuple(top))
+                plain_losses.Token(logits[t], usable, y, theirs[t], float(r.teacher_logprobs[t]), sampler, tuple(top))
             )
         if o.name == "cord":
             kls = [
@@ -158,7 +155,7 @@ def compare(student: str, rank: int, cases: list[str]) -> dict[str, Any]:
         expected, want = plain(whole, config, make_samples([s for _, s in both], clips, family), clips)
         batch = make_batch(make_samples([s for r, s in both if r == rank], clips, family), clips, config)
         caught.clear()
-        loss = learner.step(batch, 0, Teacher(family))["loss"]
+        loss = learner.step(batch, 0, Teacher(family)).metrics["loss"]
         assert caught.keys() == want.keys() and len(batch.micro_batches) > 1
         errors = {n: float((caught[n] - g).abs().max() / g.abs().max()) for n, g in want.items()}
         worst = max(errors, key=lambda n: errors[n])
@@ -170,7 +167,7 @@ def main(student: str, out: str) -> None:
     extensions.build()
     deepspeed.init_distributed("gloo", verbose=False)
     rank = dist.get_rank()
-    base.chunks = functools.partial(token_loss.chunks, elements=4 * 503)  # few tokens: several chunks
+    token_loss.ELEMENTS = 4 * 503  # few tokens: several chunks
     tied = Path(out, "tied")
     if rank == 0:
         build("qwen3_asr", tied)

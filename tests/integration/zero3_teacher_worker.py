@@ -50,11 +50,11 @@ def differences(sharded: LocalTeacher, whole: LocalTeacher, mine: list[Rollout],
     """Greatest differences of log-probs and logits, and the number of responses that differ."""
     pairs = zip(sharded.score(mine), whole.score(mine), strict=True)
     scores = max((float(np.abs(a.teacher_logprobs - b.teacher_logprobs).max()) for a, b in pairs), default=0.0)
-    rows = [float((sharded.logits([s])(ALL) - whole.logits([s])(ALL)).abs().max()) for s in samples[:2]]
-    rows.append(float((sharded.logits(samples)(ALL) - whole.logits(samples)(ALL)).abs().max()) if samples else 0.0)
+    logits = [float((sharded.logits([s])(ALL) - whole.logits([s])(ALL)).abs().max()) for s in samples[:2]]
+    logits.append(float((sharded.logits(samples)(ALL) - whole.logits(samples)(ALL)).abs().max()) if samples else 0.0)
     asked = [r.prompt for r in mine]
     replies = zip(sharded.respond(asked, 12), whole.respond(asked, 12), strict=True)
-    return [scores, max(rows), float(sum(a != b for a, b in replies))]
+    return [scores, max(logits), float(sum(a != b for a, b in replies))]
 
 
 def teacher(config: Config, family: Family, json_name: str) -> LocalTeacher:
@@ -66,7 +66,7 @@ def teacher(config: Config, family: Family, json_name: str) -> LocalTeacher:
 CLIP = {"a": np.random.default_rng(0).normal(0, 0.1, 20000).astype(np.float32)}
 
 
-def heard(rank: int) -> list[ScoredRollout]:
+def answers(rank: int) -> list[ScoredRollout]:
     """What every rank answers: rank 0 a clip and a text, rank 1 texts alone."""
     part = {"type": "audio", "path": "a", "transcript": TEXTS[0]}
     spoken = Rollout(Prompt("s", ({"role": "user", "content": [part]},)), "speech", (310, 311, 2), None, 0, False)
@@ -83,11 +83,10 @@ def kl_now(learner: Learner, start: ReferenceModel) -> float | None:
     family, kls = learner.family, []
     now = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm"]).eval()
     now.hf.load_state_dict(weights, strict=False)
-    for sample in make_samples(heard(0) + heard(1), CLIP, family):
+    for sample in make_samples(answers(0) + answers(1), CLIP, family):
         mb = collate([sample])
         audio = now.encode(family.features([CLIP[k] for k in sample.clips])) if sample.clips else None
-        inputs = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
-        p, q = (m(audio=audio, **inputs).log_softmax(-1) for m in (now, start))
+        p, q = (m("response_logits", audio=audio, **mb.inputs).log_softmax(-1) for m in (now, start))
         kls.append((p.exp() * (p - q)).sum(-1)[0])
     return float(torch.cat(kls).mean())
 
@@ -106,11 +105,11 @@ def at_the_start(student: str, rank: int, *more: str) -> dict[str, object]:
     teacher = SelfTeacher(config, family, start)
     plain = load_config("recipes/tiny/2_xopd.yaml", [*small, *itself])
     unsharded = ReferenceModel(plain, family, cpu, None)
-    batch = make_batch(make_samples(heard(rank), CLIP, family), CLIP, config)
+    batch = make_batch(make_samples(answers(rank), CLIP, family), CLIP, config)
     steps, expected = [], []
     for step in range(3):
         expected.append(kl_now(learner, unsharded))
-        steps.append(learner.step(batch, step, teacher))
+        steps.append(learner.step(batch, step, teacher).metrics)
     mine = rollouts((3, 0)[rank])
     samples = make_samples([ScoredRollout(r, None) for r in rollouts(2 + rank)], {}, family)
     whole = SelfTeacher(plain, family, unsharded)

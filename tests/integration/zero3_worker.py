@@ -50,13 +50,13 @@ def main(student: str, out: str) -> None:
     batch = make_batch(make_samples(scored, clips, family), clips, config)
     everything = [r for n in "ab" for r in [*(rollout("speech", n, a) for a in answers), rollout("text", n, (320, 2))]]
     expected = reference_loss(reference, make_samples(everything, clips, family), clips)
-    loss = learner.step(batch, 0)["loss"]
+    loss = learner.step(batch, 0).metrics["loss"]
     tower_calls = calls[0]
 
     # rank 0 has speech, rank 1 none: every rank must still run the same modules
     view: View = "speech" if rank == 0 else "text"
     mixed = make_batch(make_samples([rollout(view, own, (300, 301, 2))] * 1, clips, family), clips, config)
-    mixed_loss = learner.step(mixed, 1)["loss"]
+    mixed_loss = learner.step(mixed, 1).metrics["loss"]
     result = {
         "parameters": len(parameters),
         "sharded": sum(hasattr(p, "ds_tensor") and p.ds_tensor.numel() < p.ds_numel for p in parameters),
@@ -79,8 +79,7 @@ def reference_loss(model: SpeechLM, samples: list[Sample], clips: dict[str, np.n
     for s in samples:
         mb = collate([s])
         audio = model.encode(model.family.features([clips[k] for k in s.clips])) if s.clips else None
-        names = ("ids", "position_ids", "attends", "row", "positions")
-        logits = model(**{n: getattr(mb, n) for n in names}, audio=audio)
+        logits = model.response_logits(**mb.inputs, audio=audio)
         logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])[..., 0]
         terms = xopd(logp, mb.teacher_logp, logp, mb.sampler_logp, 5.0, 2.0)
         means[s.scored.rollout.view].append(float(terms.loss.mean()))

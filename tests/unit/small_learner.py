@@ -21,7 +21,7 @@ from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.load import family_of
 from opd.models.lora import adapters
-from opd.models.speech_lm import SpeechLM
+from opd.models.speech_lm import SpeechLM, Task
 from opd.objectives.divergences import EXCLUDED
 from opd.teachers.reference import Running
 from opd.train.batch import make_batch, make_samples, view_shares
@@ -56,8 +56,8 @@ class PlainEngine:
         self.boundaries: list[bool] = []
         self.steps = 0
 
-    def __call__(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
+    def __call__(self, task: Task, **inputs: Any) -> Any:
+        return self.module(task, **inputs)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         self.boundaries.append(is_boundary)
@@ -76,14 +76,14 @@ class PlainEngine:
 def make_learner(family: Family, c: Config) -> Learner:
     """A Learner whose engine is plain, with fresh weights, in float64: only the logits are rounded."""
     it: Any = object.__new__(Learner)
-    it.config, it.family, it.advantages, it.rank, it.world = c, family, {}, 0, 1
+    it.config, it.family, it.rank, it.world = c, family, 0, 1
     it.device = torch.device("cpu")
     it.model = SpeechLM(family.load(torch.float64, "sdpa"), family, list(c.student.train), c.student.lora).train()
     it.engine = PlainEngine(it.model)
     it.optimizer = torch.optim.SGD([p for p in it.model.parameters() if p.requires_grad], lr=1.0)
     it._silent_clip = family.features([np.zeros(8000, np.float32)])
     trained = set(c.student.train)
-    it._silence = it.model(features=it._silent_clip) if "adapter" in trained and "tower" not in trained else None
+    it._silence = it.model.encode(it._silent_clip) if "adapter" in trained and "tower" not in trained else None
     return it
 
 
@@ -134,7 +134,7 @@ class Reference:
         self.logits: list[Tensor] = []
         self.sampler: list[Tensor] = []
         self.teacher: list[Tensor] = []
-        self.rows: list[Tensor] = []  # of a teacher's full distribution
+        self.teacher_logits: list[Tensor] = []
         for name, view, answer in ANSWERS:
             inputs = _inputs(family, PROMPTS[name], view)
             ids = torch.cat([inputs.pop("input_ids"), torch.tensor([answer])], 1)
@@ -144,8 +144,8 @@ class Reference:
             self.logits.append(out)
             self.sampler.append(own + 0.5 * torch.randn(len(answer), generator=noise))
             self.teacher.append(own + 2.0 * torch.randn(len(answer), generator=noise))
-            rows = out.detach() + torch.randn(out.shape, generator=noise)
-            self.rows.append(rows.masked_fill(banned, EXCLUDED))
+            theirs = out.detach() + torch.randn(out.shape, generator=noise)
+            self.teacher_logits.append(theirs.masked_fill(banned, EXCLUDED))
 
     @staticmethod
     def logp(logits: Tensor, answer: tuple[int, ...], temperature: float = 1.0) -> Tensor:
@@ -188,7 +188,7 @@ class Reference:
 
     def kd(self, c: Config, i: int) -> Tensor:
         o = c.objective
-        p, q = torch.softmax(self.rows[i] / o.tau, -1), torch.softmax(self.logits[i] / o.tau, -1)
+        p, q = torch.softmax(self.teacher_logits[i] / o.tau, -1), torch.softmax(self.logits[i] / o.tau, -1)
         allowed = p > 0
         kl = torch.stack([(a[k] * (a[k] / b[k]).log()).sum() for a, b, k in zip(p, q, allowed, strict=True)])
         return -self.logp(self.logits[i], ANSWERS[i][2]) + o.mu * o.tau**2 * kl
@@ -198,8 +198,8 @@ def _inputs(family: Family, prompt: Prompt, view: View) -> dict[str, Tensor]:
     """The Hugging Face processor's inputs of a view, written out by hand."""
     content = []
     for part in prompt.messages[0]["content"]:
-        heard = part["type"] == "audio" and view == "speech"
-        content.append({"type": "audio"} if heard else {"type": "text", "text": part.get("transcript", "\n")})
+        spoken = part["type"] == "audio" and view == "speech"
+        content.append({"type": "audio"} if spoken else {"type": "text", "text": part.get("transcript", "\n")})
     text = family.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -227,4 +227,4 @@ def perturb(model: SpeechLM) -> None:
 def one_step(family: Family, c: Config, samples: list[Sample], **more: Any) -> tuple[Learner, Batch, dict[str, float]]:
     learner = make_learner(family, c)
     batch = make_batch(samples, CLIPS, c)
-    return learner, batch, learner.step(batch, 0, **more)
+    return learner, batch, learner.step(batch, 0, **more).metrics

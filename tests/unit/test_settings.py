@@ -1,4 +1,4 @@
-"""What users write: byte-order marks, what is no stored file, what need not be there."""
+"""What users write: byte-order marks, what is no stored file, what need not be there; settings are copied."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.data.card.command import write_card
 from opd.data.engine.runner import run_stage
@@ -20,7 +21,7 @@ from opd.data.stages.prompts import Prompts
 from opd.data.stages.verify import Verify
 from opd.prompts import audio
 from opd.prompts.manifest import read_manifest
-from opd.settings import Section, UserError, override, read_lines, read_text, read_yaml, validated
+from opd.settings import Section, UserError, override, read_text, read_yaml, text_lines, validated
 from opd.storage.digests import digest
 from opd.types import BadAudio, transcript
 
@@ -48,7 +49,7 @@ def test_yaml_and_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None
     file.write_bytes(MARK + b"run: {seed: 1}\n")
     assert read_yaml(file) == {"run": {"seed": 1}} and read_text(file) == "run: {seed: 1}\n"
     file.write_bytes(MARK + b"one\r\n \n" + b"\xff\n" + MARK + b"two")
-    lines = list(read_lines(file))
+    lines = list(text_lines(file))
     assert [(p, str(t)) for p, t in lines] == [
         (f"{file}:1", "one"),
         (f"{file}:3", "not valid UTF-8 at byte 1"),
@@ -87,7 +88,7 @@ def test_what_is_no_stored_file_is_refused_wherever_one_is_read(no_file: tuple[A
 
     refused(lambda: read_manifest(path))
     refused(lambda: read_yaml(Path(path)))
-    refused(lambda: list(read_lines(path)))
+    refused(lambda: list(text_lines(path)))
     refused(lambda: audio.load(path, 16000, 30), BadAudio)
     refused(lambda: Verify(asr="a/b", spellings=path).check())
     refused(lambda: write_card([Path(path)], tmp_path / "card"))
@@ -133,3 +134,11 @@ def test_what_is_required_is_not_none() -> None:
     for raw in ({"path": None}, {"path": "x", "other": None}):
         with pytest.raises(UserError, match="should be a valid string"):
             validated(Some, raw, "s.yaml")
+
+
+def test_a_changed_recipe_is_a_copy() -> None:
+    config = load_config("recipes/tiny/2_xopd.yaml")
+    before = config.model_dump()
+    other = config.changed({"rollout.server.threads": 7, "rollout.urls": ["http://a"], "student.lora": None})
+    assert (other.rollout.server.threads, other.rollout.urls, other.student.lora) == (7, ["http://a"], None)
+    assert config.model_dump() == before and other.teacher is config.teacher

@@ -33,8 +33,8 @@ CASES = [
 class Teacher:
     """Logits by what a sample is."""
 
-    def __init__(self, rows: dict[Any, Tensor]) -> None:
-        self.made = rows
+    def __init__(self, logits: dict[Any, Tensor]) -> None:
+        self.made = logits
 
     def logits(self, samples: list[Sample]) -> Logits:
         rollouts = [s.scored.rollout for s in samples]
@@ -58,13 +58,13 @@ def samples_of(reference: Reference, family: Family, c: Config) -> list[Sample]:
     return samples
 
 
-def one_gradient(learner: Learner, case: list[str], budget: int, samples: list[Sample], rows: Any) -> Any:
+def one_gradient(learner: Learner, case: list[str], budget: int, samples: list[Sample], logits: Any) -> Any:
     """(metrics, gradient) of a step on this rank's samples, scaled as for ZeRO, which averages over ranks."""
     c = config("objective.advantage_clip=2.5", "objective.ratio_max=1.3", f"train.micro_batch_tokens={budget}", *case)
     learner.config = c
     learner.model.zero_grad()
     batch = make_batch(samples[learner.rank :: learner.world], CLIPS, c)
-    metrics = learner.step(batch, 0, Teacher(rows))
+    metrics = learner.step(batch, 0, Teacher(logits)).metrics
     return metrics, {n: g.clone() for n, g in gradient(learner).items()}
 
 
@@ -76,7 +76,7 @@ def rank_of_two(rank: int, folder: str) -> None:
     learner = make_learner(family_of(STUDENT), config())
     learner.rank, learner.world = rank, 2
     for case, samples, want_metrics, want in work["cases"]:
-        metrics, got = one_gradient(learner, case, ONE, samples, work["rows"])
+        metrics, got = one_gradient(learner, case, ONE, samples, work["logits"])
         for g in got.values():
             dist.all_reduce(g)
         errors = {n: float((got[n] / 2 - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in want.items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from html import escape
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from opd.data.card.sheet import SHOWN, Sheet
-from opd.report.html import COLOURS, document, figure, table, table_row
+from opd.report.blocks import Block, Bullets, Details, Figure, Heading, Paragraph, Table, document, markdown
+from opd.report.figure import COLOURS, figure
 
 BINS = 40
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -64,68 +65,73 @@ def _again(groups: list[list[str]]) -> str:
 
 def page(content: dict[str, Any], sheets: Sequence[Sheet]) -> str:
     """One HTML document from the content of card.json and the lengths in the sheets."""
+    return document(content["title"], _blocks(content, sheets))
+
+
+def _blocks(content: dict[str, Any], sheets: Sequence[Sheet]) -> Iterator[Block]:
     splits: dict[str, Split] = content["splits"]
-    body = [
-        f"<h1>{escape(content['title'])}</h1>",
-        *(f'<p class="warn">{escape(line)}</p>' for line in _warnings(content)),
-        _table(splits, COLUMNS, ABOUT),
-        "<h2>Lengths</h2>",
-        _histogram("seconds", "Lengths of clips.", "seconds", {s.name: s.seconds for s in sheets}),
-        _histogram("words", "Lengths of questions.", "words", {s.name: s.words for s in sheets}),
-    ]
+    yield Heading(content["title"], 1)
+    yield from _warnings(content)
+    yield _table(splits, COLUMNS, ABOUT)
+    yield Heading("Lengths")
+    yield _histogram("Lengths of clips.", "seconds", {s.name: s.seconds for s in sheets})
+    yield _histogram("Lengths of questions.", "words", {s.name: s.words for s in sheets})
     if any(s.wer for s in sheets):
         caption = "Word error rate of a recogniser, against the transcripts."
-        body.append(_histogram("wer", caption, "WER, %", {s.name: [100 * w for w in s.wer] for s in sheets}))
+        yield _histogram(caption, "WER, %", {s.name: [100 * w for w in s.wer] for s in sheets})
     for what, title in (("groups", "Groups"), ("speakers", "Speakers")):
         if any(split[what] for split in splits.values()):
-            body += [f"<h2>{title}</h2>", _counts(splits, what)]
-    body += [
-        "<h2>Vocabulary</h2>",
-        _counts({s.name: {"words": dict(s.vocabulary)} for s in sheets}, "words"),
-        "<h2>Fields</h2>",
-        _counts(splits, "fields"),
-        "<h2>Duplicates and bad records</h2>",
-        _table(splits, TROUBLES, ABOUT_TROUBLES),
-        *(_details(name, split) for name, split in splits.items()),
-        "<h2>How it was made</h2>",
-        *(_made(name, split) for name, split in splits.items()),
-    ]
-    return document(content["title"], "".join(body))
+            yield Heading(title)
+            yield _counts(splits, what)
+    yield Heading("Vocabulary")
+    yield _counts({s.name: {"words": dict(s.vocabulary)} for s in sheets}, "words")
+    yield Heading("Fields")
+    yield _counts(splits, "fields")
+    yield Heading("Duplicates and bad records")
+    yield _table(splits, TROUBLES, ABOUT_TROUBLES)
+    for name, split in splits.items():
+        yield from _details(name, split)
+    yield Heading("How it was made")
+    for name, split in splits.items():
+        told = " from ".join(step["stage"] for step in split["made"]) or "not by stages of opd data"
+        steps = [json.dumps(step, indent=1, ensure_ascii=False) for step in split["made"]]
+        yield Details(f"{name}: {told}", steps)
 
 
-def _warnings(content: dict[str, Any]) -> list[str]:
-    shared, speakers = content["leaks"], content["shared_speakers"]
+def _warnings(content: dict[str, Any]) -> list[Paragraph]:
+    shared = [f"{s['what']}: {' = '.join(s['records'])}" for s in content["leaks"]]
+    speakers = [f"{name} ({', '.join(splits)})" for name, splits in content["shared_speakers"].items()]
     found = []
+    if shared:
+        found.append(f"Splits leak into one another, in {len(shared)} questions or clips: {_some(shared, '; ')}.")
     if speakers:
-        names = [f"{name} ({', '.join(splits)})" for name, splits in list(speakers.items())[:SHOWN]]
-        more = f" and {len(speakers) - SHOWN} more in card.json" if len(speakers) > SHOWN else ""
-        found.append(f"Note: speakers or voices in more than one split ({len(speakers)}): {', '.join(names)}{more}.")
-    if not shared:
-        return found
-    lines = [f"{s['what']}: {' = '.join(s['records'])}" for s in shared[:SHOWN]]
-    more = f" and {len(shared) - SHOWN} more in card.json" if len(shared) > SHOWN else ""
-    return [f"Splits leak into one another, in {len(shared)} questions or clips: {'; '.join(lines)}{more}.", *found]
+        some = _some(speakers, ", ")
+        found.append(f"Note: speakers or voices in more than one split ({len(speakers)}): {some}.")
+    return [Paragraph(text, "warn") for text in found]
 
 
-def _table(splits: dict[str, Split], columns: dict[str, Cell], about: str) -> str:
-    rows = [table_row(name, [show(split) for show in columns.values()]) for name, split in splits.items()]
-    return table(["split", *columns], rows, about)
+def _some(names: list[str], between: str) -> str:
+    more = f" and {len(names) - SHOWN} more in card.json" if len(names) > SHOWN else ""
+    return between.join(names[:SHOWN]) + more
 
 
-def _counts(splits: dict[str, Split], what: str) -> str:
+def _table(splits: dict[str, Split], columns: dict[str, Cell], about: str) -> Table:
+    rows = [[name, *(show(split) for show in columns.values())] for name, split in splits.items()]
+    return Table(["split", *columns], rows, about)
+
+
+def _counts(splits: dict[str, Split], what: str) -> Table:
     """A row for each of what there is most of, a column for each split."""
-    total: dict[str, float] = {}
+    total: Counter[str] = Counter()
     for split in splits.values():
-        for name, found in split[what].items():
-            total[name] = total.get(name, 0) + _records(found)
-    names = sorted(total, key=lambda n: -total[n])
-    rows = [table_row(n, [_count(split[what].get(n)) for split in splits.values()]) for n in names[:SHOWN]]
-    more = f" {len(names) - SHOWN} more are in card.json." if len(names) > SHOWN and what != "words" else ""
+        total.update({name: _records(found) for name, found in split[what].items()})
+    rows = [[n, *(_count(split[what].get(n)) for split in splits.values())] for n, _ in total.most_common(SHOWN)]
+    more = f" {len(total) - SHOWN} more are in card.json." if len(total) > SHOWN and what != "words" else ""
     unit = {"words": "Occurrences of the most frequent words.", "speakers": "Records, and hours in brackets."}
-    return table([what.removesuffix("s"), *splits], rows, unit.get(what, "Records.") + more)
+    return Table([what.removesuffix("s"), *splits], rows, unit.get(what, "Records.") + more)
 
 
-def _records(found: Any) -> float:
+def _records(found: Any) -> int:
     return found["records"] if isinstance(found, dict) else found
 
 
@@ -135,7 +141,7 @@ def _count(found: Any) -> str:
     return f"{found['records']} ({found['hours']:.2f})" if isinstance(found, dict) else str(found)
 
 
-def _histogram(key: str, caption: str, label: str, values: dict[str, Sequence[float]]) -> str:
+def _histogram(caption: str, label: str, values: dict[str, Sequence[float]]) -> Figure:
     import numpy as np
 
     everything = [v for of in values.values() for v in of]
@@ -157,10 +163,10 @@ def _histogram(key: str, caption: str, label: str, values: dict[str, Sequence[fl
                 colour = COLOURS[k % len(COLOURS)]
                 ax.plot((edges[:-1] + edges[1:]) / 2, shares, drawstyle="steps-mid", color=colour, label=name)
 
-    return figure(key, caption, draw, (8.0, 2.8), label)
+    return figure(caption, draw, (8.0, 2.8), label)
 
 
-def _details(name: str, split: Split) -> str:
+def _details(name: str, split: Split) -> Iterator[Details]:
     again = split["duplicates"]
     lists = {
         "questions asked again": [" = ".join(names) for names in again["same_question"]],
@@ -169,19 +175,10 @@ def _details(name: str, split: Split) -> str:
         "records not usable": split["bad"],
         "clips not readable": split["clips"]["unreadable"],
     }
-    parts = []
     for title, lines in lists.items():
         more = [f"… {len(lines) - SHOWN} more in card.json"] if len(lines) > SHOWN else []
         if lines:
-            text = escape("\n".join([*lines[:SHOWN], *more]))
-            parts.append(f"<details><summary>{escape(name)}: {title}</summary><pre>{text}</pre></details>")
-    return "".join(parts)
-
-
-def _made(name: str, split: Split) -> str:
-    steps = "".join(f"<pre>{escape(json.dumps(step, indent=1, ensure_ascii=False))}</pre>" for step in split["made"])
-    told = " from ".join(step["stage"] for step in split["made"]) or "not by stages of opd data"
-    return f"<details><summary>{escape(name)}: {escape(told)}</summary>{steps}</details>"
+            yield Details(f"{name}: {title}", ["\n".join([*lines[:SHOWN], *more])])
 
 
 # ---- README.md --------------------------------------------------------------------------------------------------
@@ -204,54 +201,42 @@ def readme(content: dict[str, Any], out: Path) -> str:
         configs=[{"config_name": "default", "data_files": files}],
     )
     hours = sum(s["clips"]["hours"] for s in splits.values())
-    parts = [
-        f"---\n{front.to_yaml().strip()}\n---\n\n# {_text(content['title'])}",
+    fields = dict.fromkeys(f for s in splits.values() for f in s["fields"])
+    about = (
         f"{total} prompts with {hours:.2f} hours of speech. A record is one prompt: a chat in `messages`, whose audio "
-        "parts carry `path`, relative to the manifest, and `transcript`.",
-        *(f"**{_text(line)}**" for line in _warnings(content)),
-        "## Splits",
-        _markdown(splits, COLUMNS),
-        ABOUT,
-        "## Fields",
-        "\n".join(_field(name, splits) for name in dict.fromkeys(f for s in splits.values() for f in s["fields"])),
-        "## Duplicates and bad records",
-        _markdown(splits, TROUBLES),
-        ABOUT_TROUBLES,
-        "## How it was made",
-        "\n".join(_steps(name, split) for name, split in splits.items()),
-        "Settings and counts of every step are in card.json, charts in card.html.",
-        "## Licence",
-        content.get("license", "Not stated: those of the texts, the voices and the recordings apply."),
+        "parts carry `path`, relative to the manifest, and `transcript`."
+    )
+    blocks: list[Block] = [
+        Heading(content["title"], 1),
+        Paragraph(about),
+        *_warnings(content),
+        Heading("Splits"),
+        _table(splits, COLUMNS, ABOUT),
+        Heading("Fields"),
+        Bullets([_field(name, splits) for name in fields]),
+        Heading("Duplicates and bad records"),
+        _table(splits, TROUBLES, ABOUT_TROUBLES),
+        Heading("How it was made"),
+        Bullets([_steps(name, split) for name, split in splits.items()]),
+        Paragraph("Settings and counts of every step are in card.json, charts in card.html."),
+        Heading("Licence"),
+        Paragraph(content.get("license", "Not stated: those of the texts, the voices and the recordings apply.")),
     ]
-    return "\n\n".join(parts) + "\n"
+    return f"---\n{front.to_yaml()}\n---\n\n{markdown(blocks)}"
 
 
-def _field(name: str, splits: dict[str, Split]) -> str:
+def _field(name: str, splits: dict[str, Split]) -> Paragraph:
     counts = (f"{s['fields'].get(name, 0)} of {s['records']} in {split}" for split, s in splits.items())
-    return f"- {_text(name)}: {', '.join(counts)}"
+    return Paragraph(f"{name}: {', '.join(counts)}")
+
+
+def _steps(name: str, split: Split) -> Paragraph:
+    told = " from ".join(f"`{s['stage']}` ({s['written']} of {s['read']} records)" for s in split["made"])
+    source = f" from {split['made'][-1]['source']}" if split["made"] else "not by stages of `opd data`"
+    return Paragraph(f"{name}: {told}{source}")
 
 
 def _from(out: Path, manifest: Path) -> str:
     """How a card in `out` names a manifest; by its name alone where it does not lie below."""
     below = manifest.resolve()
     return below.relative_to(out.resolve()).as_posix() if below.is_relative_to(out.resolve()) else manifest.name
-
-
-def _markdown(splits: dict[str, Split], columns: dict[str, Cell]) -> str:
-    rows = [[name, *(show(split) for show in columns.values())] for name, split in splits.items()]
-    head = ["split", *columns]
-    lines = [head, ["---"] + ["---:"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines)
-
-
-def _steps(name: str, split: Split) -> str:
-    steps = split["made"]
-    if not steps:
-        return f"- {name}: not by stages of `opd data`"
-    told = " from ".join(f"`{s['stage']}` ({s['written']} of {s['read']} records)" for s in steps)
-    return f"- {name}: {told} from {_text(steps[-1]['source'])}"
-
-
-def _text(text: str) -> str:
-    """Text that Markdown shows as it is, in a cell of a table too."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").replace("\n", " ")

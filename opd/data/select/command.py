@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ from opd.data.engine.stage import Drop, Record, audio_parts
 from opd.data.select import clusters
 from opd.data.stages.turns import last_question
 from opd.evaluate.records import read_records
-from opd.report.html import BLUE, document, figure, table, table_row
+from opd.report.blocks import Heading, Paragraph, Table, document
+from opd.report.figure import BLUE, figure
 from opd.settings import Section, UserError
 from opd.storage.json_lines import write_atomic
 
+MEASURED = "misalignment/sampled"  # of a record, by `opd eval`
 EXAMPLES = 3  # texts of a cluster that the page shows
 
 
@@ -72,15 +73,15 @@ def select(source: str, probes: list[Path], out: Path, settings: Selection) -> l
         raise UserError(f"{source}: {few}" + f" ({told})" * bool(bad))
     if bad:
         print(f"{source}: {told}", file=sys.stderr)
-    measured = [r for folder in probes for r in read_records(folder) if r.get("misalignment")]
+    measured = [r for folder in probes for r in read_records(folder) if r.get(MEASURED)]
     if not measured:
         names = ", ".join(map(str, probes))
         raise UserError(f"{names}: expected records with a misalignment, found none; measure them with `opd eval`")
     asked = [_last_turn(str(r["question"])) for r in measured]
     print(f"{len(texts)} texts into {settings.clusters} clusters by {settings.embedding}: minutes if many", flush=True)
     found = clusters.cluster(texts, asked, settings.clusters, settings.embedding, settings.dimensions, settings.seed)
-    nats = np.array([r["misalignment"]["nats"] for r in measured], dtype=np.float64)
-    tokens = np.array([r["misalignment"]["tokens"] for r in measured], dtype=np.float64)
+    nats = np.array([r[MEASURED]["nats"] for r in measured], dtype=np.float64)
+    tokens = np.array([r[MEASURED]["tokens"] for r in measured], dtype=np.float64)
     m = clusters.misalignment(found.probe, nats, tokens, found.count, settings.prior)
     sizes = np.bincount(found.corpus, minlength=found.count)
     wer = _wer(found.probe, measured, found.count)
@@ -89,25 +90,18 @@ def select(source: str, probes: list[Path], out: Path, settings: Selection) -> l
     chosen = clusters.draw(found.corpus, probability, seconds, 3600 * settings.hours, settings.seed)
     if len(chosen) == 0:
         raise UserError(f"hours: {settings.hours:g} h hold no text; the shortest takes {seconds.min():.1f} s")
-    counts = np.bincount(found.corpus[chosen], minlength=found.count)
-    rows = [
-        Row(
-            cluster=c,
-            texts=int(sizes[c]),
-            probes=int((found.probe == c).sum()),
-            misalignment=float(m[c]),
-            wer=None if np.isnan(wer[c]) else float(wer[c]),
-            probability=float(probability[c]),
-            chosen=int(counts[c]),
-            examples=[texts[i] for i in np.flatnonzero(found.corpus == c)[:EXAMPLES]],
-        )
-        for c in range(found.count)
-    ]
+    probed, drawn = (np.bincount(of, minlength=found.count) for of in (found.probe, found.corpus[chosen]))
+    rows = []
+    for c in range(found.count):
+        error = None if np.isnan(wer[c]) else float(wer[c])
+        examples = [texts[i] for i in np.flatnonzero(found.corpus == c)[:EXAMPLES]]
+        numbers = int(sizes[c]), int(probed[c]), float(m[c]), error, float(probability[c]), int(drawn[c])
+        rows.append(Row(c, *numbers, examples))
     odds = probability / (sizes / sizes.sum())  # how much likelier a text of a cluster is drawn than by chance
     of = found.corpus
     picked = [records[i] | {"cluster": str(of[i]), "odds": float(odds[of[i]])} for i in chosen]
-    total: dict[str, Any] = {"texts": len(chosen), "of": len(records), "unusable": len(bad)}
-    total |= {"hours": float(seconds[chosen].sum() / 3600)}
+    hours = float(seconds[chosen].sum() / 3600)
+    total = {"texts": len(chosen), "of": len(records), "unusable": len(bad), "hours": hours}
     return _write(picked, rows, total, settings, source, out)
 
 
@@ -186,22 +180,15 @@ def _page(rows: list[Row], total: dict[str, Any], source: str) -> str:
         xs, ys = [r.misalignment for r in rows], [r.probability for r in rows]
         ax.scatter(xs, ys, s=sizes, color=BLUE, alpha=0.6, label="a cluster; larger: more probe records")
 
-    head = ["cluster", "M(c)", "WER %", "texts", "probe records", "probability %", "chosen"]
-    body = [
-        table_row(
-            f"{r.cluster}: {' · '.join(e.partition(': ')[2][:60] for e in r.examples)}",
-            [
-                f"{r.misalignment:.3f}",
-                "" if r.wer is None else f"{100 * r.wer:.1f}",
-                str(r.texts),
-                str(r.probes),
-                f"{100 * r.probability:.2f}",
-                str(r.chosen),
-            ],
-        )
-        for r in sorted(rows, key=lambda r: -r.probability)
-    ]
-    told = f"{total['texts']} of {total['of']} texts of {escape(source)}, about {total['hours']:.2f} hours of speech."
-    plot = figure("clusters", "Misalignment and probability of every cluster.", draw, (7.0, 4.0))
-    rows_told = table(head, body, "Likeliest first, with texts of each.")
-    return document("What to speak", f"<h1>What to speak</h1><p>{told}</p>{plot}{rows_told}")
+    heads = ["cluster", "M(c)", "WER %", "texts", "probe records", "probability %", "chosen"]
+    lines = []
+    for r in sorted(rows, key=lambda r: -r.probability):
+        name = f"{r.cluster}: {' · '.join(e.partition(': ')[2][:60] for e in r.examples)}"
+        wer = "" if r.wer is None else f"{100 * r.wer:.1f}"
+        chance = f"{100 * r.probability:.2f}"
+        lines.append([name, f"{r.misalignment:.3f}", wer, str(r.texts), str(r.probes), chance, str(r.chosen)])
+    told = f"{total['texts']} of {total['of']} texts of {source}, about {total['hours']:.2f} hours of speech."
+    plot = figure("Misalignment and probability of every cluster.", draw, (7.0, 4.0))
+    table = Table(heads, lines, "Likeliest first, with texts of each.")
+    title = "What to speak"
+    return document(title, [Heading(title, 1), Paragraph(told), plot, table])

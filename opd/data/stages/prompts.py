@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, content_id
 from opd.data.stages.near_duplicates import NearTexts, normal
-from opd.settings import UserError, read_lines
+from opd.settings import UserError, text_lines
 from opd.types import Message
 
 
@@ -75,7 +75,7 @@ class Prompts(Stage):
         """As of any stage; of a .txt file its lines, in the column `text`."""
         if not source.endswith(".txt") or source.startswith("hub:"):
             return super().rows(source)
-        return ((at, {"text": line} if isinstance(line, str) else line) for at, line in read_lines(source))
+        return ((at, {"text": line} if isinstance(line, str) else line) for at, line in text_lines(source))
 
     def check(self) -> None:
         """Raises UserError for a language that cannot be told."""

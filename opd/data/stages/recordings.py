@@ -23,7 +23,7 @@ import soundfile
 
 from opd.data.stages import hub_audio
 from opd.prompts.manifest import datasets_records
-from opd.settings import UserError, open_text, read_lines, read_text, regular_file
+from opd.settings import UserError, open_text, read_text, regular_file, text_lines
 
 AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".w64")
 TIMED = (".json", ".srt", ".vtt")  # transcripts with times: Whisper's JSON, subtitles
@@ -102,7 +102,7 @@ def _is_shard(path: Path) -> bool:
 
 def _librispeech(file: Path) -> Rows:
     """A chapter: lines of `SPEAKER-CHAPTER-UTTERANCE TEXT`, recordings beside it."""
-    for place, line in read_lines(file):
+    for place, line in text_lines(file):
         try:
             if isinstance(line, ValueError):
                 raise line

@@ -14,6 +14,7 @@ from opd.processes.with_servers import ask, served
 from opd.settings import UserError
 from opd.storage import run_folder
 
+WORKER = "opd.evaluate.benchmark.worker:run"
 INSTALL = "pip install 'opd[benchmarks]'"
 
 
@@ -27,15 +28,15 @@ def main(recipe: str, benchmark: Path, overrides: list[str], out: Path, plain: b
     if find_spec("lmms_eval") is None:
         raise UserError(f"opd benchmark needs the library lmms-eval, which is not installed: {INSTALL}")
     config = served(config, out, teacher=False)
-    argv = ["opd.evaluate.benchmark.worker", recipe, str(benchmark), str(out), *overrides]
+    given = {"recipe": recipe, "benchmark": str(benchmark), "overrides": overrides}
     with run_folder.lock(out, of="--out", by="opd benchmark"):
         claim(out, {"student": model(config.student.path, config.student.dtype), "tasks": found.tasks})
         (out / "benchmark.json").unlink(missing_ok=True)
         if not config.rollout.urls:  # a mistake is told before servers take minutes to start
             print("trying the tasks", flush=True)
-            if code := ask(config, "tasks", [argv[0], "--check", *argv[1:]], plain, servers=False):
+            if code := ask(config, "tasks", WORKER, given | {"check_only": True}, plain, start=False):
                 return code
-        if code := ask(config, "benchmark", argv, plain):
+        if code := ask(config, "benchmark", WORKER, given, plain):
             return code
         print(text(json.loads((out / "benchmark.json").read_text())))
         for name in ("benchmark.json", "lmms_eval/results.json"):

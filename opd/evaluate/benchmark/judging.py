@@ -48,7 +48,9 @@ class Judge(ServerInterface):
         except (Failed, Unavailable, IndexError, AttributeError) as e:
             raise JudgeFailed(f"judge: {e}") from e
         if not content:
-            raise JudgeFailed(f"judge: {judge.url}: {judge.model} replied with nothing; does it think? Give it room")
+            raise JudgeFailed(
+                f"judge: {judge.url}: {judge.model} replied with nothing; if it thinks, give it more tokens"
+            )
         self._keep(body["messages"], content)
         return Response(content=content, model_used=judge.model)
 

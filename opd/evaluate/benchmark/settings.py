@@ -14,9 +14,9 @@ PREFIX = "benchmark."  # of an override that is meant for the benchmark file, no
 
 
 class JudgeConfig(Endpoint):
-    """The LLM that grades where lmms-eval asks one; also a vLLM server of one's own."""
+    """The LLM that scores where lmms-eval asks one; also a vLLM server of one's own."""
 
-    parallel: PositiveInt = Field(8, description="answers graded at a time")
+    parallel: PositiveInt = Field(8, description="answers scored at a time")
 
 
 class Benchmark(Section):
@@ -52,7 +52,7 @@ def read(path: Path, overrides: list[str]) -> Benchmark:
         folder = (path.parent / found.include).resolve()
         if not folder.is_dir():
             raise UserError(f"{path}: include: {folder}: no such folder")
-        found.include = str(folder)
+        found = found.changed({"include": str(folder)})
     if found.judge is not None:
         found.judge.check("judge")
     return found

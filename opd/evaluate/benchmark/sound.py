@@ -22,11 +22,11 @@ def clip(value: Any, rate: int, limit: float, cut: bool) -> tuple[np.ndarray, bo
         raise BadAudio("the clip is empty")
     if not np.isfinite(wave).all():
         raise BadAudio("the clip contains NaN or infinite samples")
-    room = int(limit * source_rate)
-    long = len(wave) > room
+    most = int(limit * source_rate)
+    long = len(wave) > most
     if long and not cut:
         raise TooLong(f"the clip is {len(wave) / source_rate:.1f} s long, at most {limit:g} s expected")
-    return heard(wave[:room], source_rate, rate), long
+    return heard(wave[:most], source_rate, rate), long
 
 
 def seconds(value: Any) -> float:

@@ -116,8 +116,7 @@ class Student(lmms):
         return int(tokens), temperature
 
     def _answer(self, asked: list[tuple[Instance, int]], max_tokens: int, temperature: float) -> list[GenerationResult]:
-        config = self.config.model_copy(deep=True)
-        config.rollout.max_tokens, config.run.seed = max_tokens, self.benchmark.seed
+        config = self.config.changed({"rollout.max_tokens": max_tokens, "run.seed": self.benchmark.seed})
         prompts, clips = [], {}
         for r, repeat in asked:
             prompt, own = self._question(r, repeat, max_tokens)
@@ -166,10 +165,10 @@ class Student(lmms):
         return prompt, clips
 
     def _key(self, p: Prompt, clips: dict[str, np.ndarray], max_tokens: int, temperature: float, seed: int) -> str:
-        heard = [hashlib.sha256(clips[k].tobytes()).hexdigest() for k in audio_paths(p)]
+        sounds = [hashlib.sha256(clips[k].tobytes()).hexdigest() for k in audio_paths(p)]
         chat = [(m["role"], m["content"] if isinstance(m["content"], str) else m["content"][-1]) for m in p.messages]
         drawn = (seed, p.id) if temperature else ()
-        content = [VERSION, self.model, chat, heard, max_tokens, temperature, drawn]
+        content = [VERSION, self.model, chat, sounds, max_tokens, temperature, drawn]
         return hashlib.sha256(canonical(content)).hexdigest()[:32]
 
 

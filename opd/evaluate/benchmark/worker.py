@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from opd.config.load import load_config
@@ -16,9 +15,8 @@ from opd.doctor.checks import Facts
 from opd.evaluate.benchmark.settings import Benchmark, read, split
 from opd.evaluate.records import model
 from opd.models.context_limit import ContextLimit
-from opd.processes.supervise import RunFailed
 from opd.processes.with_servers import served
-from opd.settings import UserError
+from opd.settings import RunFailed, UserError
 from opd.storage import run_folder
 from opd.storage.journal import Journal
 from opd.storage.json_lines import write_atomic
@@ -27,35 +25,50 @@ from opd.storage.metrics import MetricsLog
 RAW = "lmms_eval"  # folder of lmms-eval's own results
 
 
-def run(config: Config, benchmark: Benchmark, out: Path, log: MetricsLog, check_only: bool) -> None:
-    """Load and try the tasks, answer them on the servers, score, write. Raises UserError, RunFailed, ServerError."""
+def run(log: MetricsLog, recipe: str, benchmark: str, overrides: list[str], check_only: bool = False) -> None:
+    """Load and try the tasks, answer them on the servers, score, write. Raises UserError, RunFailed, ServerError.
+
+    check_only: load and try the tasks, ask no server.
+    """
+    theirs, ours = split(overrides)
+    config = served(load_config(recipe, theirs), log.run_dir, teacher=False)
+    asked = read(Path(benchmark), ours)
     log.status("loading", "tasks and data sets", 0, 1)
     try:
-        from lmms_eval import evaluator
-        from lmms_eval.utils import handle_non_serializable
-
-        from opd.evaluate.benchmark import judging, results, scoring, student
+        from opd.evaluate.benchmark import judging, scoring
     except ImportError as e:
         raise UserError(f"lmms-eval does not load: {e}; pip install 'opd[benchmarks]', or the package named") from e
-    judging.install(benchmark.judge, out / "judge.jsonl")
+    judging.install(asked.judge, log.run_dir / "judge.jsonl")
     faults = scoring.Faults()
-    guesses = scoring.Guesses(benchmark.seed, faults)
+    guesses = scoring.Guesses(asked.seed, faults)
     faults.watch()
     guesses.install()
-    tasks = scoring.Tasks(benchmark, guesses, faults)
+    tasks = scoring.Tasks(asked, guesses, faults)
     if check_only:
-        tasks.load_task_or_group(benchmark.tasks)
+        tasks.load_task_or_group(asked.tasks)
         log.status("finished", f"{len(tasks.loaded)} tasks", 1, 1)
         return
+    content = _answered(config, asked, tasks, log)
+    write_atomic(log.run_dir / "benchmark.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    log.status("finished", f"{len(content['results'])} numbers", 1, 1)
+
+
+def _answered(config: Config, benchmark: Benchmark, tasks: Any, log: MetricsLog) -> dict[str, Any]:
+    """What goes into benchmark.json, once every question of the `scoring.Tasks` is answered and scored."""
+    from lmms_eval import evaluator
+
+    from opd.evaluate.benchmark import judging, results, student
+
+    out = log.run_dir
     facts = Facts(config)
     preflight.student(facts)
     preflight.servers(facts)
-    limit = ContextLimit(facts.family, 0, facts.max_model_len)
-    asked = argparse.Namespace(process_with_media=False, reasoning_tags=None, output_path=str(out / RAW))
+    limit, about = ContextLimit(facts.family, 0, facts.max_model_len), model(config.student.path, config.student.dtype)
     journal = Journal(out / "answers", 0)
     try:
-        lm = student.Student(config, benchmark, limit, journal, model(config.student.path, config.student.dtype))
+        lm = student.Student(config, benchmark, limit, journal, about)
         lm.tell = lambda said: log.status("evaluating", said, 0, 1)
+        seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         found = evaluator.simple_evaluate(
             model=lm,
             model_args=config.student.path,
@@ -64,12 +77,9 @@ def run(config: Config, benchmark: Benchmark, out: Path, log: MetricsLog, check_
             limit=benchmark.limit,
             log_samples=True,
             bootstrap_iters=0,  # the standard errors are ours
-            cli_args=asked,
+            cli_args=SimpleNamespace(process_with_media=False, reasoning_tags=None, output_path=str(out / RAW)),
             process_docs_parallel=benchmark.judge.parallel if benchmark.judge else 1,
-            random_seed=benchmark.seed,
-            numpy_random_seed=benchmark.seed,
-            torch_random_seed=benchmark.seed,
-            fewshot_random_seed=benchmark.seed,
+            **dict.fromkeys(seeds, benchmark.seed),
         )
     except judging.JudgeFailed as e:
         raise UserError(f"{e}; the answers are kept, the same command goes on") from e
@@ -78,38 +88,38 @@ def run(config: Config, benchmark: Benchmark, out: Path, log: MetricsLog, check_
     finally:
         journal.close()
     assert found is not None
-    _write_raw(out / RAW, found, handle_non_serializable)
-    if len(faults.found) > benchmark.max_errors:
+    _write_raw(out / RAW, found)
+    faults = tasks.faults.found
+    if len(faults) > benchmark.max_errors:
         raise RunFailed(
-            f"{len(faults.found)} faults in lmms-eval's scoring, which it counts as wrong answers, such as: "
-            f"{faults.found[0][:200]}; see {out / RAW}; benchmark.max_errors lets some pass"
+            f"{len(faults)} faults in lmms-eval's scoring, which it counts as wrong answers, such as: "
+            f"{faults[0][:200]}; see {out / RAW}; benchmark.max_errors lets some pass"
         )
-    sources = results.datasets_of(tasks.loaded)
+    sources, guessed = results.datasets_of(tasks.loaded), tasks.guesses.count
     table = [
-        {**row, "dataset": sources[row["task"]], "guessed": guesses.count[row["task"]]}
+        {**row, "dataset": sources[row["task"]], "guessed": guessed[row["task"]]}
         | {"cut_off": lm.cut_off[row["task"]], "clips_cut": lm.clips_cut[row["task"]]}
         for row in results.rows(found)
     ]
     if not table:
         raise RunFailed(f"{', '.join(benchmark.tasks)}: lmms-eval gave no number; see {out / RAW}")
-    notes = _notes(benchmark, table, len(faults.found)) + results.left_out(found)
-    content = {
+    return {
         "benchmark": benchmark.model_dump(),
-        "student": model(config.student.path, config.student.dtype),
+        "student": about,
         "lmms_eval": version("lmms_eval"),
         "versions": run_folder.package_versions(),
         "git_commit": run_folder.git_commit(),
         "results": table,
         "judged": judging.Judge.asked,
-        "faults": faults.found,
-        "notes": notes,
+        "faults": faults,
+        "notes": _notes(benchmark, table, len(faults)) + results.left_out(found),
     }
-    write_atomic(out / "benchmark.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    log.status("finished", f"{len(table)} numbers", 1, 1)
 
 
-def _write_raw(folder: Path, found: dict[str, Any], plain: Any) -> None:
+def _write_raw(folder: Path, found: dict[str, Any]) -> None:
     """lmms-eval's results and samples, as its own command dumps them."""
+    from lmms_eval.utils import handle_non_serializable as plain
+
     folder.mkdir(exist_ok=True)
     for old in folder.glob("samples_*.jsonl"):
         old.unlink()
@@ -134,31 +144,3 @@ def _notes(benchmark: Benchmark, table: list[dict[str, Any]], faults: int) -> li
     if faults:
         notes.append(f"{faults} faults in scoring, counted as wrong answers; see benchmark.json")
     return notes
-
-
-def main(argv: list[str]) -> int:
-    """The process's entry: how it ended is in status.json of the folder."""
-    parser = argparse.ArgumentParser(prog="opd.evaluate.benchmark.worker")
-    parser.add_argument("--check", action="store_true", help="load and try the tasks, ask no server")
-    parser.add_argument("recipe")
-    parser.add_argument("benchmark", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args(argv)
-    log = MetricsLog(args.out, [], "", "eval")
-    try:
-        theirs, ours = split(args.overrides)
-        config = served(load_config(args.recipe, theirs), args.out, teacher=False)
-        run(config, read(args.benchmark, ours), args.out, log, args.check)
-    except UserError as e:
-        log.failed(0, 1, str(e), True)
-        print(f"opd: error: {e}", file=sys.stderr)
-        return 2
-    except Exception as e:
-        log.failed(0, 1, str(e) if isinstance(e, RunFailed) else f"{type(e).__name__}: {e}"[:600], False)
-        raise
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

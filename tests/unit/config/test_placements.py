@@ -17,12 +17,12 @@ import pytest
 import yaml
 
 from opd.cli import main
-from opd.config.load import load_config
+from opd.config.load import load_config, placed
 from opd.config.placement import Placement, load_placement, node_of
 from opd.config.schema import Config
 from opd.processes import commands as servers
 from opd.processes.layout import layout
-from opd.settings import UserError
+from opd.settings import UserError, read_yaml, validated
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "golden"
@@ -54,6 +54,17 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_shipped_placement_is_tested() -> None:
     assert sorted(p.stem for p in Path("recipes/placements").glob("*.yaml")) == sorted(SHIPPED)
+
+
+def test_what_a_recipe_leaves_open_is_filled_in_a_copy() -> None:
+    raw = read_yaml(Path("recipes/tiny/2_xopd.yaml"))
+    routes = {"teacher": {"kind": "routed", "routes": {"a": {"path": "x"}, "*": {"kind": "self"}}}}
+    config = validated(Config, raw | routes, "recipe")
+    before = config.model_dump()
+    found = placed(config)
+    assert config.model_dump() == before and config.launch.processes is None
+    assert (found.rollout.transport, found.rollout.sleep, found.launch.processes) == ("file", False, 2)
+    assert [t.kind for t in found.teacher.each.values()] == ["local", "self"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -8,20 +8,31 @@ from pathlib import Path
 import pytest
 
 from opd.config.load import load_config, unread
-from opd.config.objective import SETTINGS_OF, SHARED, SOURCES_OF, ObjectiveConfig
+from opd.config.objective import OBJECTIVES, ObjectiveConfig
+from opd.objectives.losses import LOSSES
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_the_page_says_what_the_table_says() -> None:
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/objectives.md").read_text(), re.M)
-    page = {name: tuple(re.findall(r"`(\w+)`", rest.split("|")[-2])) for name, rest in rows if rest.count("|") == 3}
-    assert page == SETTINGS_OF and set(SETTINGS_OF) == set(SOURCES_OF)
+    page = {name: rest.split("|") for name, rest in rows if rest.count("|") == 3}
+    assert page.keys() == OBJECTIVES.keys()
+    for name, (sources, _, settings, paper) in page.items():
+        o = OBJECTIVES[name]
+        assert (sources.strip(), re.findall(r"`(\w+)`", settings)) == (", ".join(o.sources), list(o.settings))
+        assert o.paper in paper, name
+
+
+def test_every_objective_has_a_loss() -> None:
+    assert OBJECTIVES.keys() == LOSSES.keys()
 
 
 def test_every_setting_is_somebodys() -> None:
-    named = {*SHARED, *(k for some in SETTINGS_OF.values() for k in some)}
-    assert named == set(ObjectiveConfig.model_fields)
+    named = {k for o in OBJECTIVES.values() for k in o.settings}
+    assert named | {"name", "lambda_", "average", "reference"} == set(ObjectiveConfig.model_fields)
+    for o in OBJECTIVES.values():
+        assert {*o.needs, *o.needs.values(), *filter(None, [o.weight])} <= {*o.settings}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,6 @@ def test_prompts_without_room_are_counted_and_refused(world: Path) -> None:
     facts = facts_of(world, short, "data.max_bad_share=0.3")
     found = lines(facts)["clips"]
     assert found.outcome == "pass" and "4 of 4 decoded, 1 bad, 1 of them too long" in found.found
-    assert len(facts.heard) == 3
+    assert len(facts.records) == 3
     found = lines(facts_of(world, "data.max_audio_seconds=1.4", "data.max_bad_share=0.5"))["clips"]
     assert "2 bad, 2 of them too long" in found.found

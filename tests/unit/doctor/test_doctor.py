@@ -233,6 +233,19 @@ def test_a_failure_stops_only_what_needs_it(world: Path) -> None:
     assert [(line.outcome, line.found) for line in last] == [("not run", "--no-server")] * 2
 
 
+def test_a_fact_that_nobody_has_found_out_names_the_check_that_does(world: Path) -> None:
+    facts = facts_of(world)
+    for check in (preflight.settings, doctor_model.log_probs, doctor_model.weight_push):
+        with pytest.raises(Skip, match="^needs (student|prompt ids)$"):
+            check(facts)
+    (line,) = doctor.examine([Check("x", preflight.settings, "")], facts)
+    assert (line.outcome, line.found) == ("not run", "needs student")
+    preflight.student(facts)
+    assert facts.student == f"{world}/student" and facts.family.vocab_size == 503
+    with pytest.raises(AttributeError):
+        facts.nonsense  # type: ignore[attr-defined] # noqa: B018
+
+
 def test_exit_codes_and_json(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = "recipes/tiny/2_xopd.yaml", world / "found.json"
     assert main(["doctor", recipe, "--no-server", "--json", str(out), *overrides(world)]) == 0

@@ -99,7 +99,7 @@ def test_a_checkout_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyP
         versions.compare(vllm=False)
 
 
-def test_a_wheel_carries_the_tested_versions(tmp_path: Path) -> None:
+def test_a_wheel_carries_the_tested_versions_and_the_templates(tmp_path: Path) -> None:
     build = [sys.executable, "-c", "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"]
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     source = tmp_path / "source"
@@ -117,3 +117,5 @@ def test_a_wheel_carries_the_tested_versions(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as z:
         assert z.read("opd/requirements/cpu.txt") == (ROOT / "requirements/cpu.txt").read_bytes(), done.stdout
         assert "opd/requirements/torch-cpu.txt" in z.namelist()
+        templates = {str(p.relative_to(ROOT)) for p in (ROOT / "opd/report").glob("*.jinja")}
+        assert len(templates) == 2 and templates <= set(z.namelist())

@@ -22,6 +22,7 @@ from opd.evaluate.compare import compare
 from opd.evaluate.records import read_records, write_records
 from opd.evaluate.results import counts, examples, groups, metrics
 from opd.settings import UserError
+from opd.storage.metrics import EVAL_METRICS
 
 
 def record(i: int, speech: float | None, text: float | None = True, part: str = "test", **more: Any) -> dict[str, Any]:
@@ -45,18 +46,23 @@ def folder(path: Path, records: list[dict[str, Any]], **settings: Any) -> Path:
 
 def test_metrics_by_hand() -> None:
     some = [record(0, True), record(1, False), record(2, False), record(3, True, False)]
-    some[1]["misalignment"], some[2]["misalignment"] = {"nats": 3.0, "tokens": 2}, {"nats": 1.0, "tokens": 6}
-    some[3]["misalignment"] = None
+    for r, found in zip(some[1:], ({"nats": 3.0, "tokens": 2}, {"nats": 1.0, "tokens": 6}, None), strict=True):
+        r["misalignment/sampled"] = found
     some.append(record(4, True, part="retention"))
     found = metrics(some)
     assert found["accuracy/speech"]["mean"] == 0.5 and found["accuracy/speech"]["n"] == 4
     assert found["accuracy/speech"]["stderr"] == pytest.approx(math.sqrt(4 / 3 * 1.0) / 4)
     assert found["accuracy/text"]["mean"] == 0.75 and found["accuracy/teacher"]["mean"] == 1.0
     assert found["drop/speech"]["mean"] == 50.0 and found["drop/text"]["mean"] == 25.0
-    assert found["misalignment"]["mean"] == 0.5 and found["misalignment"]["n"] == 2  # 4 nats of 8 tokens
+    assert (
+        found["misalignment/sampled"]["mean"] == 0.5 and found["misalignment/sampled"]["n"] == 2
+    )  # 4 nats of 8 tokens
     assert found["retention"] == {"mean": 1.0, "stderr": None, "n": 1}
-    assert "forgetting" not in found
-    assert counts(some)["left_out"] == {"misalignment": 1} and counts(some)["records"] == {"test": 4, "retention": 1}
+    assert not {"misalignment", "forgetting", "forgetting/sampled"} & found.keys()
+    assert counts(some)["left_out"] == {"misalignment/sampled": 1} and counts(some)["records"] == {
+        "test": 4,
+        "retention": 1,
+    }
 
 
 def test_scores_between_right_and_wrong() -> None:
@@ -274,17 +280,35 @@ def test_runs_are_compared_with_runs_only(tmp_path: Path) -> None:
 
 def test_divergences_are_paired_where_both_have_them(tmp_path: Path) -> None:
     def some(nats: float) -> list[dict[str, Any]]:
-        return [record(i, True, misalignment={"nats": nats * i, "tokens": 5}) for i in range(1, 9)]
+        return [record(i, True, **{"misalignment/sampled": {"nats": nats * i, "tokens": 5}}) for i in range(1, 9)]
 
     a, b = some(1.0), some(2.0)
-    b[0]["misalignment"] = None
+    b[0]["misalignment/sampled"] = None
     content = compare([folder(tmp_path / "a", a), folder(tmp_path / "b", b)])
-    found = content["differences"]["b"]["misalignment (sampled)"]
+    found = content["differences"]["b"]["misalignment/sampled"]
     assert found["records"] == 7 and found["difference"] == pytest.approx(sum(range(2, 9)) / 35)
 
 
+def test_an_older_evaluation_has_its_divergences_under_a_runs_names(tmp_path: Path) -> None:
+    values = {"misalignment": 2.0, "forgetting": 3.0, "reverse_kl/speech": 4.0, "reverse_kl/text": 5.0}
+
+    def some(nats: float, ending: str) -> list[dict[str, Any]]:
+        told: Any = {n + ending: {"nats": nats * v, "tokens": 2} for n, v in values.items()}
+        return [record(i, True, **told) for i in (1, 2)]
+
+    content = compare([folder(tmp_path / "old", some(1.0, "")), folder(tmp_path / "new", some(2.0, "/sampled"))])
+    old, new = (c["metrics"] for c in content["columns"])
+    assert [n for n in content["names"] if n.endswith("/sampled")] == [f"{n}/sampled" for n in values]
+    for name, value in values.items():
+        assert (old[f"{name}/sampled"]["mean"], new[f"{name}/sampled"]["mean"]) == (value / 2, value)
+        assert content["differences"]["new"][f"{name}/sampled"]["difference"] == value / 2
+        assert name not in old and name not in new and f"{name}/sampled" not in EVAL_METRICS
+
+
 def test_runs_and_evaluations_side_by_side(tmp_path: Path) -> None:
-    a = folder(tmp_path / "a", [record(i, True, misalignment={"nats": 1.0, "tokens": 2}) for i in range(4)])
+    a = folder(
+        tmp_path / "a", [record(i, True, **{"misalignment/sampled": {"nats": 1.0, "tokens": 2}}) for i in range(4)]
+    )
     runs = [make_run(tmp_path / name, [evaluation("x", 3, 0.7, misalignment=estimate(0.75))]) for name in ("r", "s")]
     content = compare([a, *runs])
     shown = page.compare_text(content)

@@ -150,8 +150,7 @@ def test_answers_of_a_server_whose_weights_changed_meanwhile_are_asked_for_again
     assert asked(changing) == 3 and asked(fit) == 6
 
 
-def test_a_server_that_is_gone_ends_it(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.inference.client.time.sleep", lambda s: None)
+def test_a_server_that_is_gone_ends_it(family: Family) -> None:
     gone = "http://127.0.0.1:9"
     with serving(Student(family, "3")) as urls, pytest.raises(ServerError, match=f"{gone}/.*: the server is gone"):
         sampler_of(family, [*urls, gone]).sample(jobs(1), {}, 1, 1.0)

@@ -118,8 +118,7 @@ def test_one_servers_failure_is_named_while_another_still_works(tmp_path: Path, 
             sync.push(Learner(), version=1)
 
 
-def test_a_server_that_is_gone_ends_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.inference.client.time.sleep", lambda s: None)
+def test_a_server_that_is_gone_ends_the_push(tmp_path: Path) -> None:
     fakes = [Receiver(), Receiver()]
     with serving(*fakes) as urls:
         sync = sync_of(config_of(tmp_path), [urls[0], "http://127.0.0.1:9"])

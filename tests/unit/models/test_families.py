@@ -108,9 +108,8 @@ def test_log_probs_are_those_of_transformers(made: Any, name: str) -> None:
     model = SpeechLM(hf, family, ["llm"]).eval()
     with torch.no_grad():
         mb = collate(samples)  # all of them together, of different lengths
-        heard = dict(zip(CLIPS, model(features=family.features(list(CLIPS.values()))), strict=True))
-        names = ("ids", "position_ids", "attends", "row", "positions")
-        ours = torch.log_softmax(model(audio=[heard[k] for k in mb.clips], **{n: getattr(mb, n) for n in names}), -1)
+        heard = dict(zip(CLIPS, model.encode(family.features(list(CLIPS.values()))), strict=True))
+        ours = torch.log_softmax(model.response_logits(audio=[heard[k] for k in mb.clips], **mb.inputs), -1)
         for row, s in zip(ours, samples, strict=True):
             inputs = reference(family, list(s.scored.rollout.prompt.messages), s.clips)
             ids = inputs.pop("input_ids")
@@ -147,10 +146,9 @@ def test_only_what_is_trained_gets_a_gradient(made: Any, name: str, train: list[
     family, _ = made(name)
     model = SpeechLM(family.load(torch.float32, "sdpa"), family, train).train()
     mb = collate([sample(family, "a clip")])
-    names = ("ids", "position_ids", "attends", "row", "positions")
     features = family.features([CLIPS["a"]])
-    heard = None if "tower" in train else model(features=features)
-    logits = model(audio=heard, features=features if "tower" in train else None, **{n: getattr(mb, n) for n in names})
+    heard = None if "tower" in train else model.encode(features)
+    logits = model.response_logits(audio=heard, features=features if "tower" in train else None, **mb.inputs)
     torch.log_softmax(logits, -1)[..., 70].sum().backward()
     moved = {family.part_of(n) for n, p in model.hf.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved == set(train)
@@ -163,11 +161,10 @@ def test_adapters_are_the_llms_alone(made: Any, name: str, tmp_path: Path) -> No
     model = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm"], LoraConfig(r=4)).train()
     assert {n.rpartition(".")[2] for n in adapted(model.hf)} == ATTENTION | (set() if "moe" in name else MLP)
     mb = collate([sample(family, "a clip")])
-    names = ("ids", "position_ids", "attends", "row", "positions")
-    heard = model(features=family.features([CLIPS["a"]]))
-    logits = model(audio=heard, **{n: getattr(mb, n) for n in names})
+    heard = model.encode(family.features([CLIPS["a"]]))
+    logits = model.response_logits(audio=heard, **mb.inputs)
     with torch.no_grad():
-        before = SpeechLM(plain, family, ["llm"]).train()(audio=heard, **{n: getattr(mb, n) for n in names})
+        before = SpeechLM(plain, family, ["llm"]).train().response_logits(audio=heard, **mb.inputs)
     assert torch.equal(logits, before)
     torch.log_softmax(logits, -1)[..., 70].sum().backward()
     moved = {n for n, p in model.hf.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -245,7 +242,6 @@ def test_the_student_at_the_start_reads_and_writes_as_its_own_teacher(made, name
     rows = teacher.logits(samples)(slice(0, sum(map(len, replies))))
     assert rows.argmax(-1).tolist() == [i for ids in replies for i in ids]
     mb = collate(samples)
-    inputs = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends", "row", "positions")}
     with torch.no_grad():
-        own = SpeechLM(hf, family, ["llm"]).eval()(**inputs)[mb.mask.bool()]
+        own = SpeechLM(hf, family, ["llm"]).eval().response_logits(**mb.inputs)[mb.mask.bool()]
     torch.testing.assert_close(rows, own, atol=2e-5, rtol=1e-5)

@@ -67,7 +67,7 @@ def test_gradient_is_the_full_ones_through_the_adapter(
     learner = make_learner(family, c)
     if checkpointing:
         learner.model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    metrics = learner.step(make_batch(reference.samples(family, c), CLIPS, c), 0)
+    metrics = learner.step(make_batch(reference.samples(family, c), CLIPS, c), 0).metrics
     assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
     layers = adapted(learner.model.hf)
     a = {n: m.lora_A[ADAPTER].weight.detach() for n, m in layers.items()}
@@ -113,7 +113,7 @@ def test_dropout_is_that_of_the_step(family: Family, reference: Reference) -> No
         learner = make_learner(family, c)
         perturb(learner.model)
         torch.manual_seed(len(losses))
-        losses.append(learner.step(make_batch(reference.samples(family, c), CLIPS, c), step)["loss"])
+        losses.append(learner.step(make_batch(reference.samples(family, c), CLIPS, c), step).metrics["loss"])
     assert losses[0] == losses[2] != losses[1]
 
 

@@ -111,8 +111,7 @@ def packed_logits(model: SpeechLM, samples: list[Sample]) -> tuple[object, torch
     mb = collate(samples)
     heard = dict(zip(CLIPS, model.encode(model.family.features(list(CLIPS.values()))), strict=True))
     audio = [heard[k] for k in mb.clips] if mb.clips else None
-    names = ("ids", "position_ids", "attends", "row", "positions")
-    return mb, model(**{n: getattr(mb, n) for n in names}, audio=audio)
+    return mb, model.response_logits(**mb.inputs, audio=audio)
 
 
 def test_packed_rows_equal_transformers_one_answer_at_a_time(family, hf) -> None:
@@ -152,13 +151,9 @@ def test_teacher_equal_to_student_moves_nothing(family) -> None:
 def test_only_what_is_trained_gets_a_gradient(family, train: list[str]) -> None:
     model = SpeechLM(family.load(torch.float32, "sdpa"), family, train)
     mb = collate([sample(family, "a clip", [300, 301, 2])])
-    names = ("ids", "position_ids", "attends", "row", "positions")
-    inputs = {n: getattr(mb, n) for n in names}
     features = family.features([CLIPS["a"]])
-    if "tower" in train:
-        logits = model(**inputs, features=features)
-    else:
-        logits = model(**inputs, audio=model(features=features))
+    audio = {"features": features} if "tower" in train else {"audio": model.encode(features)}
+    logits = model.response_logits(**mb.inputs, **audio)
     torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None]).sum().backward()
     moved = {family.part_of(n) for n, p in model.hf.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved == set(train)
@@ -167,9 +162,8 @@ def test_only_what_is_trained_gets_a_gradient(family, train: list[str]) -> None:
 def test_a_dummy_clip_changes_no_text_answer(family) -> None:
     model = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm", "adapter"])
     mb, without = packed_logits(model, [sample(family, "no clip", [311, 312, 2])])
-    dummy = model(features=family.features([CLIPS["b"]]))
-    names = ("ids", "position_ids", "attends", "row", "positions")
-    logits = model(**{n: getattr(mb, n) for n in names}, audio=dummy)
+    dummy = model.encode(family.features([CLIPS["b"]]))
+    logits = model.response_logits(**mb.inputs, audio=dummy)
     torch.testing.assert_close(logits, without, atol=0, rtol=0)
     torch.log_softmax(logits, -1)[..., 5].sum().backward()
     adapter = [p.grad for n, p in model.hf.named_parameters() if family.part_of(n) == "adapter"]
@@ -287,8 +281,7 @@ def test_a_dummy_clip_through_a_trained_tower_counts_for_nothing(family, hf) -> 
         _, without = packed_logits(SpeechLM(hf, family, ["llm"]), [sample(family, "no clip", [311, 312, 2])])
     model = SpeechLM(family.load(torch.float32, "sdpa"), family, ["llm", "adapter", "tower"])
     mb = collate([sample(family, "no clip", [311, 312, 2])])
-    names = ("ids", "position_ids", "attends", "row", "positions")
-    logits = model(**{n: getattr(mb, n) for n in names}, features=family.features([CLIPS["b"]]))
+    logits = model.response_logits(**mb.inputs, features=family.features([CLIPS["b"]]))
     torch.testing.assert_close(logits, without, atol=0, rtol=0)
     torch.log_softmax(logits, -1)[..., 300].sum().backward()
     for name, p in model.hf.named_parameters():
@@ -300,10 +293,9 @@ def test_a_dummy_clip_through_a_trained_tower_counts_for_nothing(family, hf) -> 
 def test_clips_and_placeholders_must_agree(family, hf) -> None:
     model = SpeechLM(hf, family, ["llm"])
     mb = collate([sample(family, "a clip", [300, 2])])
-    names = ("ids", "position_ids", "attends", "row", "positions")
-    heard = model(features=family.features([CLIPS["a"]]))[0]
+    heard = model.encode(family.features([CLIPS["a"]]))[0]
     with pytest.raises(AssertionError, match="50 audio placeholders, 49 audio embeddings"):
-        model(**{n: getattr(mb, n) for n in names}, audio=[heard[:-1]])
+        model.response_logits(**mb.inputs, audio=[heard[:-1]])
     with pytest.raises(AssertionError, match="dropped an audio part"):
         family.prompt_ids(CHATS["no clip"][0], [16000])
 
@@ -319,8 +311,7 @@ def test_bfloat16_log_probs_of_its_own_answer(family) -> None:
         mb, logits = packed_logits(exact, [sample(family, "a clip", answer)])
         want = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])
     model = SpeechLM(family.load(torch.bfloat16, "sdpa"), family, ["llm", "adapter", "tower"])
-    names = ("ids", "position_ids", "attends", "row", "positions")
-    logits = model(**{n: getattr(mb, n) for n in names}, features=family.features([CLIPS["a"]]))
+    logits = model.response_logits(**mb.inputs, features=family.features([CLIPS["a"]]))
     assert logits.dtype == torch.float32 and len(answer) > 1
     logp = torch.log_softmax(logits, -1).gather(-1, mb.targets[..., None])
     torch.testing.assert_close(logp, want, atol=0.1, rtol=0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opd.config.objective import ObjectiveConfig
 from opd.objectives.divergences import EXCLUDED, divergence, generalized_jsd, jsd_on_teacher_top, reverse_kl_with_tail
-from opd.objectives.losses import OBJECTIVES, Tokens, cord_weights, token_terms
+from opd.objectives.losses import LOSSES, Tokens, cord_weights, token_terms
 from opd.objectives.micro_batch import MicroBatch
 from opd.objectives.token_loss import TokenLoss, chunks, summed_loss
 
@@ -98,17 +98,17 @@ class World:
             return out
 
         weights = mask / mask.sum(1, keepdim=True) / 3 * torch.tensor([[1.0], [0.5], [2.0]])
-        none = torch.zeros(0)
         return MicroBatch(
-            *([], none, none, none, none, none),
-            padded(self.targets, 6),
-            mask,
-            weights.double(),
-            padded(self.teacher_logp, 1e3),
-            padded(self.sampler_logp, -1e3),
-            torch.tensor([True, False, True]),
-            padded(self.top_ids, 4),
-            padded(self.top_logp, 7.0),
+            samples=[],
+            **dict.fromkeys(("ids", "position_ids", "attends", "row", "positions"), torch.zeros(0)),
+            targets=padded(self.targets, 6),
+            mask=mask,
+            weights=weights.double(),
+            teacher_logp=padded(self.teacher_logp, 1e3),
+            sampler_logp=padded(self.sampler_logp, -1e3),
+            sampled=torch.tensor([True, False, True]),
+            top_ids=padded(self.top_ids, 4),
+            top_logp=padded(self.top_logp, 7.0),
         )
 
     def chunked(self, o: ObjectiveConfig, temperature: float, size: int) -> tuple[Tensor, TokenLoss]:
@@ -216,7 +216,7 @@ def test_teacher_equal_to_student_gives_zero(case: dict[str, Any]) -> None:
 
 
 def test_objectives_are_all_here() -> None:
-    assert {case["name"] for case in CASES} == set(OBJECTIVES) - {"uld"}  # test_uld.py has that
+    assert {case["name"] for case in CASES} == set(LOSSES) - {"uld"}  # test_uld.py has that
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:

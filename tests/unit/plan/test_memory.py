@@ -15,7 +15,7 @@ import torch
 from live_memory import LiveMemory
 
 from opd.config.load import load_config
-from opd.config.objective import SOURCES_OF
+from opd.config.objective import OBJECTIVES
 from opd.config.schema import Config
 from opd.models import sharding
 from opd.models.registry import FAMILIES
@@ -26,7 +26,6 @@ from opd.plan import learner_memory as memory
 from opd.plan import server_memory, shapes, step_time
 from opd.plan.learner_memory import Zero
 from opd.settings import UserError
-from opd.train import learner
 from opd.train.batch import collate, split
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
@@ -148,7 +147,6 @@ def test_defaults_are_deepspeeds() -> None:
     assert ours.persistence == theirs.param_persistence_threshold and ours.bucket == theirs.reduce_bucket_size
     assert (ours.prefetch, ours.reuse) == (theirs.prefetch_bucket_size, theirs.max_reuse_distance)
     assert ours.sub_group == theirs.sub_group_size and theirs.contiguous_gradients
-    assert memory.TOWER_CLIPS == learner.CLIPS_PER_CALL and memory.CHUNK == token_loss.ELEMENTS
     with pytest.raises(UserError, match="offload to cpu or none, found nvme"):
         Zero.of({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
 
@@ -186,7 +184,7 @@ def test_micro_batch_is_what_batches_are_split_into(prompt: int, response: int, 
     assert mb.positions == real.targets.numel() == mb.rows * mb.responses * response
 
 
-OBJECTIVES = {
+MORE = {
     "xopd": ["rollout.temperature=0.7"],
     "reverse_kl": [],
     "jsd": [],
@@ -214,10 +212,9 @@ def test_peak_of_a_real_pass(
     from opd.models.load import family_of
     from opd.models.speech_lm import SpeechLM
 
-    monkeypatch.setattr(token_loss, "ELEMENTS", elements)
-    monkeypatch.setattr(memory, "CHUNK", elements)
+    monkeypatch.setattr("opd.config.limits.ELEMENTS", elements)
     settings = [f"student.dtype={dtype}", f"train.gradient_checkpointing={checkpointing}", "teacher.kind=local"]
-    c = config(f"objective.name={objective}", *settings, *OBJECTIVES[objective])
+    c = config(f"objective.name={objective}", *settings, *MORE[objective])
     family = family_of(STUDENT)
     about, family.vocab_size = family.config, vocab
     about.text_config.update({"hidden_size": 256, "intermediate_size": 768, "vocab_size": vocab, "head_dim": 64})
@@ -238,7 +235,20 @@ def test_peak_of_a_real_pass(
     zeros, ones = torch.zeros(rows * each, t), torch.ones(rows * each, t)
     positions, sampled = torch.zeros_like(targets), torch.ones(rows * each).bool()
     places = torch.arange(length).expand(rows, length).contiguous()
-    packed = MicroBatch([], ids, places, attends, row, positions, targets, ones, ones / 400, zeros, zeros, sampled)
+    packed = MicroBatch(
+        samples=[],
+        ids=ids,
+        position_ids=places,
+        attends=attends,
+        row=row,
+        positions=positions,
+        targets=targets,
+        mask=ones,
+        weights=ones / 400,
+        teacher_logp=zeros,
+        sampler_logp=zeros,
+        sampled=sampled,
+    )
 
     def drawn(part: slice) -> torch.Tensor:
         return torch.randn(part.stop - part.start, vocab)
@@ -248,8 +258,7 @@ def test_peak_of_a_real_pass(
         made = TokenLoss(
             packed, o, c.rollout.temperature, drawn if o.reads_logits else None, drawn if o.reference else None
         )
-        inputs = {"ids": ids, "position_ids": places, "attends": attends.clone(), "row": row, "positions": positions}
-        return model(loss=made, mask=ones, **inputs)
+        return model.response_loss(made, ones, **packed.inputs | {"attends": attends.clone()})
 
     with LiveMemory() as live:
         loss().backward()
@@ -259,7 +268,7 @@ def test_peak_of_a_real_pass(
     assert expected == pytest.approx(live.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("name", [n for n in SOURCES_OF if n != "uld"])  # whole responses instead of chunks
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "uld"])  # whole responses instead of chunks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
     """To the last one, of every objective, with and without what joins it."""
@@ -267,15 +276,18 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
     for more in ([], ["objective.top_k=4"], ["rollout.temperature=0.5"], ["objective.mu=0", "objective.alpha=0"]):
         if "objective.top_k=4" in more and name not in ("reverse_kl", "forward_kl", "jsd"):
             continue
-        c = config(f"objective.name={name}", f"rollout.source={SOURCES_OF[name][0]}", "teacher.kind=local", *more)
+        c = config(
+            f"objective.name={name}", f"rollout.source={OBJECTIVES[name].sources[0]}", "teacher.kind=local", *more
+        )
         c.student.dtype = "float32" if dtype == torch.float32 else "bfloat16"
         head = torch.nn.Linear(hidden, vocab, bias=False, dtype=dtype).requires_grad_(False)
         states = torch.randn(n, hidden, dtype=dtype).requires_grad_()
         one = torch.ones(1, n)
         ids = torch.randint(0, vocab, (1, n, 4))
-        none = torch.zeros(0)
-        best = (ids, -torch.rand(1, n, 4) - 4) if c.objective.top_k else (None, None)
-        mb = MicroBatch([], none, none, none, none, none, ids[..., 0], one, one, -one, -one, one[:, 0].bool(), *best)
+        best = {"top_ids": ids, "top_logp": -torch.rand(1, n, 4) - 4} if c.objective.top_k else {}
+        of_rows = dict.fromkeys(("ids", "position_ids", "attends", "row", "positions"), torch.zeros(0))
+        logp = {"teacher_logp": -one, "sampler_logp": -one, "sampled": one[:, 0].bool()}
+        mb = MicroBatch(samples=[], targets=ids[..., 0], mask=one, weights=one, **of_rows, **logp, **best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
         made.teacher = made.teacher if c.objective.reads_logits else None
         made.importance = torch.ones(n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shlex
@@ -159,11 +160,13 @@ FREE_PORT = ports.free_port
 
 
 def test_no_two_launchers_are_given_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "PORTS", range(19100, 19103))
-    with socket.socket() as busy:
-        busy.bind((HERE, 19101))
-        busy.listen()
-        ask = "from opd.inference import ports as p; p.PORTS = range(19100, 19103); "
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.create_server((HERE, 0))) for _ in range(3)]
+        busy, *free = (s.getsockname()[1] for s in found)
+        for s in found[1:]:
+            s.close()
+        monkeypatch.setattr(ports, "PORTS", [busy, *free])
+        ask = f"from opd.inference import ports as p; p.PORTS = {[busy, *free]}; "
         ask += "print(p.free_port(), flush=True); input()"
         with subprocess.Popen(
             [sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -171,8 +174,8 @@ def test_no_two_launchers_are_given_the_same_port(monkeypatch: pytest.MonkeyPatc
             assert other.stdin is not None and other.stdout is not None
             theirs = int(other.stdout.readline())
             ours = FREE_PORT()
-            assert {ours, theirs} == {19100, 19102}
-            with pytest.raises(UserError, match="no free port on 127.0.0.1 from 19100 to 19102"):
+            assert {ours, theirs} == set(free)
+            with pytest.raises(UserError, match=f"no free port on 127.0.0.1 from {min(busy, *free)} to"):
                 FREE_PORT()
             other.stdin.write("\n")
         assert FREE_PORT() == theirs  # it is let go of with its process

@@ -70,7 +70,7 @@ def test_the_study_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_misalignment_by_skill_is_a_mean_over_tokens(tmp_path: Path) -> None:
     lines: list[Any] = [
-        {"fields": {"group": "days"}, "misalignment": {"nats": 3.0, "tokens": 4}},
+        {"fields": {"group": "days"}, "misalignment/sampled": {"nats": 3.0, "tokens": 4}},
         {"fields": {"group": "days"}, "misalignment": {"nats": 1.0, "tokens": 12}},
         {"fields": {"group": "sort"}, "misalignment": {"nats": 1.0, "tokens": 5}},
         {"fields": {"group": "sort"}, "misalignment": None},

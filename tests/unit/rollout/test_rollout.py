@@ -107,8 +107,8 @@ def test_scoring_sends_ids_or_the_beginning_of_an_answer(family: Family, monkeyp
     monkeypatch.setattr(opd.rollout.sampler, "post_all", answer)
     sampler = VllmSampler(load_config("recipes/tiny/2_xopd.yaml"), family, ["http://127.0.0.1:9"])
     rollouts = [Rollout(PROMPT, view, ids, None, -1, False) for view in VIEWS]
-    heard, read = sampler.score(rollouts, CLIPS)
-    for found, view in ((heard, "speech"), (read, "text")):
+    speech, text = sampler.score(rollouts, CLIPS)
+    for found, view in ((speech, "speech"), (text, "text")):
         first = len(prompt[view])
         assert found is not None and found.tolist() == [-float(t) for t in range(first, first + len(ids))]
     speech, text = sent
@@ -119,8 +119,8 @@ def test_scoring_sends_ids_or_the_beginning_of_an_answer(family: Family, monkeyp
     assert speech.body["messages"][-1] == {"role": "assistant", "content": f"one two.{end}"}
     assert all(r.body["prompt_logprobs"] == 0 for r in sent)
     change.append(7)
-    heard, read = sampler.score(rollouts, CLIPS)
-    assert heard is None and read is not None
+    speech, text = sampler.score(rollouts, CLIPS)
+    assert speech is None and text is not None
 
 
 def test_prompt_log_probs_must_be_one_for_each_id() -> None:

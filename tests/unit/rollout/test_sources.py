@@ -13,7 +13,7 @@ import opd.rollout.sources
 import opd.teachers.local
 import opd.teachers.server
 from opd.config.load import load_config
-from opd.config.objective import SOURCES_OF
+from opd.config.objective import OBJECTIVES
 from opd.config.schema import Config
 from opd.inference.client import Answer
 from opd.models.base import Family
@@ -244,14 +244,14 @@ def test_a_servers_own_best_without_what_the_student_may_not_use(
 # What goes with what
 
 
-@pytest.mark.parametrize("name", SOURCES_OF)
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("source", ["student", "teacher", "dataset", "mix"])
 def test_objectives_and_their_sources(name: str, source: str) -> None:
     settings = [f"objective.name={name}", f"rollout.source={source}", "teacher.kind=local"]
-    if source in SOURCES_OF[name]:
+    if source in OBJECTIVES[name].sources:
         assert config(*settings).objective.name == name
         return
-    wanted = " or ".join(SOURCES_OF[name])
+    wanted = " or ".join(OBJECTIVES[name].sources)
     with pytest.raises(UserError, match=f"objective.name {name} needs rollout.source {wanted}, found {source}$"):
         config(*settings)
 

@@ -12,39 +12,41 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from pandas import DataFrame, Series
 from report_runs import Page
 from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 
+from opd.report.blocks import Paragraph, Table, markdown
+from opd.study.charts import charts
 from opd.study.command import main
 from opd.study.grid import Study
-from opd.study.page import charts
-from opd.study.results import summarise
+from opd.study.results import interval, paired, summarise
 from opd.study.runs import Run
-from opd.study.stats import interval, paired, t_quantile
-from opd.study.tables import Table, Text, blocks, markdown
+from opd.study.tables import blocks
 
 
 @pytest.mark.parametrize(
     ("df", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
 )
 def test_t_quantiles_are_those_of_the_tables(df: int, quantile: float) -> None:
-    assert t_quantile(0.975, df) == pytest.approx(quantile, abs=5e-5)
+    values = Series(range(df + 1))
+    assert interval(values)["half"] / values.sem() == pytest.approx(quantile, abs=5e-5)
 
 
 def test_interval_by_hand() -> None:
     # mean 3, s² = (4 + 1 + 0 + 1 + 4) / 4 = 2.5
-    assert interval([1, 2, 3, 4, 5]) == {
+    assert interval(Series([1, 2, 3, 4, 5])) == {
         "mean": 3,
         "half": pytest.approx(2.7764 * math.sqrt(2.5 / 5), abs=1e-4),
         "n": 5,
     }
-    assert interval([2.0]) == {"mean": 2.0, "half": None, "n": 1}
+    assert interval(Series([2.0])) == {"mean": 2.0, "half": None, "n": 1}
 
 
 def test_differences_are_paired_by_seed() -> None:
-    found = paired({0: 0.5, 1: 0.7, 2: 0.9}, {1: 0.6, 0: 0.4, 3: 9.0})
-    assert found is not None and found["mean"] == pytest.approx(0.1) and found["half"] == pytest.approx(0, abs=1e-12)
-    assert paired({0: 1.0}, {1: 1.0}) is None
+    ours, theirs = DataFrame({"M": {0: 0.5, 1: 0.7, 2: 0.9}}), DataFrame({"M": {1: 0.6, 0: 0.4, 3: 9.0}})
+    assert paired(ours, theirs) == {"M": {"mean": pytest.approx(0.1), "half": pytest.approx(0, abs=1e-12), "n": 2}}
+    assert paired(DataFrame({"M": {0: 1.0}}), DataFrame({"M": {1: 1.0}})) == {}
 
 
 def numbers(run: Run) -> dict[str, float]:
@@ -105,8 +107,8 @@ def test_the_table_by_hand(path: Path) -> None:
 def test_the_plot_of_costs_by_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(path, [], None, False, False, FakeLauncher(lambda r: numbers(r) | {"forgetting": 0.1}))
     drawn: list[Any] = []
-    monkeypatch.setattr("opd.study.page.figure", lambda key, caption, draw, *_: drawn.append(draw) or "")
-    charts(summarise(Study(path))["worlds"][0], "w")
+    monkeypatch.setattr("opd.study.charts.figure", lambda caption, draw, *_: drawn.append(draw) or "")
+    charts(summarise(Study(path))["worlds"][0])
     figure = Figure()
     drawn[-1](figure)
     labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes]
@@ -158,8 +160,16 @@ def test_a_row_with_another_teacher_is_held_against_the_teacher_of_the_others(tm
     assert not {"forgetting", "reverse_kl/speech"} & (row["metrics"].keys() | row["differences"]["kd"].keys())
     assert kd["metrics"]["drop/speech"]["mean"] == 12.0 and kd["metrics"]["forgetting"]["mean"] == 0.01
     assert not kd["notes"] and "its teacher is not base's" in row["notes"][-1]
-    (line,) = [x for x in markdown(content).splitlines() if x.startswith("| own | 0.0001 | 65.0")]
+    (line,) = [x for x in markdown(blocks(content)).splitlines() if x.startswith("| own | 0.0001 | 65.0")]
     assert line.split(" | ")[4:8] == ["31.6 ± 66.9", "5.3 ± 0.0", "0.75 ± 0.00", "–"]
+
+
+def test_a_row_with_another_teacher_may_have_nothing_yet(tmp_path: Path) -> None:
+    own = {"teacher.kind": "self", "teacher.path": None}
+    path = study_file(tmp_path, methods={"kd": {"recipe": KD}, "own": {"recipe": XOPD, "set": own}})
+    main(path, ["well/kd"], None, False, False, FakeLauncher(lambda _: SAME))
+    row = summarise(Study(path))["worlds"][0]["rows"][2]
+    assert (row["state"], row["by_seed"]) == ("0 of 2 seeds finished", {}) and "its teacher is not" in row["notes"][0]
 
 
 def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
@@ -171,7 +181,7 @@ def test_a_row_waits_for_the_one_it_starts_from(tmp_path: Path) -> None:
 def test_what_is_not_there_has_no_number(path: Path) -> None:
     study = Study(path)
     for seed in (0, 1, 2):
-        run = study.report_run(study.rows["well/kd"], seed)
+        run = study.run_at_choice(study.rows["well/kd"], "report", seed)
         assert run is not None
         if seed < 2:
             leave(run, numbers(run))
@@ -180,7 +190,7 @@ def test_what_is_not_there_has_no_number(path: Path) -> None:
     assert kd["state"] == "2 of 3 seeds finished" and not kd["metrics"] and kd["samples"] is None
     assert base["state"] == "0 of 3 seeds finished"
     assert set(kd["by_seed"]) == {0, 1}
-    text = markdown(content)
+    text = markdown(blocks(content))
     assert "| kd (incomplete) | 0.0001 | – | – |" in text and "0.5" not in text.split("##", 1)[1].replace("0.0001", "")
     assert {r["state"] for r in content["runs"]} == {"finished", "missing"}
 
@@ -198,17 +208,17 @@ def test_both_pages_say_the_same(path: Path) -> None:
     assert [t.heads[0] for t in tables] == ["row", "row - base", "row", "row"]
     for table in tables:
         assert table.about in text and table.about in shown
-        for line in [table.heads, *table.lines]:
+        for line in [table.heads, *table.rows]:
             assert f"| {' | '.join(line)} |" in text and "".join(line) in shown
     # whose absence from one of the two this test is for
-    assert tables[-1].heads[:2] == ["row", "rate"] and [x[:2] for x in tables[-1].lines] == [
+    assert tables[-1].heads[:2] == ["row", "rate"] and [x[:2] for x in tables[-1].rows] == [
         ["kd", "0.0001"],
         ["kd", "0.0002"],
     ]
     assert "| kd | 0.0001 | 0.500 | 0.900 | 1.000 | yes | chosen |" in text
     few = "2 seeds are few: the intervals are wide, and rely on a normal distribution."
     assert f"**{few}**" in text and f'<p class="warn">{few}</p>' in page
-    (about,) = [b.text for b in found if isinstance(b, Text) and b.text.startswith("Test split, seeds 0, 1: ")]
+    (about,) = [b.text for b in found if isinstance(b, Paragraph) and b.text.startswith("Test split, seeds 0, 1: ")]
     assert "drop S and T are percent below" in about and about in text and about in shown
     assert "**more is incomplete**: 1 of 2" in text and "<strong>more is incomplete</strong>: 1 of 2" in page
     # all columns can be seen: cells wrap, and what is still too wide scrolls

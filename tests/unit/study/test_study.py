@@ -273,7 +273,7 @@ def test_a_signal_ends_the_runs_and_is_told(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_run_is_an_ordinary_launch_with_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study(study_file(tmp_path))
-    of_kd = study.select_run(study.rows["well/kd"], 1e-4, 100)
+    of_kd = study.run(study.rows["well/kd"], "select", 1e-4, 100)
     assert of_kd is not None
     argv = schedule.command(of_kd).argv
     assert argv == [sys.executable, "-m", "opd.cli", "launch", KD, *of_kd.overrides, "--plain"]

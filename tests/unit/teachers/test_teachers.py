@@ -126,7 +126,7 @@ def test_a_student_that_has_not_moved_learns_nothing_from_itself(
             with torch.no_grad():
                 for i, p in enumerate(p for p in learner.model.parameters() if p.requires_grad):
                     p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-        metrics = learner.step(make_batch(answered(family, ("text",)), CLIPS, c), 0, teacher)
+        metrics = learner.step(make_batch(answered(family, ("text",)), CLIPS, c), 0, teacher).metrics
         assert metrics["loss"] == pytest.approx(metrics["reverse_kl/text"], rel=0.5)
         found.append((metrics["loss"], float(max(g.abs().max() for g in gradient(learner).values()))))
     (loss, largest), (moved_loss, moved_largest) = found
@@ -217,7 +217,7 @@ def test_the_penalty_against_autograd(
         return now.xopd(c, i) + 0.3 * kl
 
     value, want = now.objective(c, loss)
-    metrics = learner.step(make_batch(now.samples(family, c), CLIPS, c), 0)
+    metrics = learner.step(make_batch(now.samples(family, c), CLIPS, c), 0).metrics
     assert metrics["loss"] == pytest.approx(value, abs=2e-5)
     assert 0.01 < metrics["reference_kl"] == pytest.approx(float(torch.cat(kls).mean()), abs=1e-5)
     assert_same_gradient({n: g for n, g in gradient(learner).items() if n in want}, want, 2e-5)
@@ -231,12 +231,12 @@ def test_the_penalty_with_adapters(family: Family) -> None:
     learner.reference = make_start(c, family, CPU, running(learner))
     base = learner.eval_logits(answered(family), CLIPS)[1].log_softmax(-1)
     batch = make_batch(answered(family), CLIPS, c)
-    assert learner.step(batch, 0)["reference_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert learner.step(batch, 0).metrics["reference_kl"] == pytest.approx(0.0, abs=1e-6)
     perturb(learner.model)
     mb, logits = learner.eval_logits(answered(family), CLIPS)
     now = logits.log_softmax(-1)
     kl = (now.exp() * (now - base)).sum(-1)[mb.mask.bool()]
-    assert 0.01 < learner.step(batch, 0)["reference_kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert 0.01 < learner.step(batch, 0).metrics["reference_kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
 
 
 # ---- routes ----------------------------------------------------------------------------------------------------------

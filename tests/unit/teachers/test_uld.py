@@ -64,7 +64,7 @@ def uld(other: str, *more: str) -> Config:
 
 def teacher_of(family: Family, c: Config) -> CrossTokenizerTeacher:
     found = make_teacher(c, family, CPU)
-    assert isinstance(found, CrossTokenizerTeacher) and not found.gives_logits and not found.grades
+    assert isinstance(found, CrossTokenizerTeacher) and not found.gives_logits and not found.gives_scores
     return found
 
 
@@ -211,7 +211,7 @@ def test_a_step_weighs_responses_as_the_batch_does(family: Family, other: str, a
     samples = make_samples([ScoredRollout(r, None) for r in rollouts], CLIPS, family)
     mb, logits = learner.eval_logits(samples, CLIPS)
     alone = [float(by_loss(teacher, s, logits[i][mb.mask[i].bool()])) for i, s in enumerate(samples)]
-    metrics = learner.step(make_batch(samples, CLIPS, c), 0, teacher)
+    metrics = learner.step(make_batch(samples, CLIPS, c), 0, teacher).metrics
     want = 0.0
     for view, share in (("speech", 0.75), ("text", 0.25)):
         of = [(alone[i], len(a)) for i, (_, v, a) in enumerate(ANSWERS) if v == view]

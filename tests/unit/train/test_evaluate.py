@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import opd.objectives.token_loss
 import opd.train.evaluator
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.models.load import family_of
-from opd.models.speech_lm import SpeechLM, places
+from opd.models.speech_lm import SpeechLM, at_responses
 from opd.objectives.divergences import EXCLUDED
 from opd.rollout.sources import decode
 from opd.scoring.scorer import Scorer, ScoringConfig
@@ -110,14 +109,12 @@ class Student:
     @torch.no_grad()
     def eval_states(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> Any:
         mb = collate(samples)
-        heard = {k: self.model(features=self.model.family.features([clips[k]]))[0] for k in mb.clips}
-        given = {n: getattr(mb, n) for n in ("ids", "position_ids", "attends")}
-        audio = [heard[k] for k in mb.clips] if mb.clips else None
-        return mb, self.model(**given, audio=audio, at=places(mb.row, mb.positions, mb.mask))
+        audio = [self.model.encode(self.model.family.features([clips[k]]))[0] for k in mb.clips]
+        return mb, self.model.states(**at_responses(mb.inputs, mb.mask), audio=audio or None)
 
     @torch.no_grad()
     def at_output_layer(self, run: Any) -> torch.Tensor:
-        return self.model(run=run)
+        return self.model.at_output_layer(run)
 
 
 class Sampler:
@@ -160,7 +157,16 @@ def _evaluator(config: Config, teacher: Any, family: Any, rank: int, world: int)
     learner, sampler = Student(family, rank, world), Sampler()
     sampler.family = family
     clips = SimpleNamespace(load=lambda p: {p.id: CLIPS[p.id]})
-    return Evaluator(config, family, learner, teacher, sampler, clips, prompts(), prompts()[:4])
+    return Evaluator(
+        config=config,
+        family=family,
+        learner=learner,
+        teacher=teacher,
+        sampler=sampler,
+        clips=clips,
+        test=prompts(),
+        retention=prompts()[:4],
+    )
 
 
 class ByHand:
@@ -174,21 +180,21 @@ class ByHand:
     @torch.no_grad()
     def student(self, prompt: Prompt, view: View, answer: list[int]) -> torch.Tensor:
         spoken = {"audio": [CLIPS[prompt.id]], "sampling_rate": 16000} if view == "speech" else {}
-        heard = "<|audio_bos|><|AUDIO|><|audio_eos|>"
-        text = heard if spoken else prompt.messages[0]["content"][0]["transcript"]
+        audio = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+        text = audio if spoken else prompt.messages[0]["content"][0]["transcript"]
         inputs = dict(self.family.processor(text=self.chat(text), return_tensors="pt", **spoken))
-        return self.rows(self.hf, inputs, answer)
+        return self.logp(self.hf, inputs, answer)
 
     @torch.no_grad()
     def teacher(self, model: Any, prompt: Prompt, answer: list[int]) -> torch.Tensor:
         text = self.chat(prompt.messages[0]["content"][0]["transcript"])
-        return self.rows(model, dict(self.family.tokenizer(text, return_tensors="pt")), answer)
+        return self.logp(model, dict(self.family.tokenizer(text, return_tensors="pt")), answer)
 
     @staticmethod
     def chat(text: str) -> str:
         return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
-    def rows(self, model: Any, inputs: dict[str, torch.Tensor], answer: list[int]) -> torch.Tensor:
+    def logp(self, model: Any, inputs: dict[str, torch.Tensor], answer: list[int]) -> torch.Tensor:
         ids = torch.cat([inputs.pop("input_ids"), torch.tensor([answer])], 1)
         logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
         return torch.log_softmax(logits[0, -len(answer) - 1 : -1].masked_fill(self.banned, EXCLUDED), -1)
@@ -210,7 +216,7 @@ def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: p
     monkeypatch.setattr(teacher, "respond", respond)
     monkeypatch.setattr(opd.train.evaluator, "PAIRS", 4)  # rank 0 of 2 then has a chunk of one more than rank 1
     (alone,) = evaluate(config, teacher, 1, monkeypatch)
-    monkeypatch.setattr(opd.objectives.token_loss, "ELEMENTS", 3 * family.vocab_size)
+    monkeypatch.setattr("opd.config.limits.ELEMENTS", 3 * family.vocab_size)
     made: list[int] = []
     project = SpeechLM.project
     monkeypatch.setattr(SpeechLM, "project", lambda self, states: made.append(len(states)) or project(self, states))
@@ -284,7 +290,7 @@ def test_an_interim_evaluation_asks_no_teacher_and_few_records(config: Config, m
     monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     found = _evaluator(config, None, family_of(STUDENT), 0, 1).interim()
     assert set(found) == {*(f"{n}/{v}" for n in ("accuracy", "length") for v in VIEWS), "retention"}
-    # records 0, 1, 2: every other one is heard rightly; all are read rightly; answers of 3, 2 and 6 tokens
+    # records 0, 1, 2: every other one is right in the speech view, all in the text view; answers of 3, 2 and 6 tokens
     assert found["accuracy/speech"]["mean"] == pytest.approx(2 / 3) and found["accuracy/text"]["mean"] == 1.0
     assert found["retention"]["mean"] == pytest.approx(2 / 3) and found["retention"]["n"] == 3
     ids = [len(family_of(STUDENT).tokenizer(w, add_special_tokens=False).input_ids) + 1 for w in WORDS]
@@ -324,19 +330,19 @@ def test_records_without_a_response_have_no_share_in_divergences_along_it(
 
 
 @pytest.mark.parametrize(
-    ("best", "rows", "grades", "message"),
+    ("best", "logits", "scores", "message"),
     [
         ("forgetting", False, True, "eval.best forgetting: needs the teacher's full-vocabulary logits"),
         ("reverse_kl/text", True, False, "eval.best reverse_kl/text: a teacher with another tokenizer"),
     ],
 )
 def test_what_the_teacher_cannot_measure_is_refused(
-    config: Config, best: str, rows: bool, grades: bool, message: str
+    config: Config, best: str, logits: bool, scores: bool, message: str
 ) -> None:
     config.eval.best = best  # type: ignore[assignment]
     with pytest.raises(UserError, match=message):
-        _evaluator(config, SimpleNamespace(gives_logits=rows, grades=grades), family_of(STUDENT), 0, 1)
-    _evaluator(config, SimpleNamespace(gives_logits=True, grades=True), family_of(STUDENT), 0, 1)
+        _evaluator(config, SimpleNamespace(gives_logits=logits, gives_scores=scores), family_of(STUDENT), 0, 1)
+    _evaluator(config, SimpleNamespace(gives_logits=True, gives_scores=True), family_of(STUDENT), 0, 1)
 
 
 def test_a_whole_evaluation_notes_the_records_of_an_interim_one(

@@ -16,13 +16,13 @@ def test_two_ranks_with_a_micro_batch_a_sample(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     family = family_of(STUDENT)
     reference = Reference(family)
-    rows = dict(zip(ANSWERS, reference.rows, strict=True))
+    logits = dict(zip(ANSWERS, reference.teacher_logits, strict=True))
     learner = make_learner(family, config())
     cases = []
     for case in CASES:
         samples = samples_of(reference, family, config(*case))
-        cases.append((case, samples, *one_gradient(learner, case, WHOLE, samples, rows)))
-    torch.save({"rows": rows, "cases": cases}, tmp_path / "work.pt")
+        cases.append((case, samples, *one_gradient(learner, case, WHOLE, samples, logits)))
+    torch.save({"logits": logits, "cases": cases}, tmp_path / "work.pt")
     torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), 2)
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)

@@ -13,11 +13,15 @@ import torch.distributed as dist
 
 from opd.config import resume
 from opd.config.load import load_config
+from opd.models.load import family_of
 from opd.storage.checkpoints import checkpoints
 from opd.storage.metrics import MetricsLog
 from opd.train import __main__, checkpoint, step_log
 from opd.train import loop as train
+from opd.train.batch import make_batch
+from opd.train.learner import StepResult
 from opd.train.verdict import Verdict
+from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 
 RECIPE = str(Path(__file__).parents[3] / "recipes/tiny/2_xopd.yaml")
 
@@ -118,14 +122,31 @@ def test_the_line_of_a_step(tmp_path: Path) -> None:
     batch: Any = SimpleNamespace(samples=samples, tokens=20, responses=4)
     clock = train.Clock()
     clock.lap("rollout")
-    step_log.report_step(parts, 5, batch, {"mismatch/logprob": 0.4, "loss": 1.5}, clock)
+    step_log.report_step(parts, 5, batch, StepResult({"mismatch/logprob": 0.4, "loss": 1.5}, []), clock)
     (line,) = written
     assert line["length/truncated"] == 0.25 and line["length/mean"] == 5.0 and line["version/lag"] == 1
     assert line["loss"] == 1.5 and line["step"] == 5 and line["tokens"] == 20
     assert line["time/step"] == pytest.approx(line["time/rollout"] + line["time/rest"])
     assert line["seconds"] == parts.seconds == pytest.approx(10.0 + line["time/step"])
     with pytest.raises(RuntimeError, match=r"step 6: mean .* is 0.600, more than rollout.max_mismatch=0.5"):
-        step_log.report_step(parts, 6, batch, {"mismatch/logprob": 0.6}, clock)
+        step_log.report_step(parts, 6, batch, StepResult({"mismatch/logprob": 0.6}, []), clock)
+
+
+def test_samples_show_their_own_advantages(tmp_path: Path) -> None:
+    family = family_of(str(Path(RECIPE).parent / "student"))
+    part = {"type": "audio", "path": "a.wav", "transcript": "one plus two"}
+    prompt = Prompt("p", ({"role": "user", "content": [part]},))
+    answers: list[tuple[View, tuple[int, ...]]] = [("text", (300, 2)), ("speech", (301, 302, 2)), ("speech", (303, 2))]
+    scored = [ScoredRollout(Rollout(prompt, view, ids, None, 0, False), None) for view, ids in answers]
+    config = load_config(RECIPE, [f"run.dir={tmp_path}/run", "train.samples_per_step=1"])
+    batch = make_batch([Sample(s, [1], []) for s in scored], {}, config)
+    shown: list[dict[str, Any]] = []
+    log = SimpleNamespace(step=lambda _: None, sample=shown.append, status=lambda *_: None)
+    parts: Any = SimpleNamespace(config=config, log=log, seconds=0.0, learner=SimpleNamespace(family=family))
+    found = StepResult({}, [[0.1, 0.2], [1.1, 1.2, 1.3], [2.1, 2.2]])
+    step_log.report_step(parts, 1, batch, found, train.Clock())
+    assert [(s["view"], s["advantage"]) for s in shown] == [("speech", [1.1, 1.2, 1.3]), ("text", [0.1, 0.2])]
+    assert [len(s["tokens"]) for s in shown] == [3, 2] and shown[0]["prompt"] == "user: one plus two"
 
 
 @pytest.mark.parametrize(

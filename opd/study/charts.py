@@ -1,46 +1,18 @@
-"""study.html: the tables and plots of a study in one page that loads nothing from anywhere."""
+"""The charts of a study."""
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
-from opd.report.html import COLOURS, GREY, document, figure, table, table_row
+from opd.report.blocks import Figure
+from opd.report.figure import COLOURS, GREY, figure
 from opd.study.spec import BASE
-from opd.study.tables import Block, Heading, Notes, Plots, Table, Text, World, blocks
 
 STROKES, MARKERS = ("-", "--", ":"), ("o", "s", "^")  # a row beyond the colours has one of them again, drawn otherwise
-# many columns: a number and its interval may stand below each other, so that a laptop's screen shows them all
-WRAP = "body { max-width: 80rem; } .numbers td { white-space: normal; } .numbers th, .numbers td { padding: .3rem; }"
+World = dict[str, Any]
 
 
-def page(content: dict[str, Any]) -> str:
-    """One HTML document from the content of study.json."""
-    body = "".join(map(_html, blocks(content)))
-    return document("opd study", body, WRAP)
-
-
-def _html(block: Block) -> str:
-    match block:
-        case Heading(level, text):
-            return f"<h{level}>{escape(text)}</h{level}>"
-        case Text(text, warning):
-            kind = ' class="warn"' if warning else ""
-            return f"<p{kind}>{escape(text)}</p>"
-        case Notes(found):
-            items = (f"<li><strong>{escape(first)}</strong>{escape(rest)}</li>" for first, rest in found)
-            return f"<ul>{''.join(items)}</ul>" if found else ""
-        case Table(heads, lines, about):
-            rows = [table_row(name, [c.replace("± ", "±\u00a0") for c in shown]) for name, *shown in lines]
-            return table(heads, rows, about)
-        case Plots(world, k):
-            return "".join(charts(world, f"w{k}"))
-
-
-# ---- plots --------------------------------------------------------------------------------------------------------
-
-
-def charts(world: World, key: str) -> list[str]:
+def charts(world: World) -> list[Figure]:
     """Accuracy by view against steps, seconds and forgetting; spoken accuracy against retention."""
     forgetting = "forgetting F, nats per token"
     costs = (
@@ -51,9 +23,9 @@ def charts(world: World, key: str) -> list[str]:
     about = "Accuracy by view against forgetting, spoken accuracy against retention, 95 % intervals."
     curves = "Accuracy by view against {}, means over seeds, on the first eval.every_limit records of the split."
     return [
-        lines(world, f"{key}-steps", curves.format("steps, all stages counted"), "step", "step"),
-        lines(world, f"{key}-seconds", curves.format("seconds of training"), "seconds", "seconds of training"),
-        scatter(world, f"{key}-cost", about, costs),
+        lines(world, curves.format("steps, all stages counted"), "step", "step"),
+        lines(world, curves.format("seconds of training"), "seconds", "seconds of training"),
+        scatter(world, about, costs),
     ]
 
 
@@ -67,7 +39,7 @@ def look(k: int) -> tuple[str, int]:
     return COLOURS[k % len(COLOURS)], k // len(COLOURS) % len(STROKES)
 
 
-def lines(world: World, key: str, caption: str, x: str, label: str) -> str:
+def lines(world: World, caption: str, x: str, label: str) -> Figure:
     """A line per row; its last point is the final evaluation, its first the untrained student's."""
     zero = next((r["curve"][0] for r in world["rows"] if r["name"] == BASE and r["curve"]), None)
 
@@ -82,10 +54,10 @@ def lines(world: World, key: str, caption: str, x: str, label: str) -> str:
                 xs, ys = [p[x] for p in points], [p[f"accuracy/{view}"] for p in points]
                 ax.plot(xs, ys, **style, markersize=3, linewidth=1.4, label=r["name"])
 
-    return figure(key, caption, draw, (8.0, 3.4), "second" if x == "seconds" else "step")
+    return figure(caption, draw, (8.0, 3.4), "second" if x == "seconds" else "step")
 
 
-def scatter(world: World, key: str, caption: str, panels: tuple[tuple[str, str, str], ...]) -> str:
+def scatter(world: World, caption: str, panels: tuple[tuple[str, str, str], ...]) -> Figure:
     """A point with its intervals for each complete row; of a panel: view, metric and label of its x axis."""
     rows, order = [r for r in world["rows"] if r["complete"]], [r["name"] for r in trained(world)]
 
@@ -100,4 +72,4 @@ def scatter(world: World, key: str, caption: str, panels: tuple[tuple[str, str, 
                     at = {"x": found["mean"], "xerr": found["half"], "y": right["mean"], "yerr": right["half"]}
                     ax.errorbar(**at, fmt=MARKERS[again], color=colour, elinewidth=0.8, label=r["name"])
 
-    return figure(key, caption, draw, (10.0, 3.4))
+    return figure(caption, draw, (10.0, 3.4))
