@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
 
 from opd.endpoint import Endpoint, Failed
 from opd.scoring.voicebench import FOUR, Grade, criteria, instructions, qa_prompt, rating_prompt, system_message
@@ -21,26 +22,43 @@ T = TypeVar("T")
 SCALE = 5  # of a rating, from 1; VoiceBench's own overall score takes a rating for r / 5
 RATED, MET = "rating, 1 to 5", "criteria met"
 PROMPTS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
-HOLES = {  # setting -> names that it must hold in braces, and no other
-    "prompt": ("question", "answer", "response"),
-    "rating_prompt": ("question", "response"),
-    "rubric_prompt": ("conversation", "criterion"),
-}
 VOICEBENCH_QA, VOICEBENCH = "voicebench_qa", "voicebench"  # prompt and system message that lmms-eval has
+
+
+def template(value: str, names: Sequence[str]) -> str:
+    """The value, when it has these names in braces and no other. Raises ValueError."""
+    try:
+        named = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
+    except ValueError as e:
+        raise ValueError(f"{e}; write {{{{ and }}}} for braces") from e
+    if named != set(names):
+        *some, last = (f"{{{name}}}" for name in names)
+        raise ValueError(f"expected {', '.join(some)} and {last}, and no other name in braces")
+    return value
+
+
+def _judging(value: str) -> str:
+    names = ("question", "answer", "response")
+    return value if value == VOICEBENCH_QA else template(PROMPTS["judge"].get(value, value), names)
+
+
+Judging = Annotated[str, AfterValidator(_judging)]
+Rating = Annotated[str, AfterValidator(partial(template, names=("question", "response")))]
+Checking = Annotated[str, AfterValidator(partial(template, names=("conversation", "criterion")))]
 
 
 class Judge(Endpoint):
     """An LLM behind an OpenAI-compatible endpoint that says what an answer is worth."""
 
-    prompt: str = Field(
+    prompt: Judging = Field(
         PROMPTS["judge"]["default"],
         description="match judge: big_bench_audio, voicebench_qa (VoiceBench's own, from lmms-eval), or a text with "
         "{question}, {answer} and {response} that asks for yes or no, or correct or incorrect",
     )
-    rating_prompt: str | None = Field(
+    rating_prompt: Rating | None = Field(
         None, description="match rating: with {question} and {response}; none: VoiceBench's own, from lmms-eval"
     )
-    rubric_prompt: str = Field(
+    rubric_prompt: Checking = Field(
         PROMPTS["rubric"],
         description="match rubric: with {conversation} and {criterion}; asks for yes or no, or JSON with criteria_met",
     )
@@ -52,23 +70,6 @@ class Judge(Endpoint):
     top_p: float | None = Field(None, gt=0, le=1, description="of the verdict; none: as the endpoint has it")
     samples: PositiveInt = Field(1, description="verdicts on an answer; the majority counts, of ratings the mean")
     concurrency: PositiveInt = Field(16, description="answers judged at a time")
-
-    @field_validator(*HOLES)
-    @classmethod
-    def _whole(cls, value: str | None, info: ValidationInfo) -> str | None:
-        name = str(info.field_name)
-        if name == "prompt":
-            value = PROMPTS["judge"].get(value, value)
-        if value is None or (name, value) == ("prompt", VOICEBENCH_QA):
-            return value
-        try:
-            named = {hole for _, hole, _, _ in Formatter().parse(value) if hole is not None}
-        except ValueError as e:
-            raise ValueError(f"{e}; write {{{{ and }}}} for braces") from e
-        if named != set(HOLES[name]):
-            *some, last = (f"{{{hole}}}" for hole in HOLES[name])
-            raise ValueError(f"expected {', '.join(some)} and {last}, and no other name in braces")
-        return value
 
     def needs_lmms_eval(self, match: str) -> bool:
         """Whether what it says for this match is text of lmms-eval's."""
@@ -133,8 +134,8 @@ def worst(match: str, answer: str) -> Grade:
 
 def asked_last(prompt: Prompt) -> str:
     """The words of a prompt's last user turn."""
-    said = [str(joined(m)["content"]) for m in render(prompt, "text") if m["role"] == "user"]
-    return said[-1] if said else ""
+    last = next((m for m in reversed(render(prompt, "text")) if m["role"] == "user"), {"content": ""})
+    return joined(last)["content"]
 
 
 def verdict(text: str) -> bool | None:

@@ -9,23 +9,21 @@ import importlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from opd.settings import UserError
 
 NEEDS = {  # match -> what has to be installed
-    "voicebench_mcq": ("lmms_eval",),
-    "voicebench_bbh": ("lmms_eval",),
-    "voicebench_refusal": ("lmms_eval",),
+    **dict.fromkeys(("voicebench_mcq", "voicebench_bbh", "voicebench_refusal"), ("lmms_eval",)),
     "ifeval": ("lmms_eval", "langdetect", "immutabledict", "nltk"),
 }
 TASKS = {  # of Big Bench Hard in VoiceBench -> answers
     "hyperbaton": ("(a)", "(b)"),
-    "navigate": ("yes", "no"),
-    "sports_understanding": ("yes", "no"),
-    "web_of_lies": ("yes", "no"),
+    **dict.fromkeys(("navigate", "sports_understanding", "web_of_lies"), ("yes", "no")),
 }
 LETTERS = "ABCD"
 UNDECIDED = "no answer found"
@@ -58,10 +56,8 @@ def check_installed(match: str) -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"match {match}: the module {name} is not installed: pip install opd[benchmarks]")
     if match == "ifeval":
-        import nltk
-
         try:
-            nltk.data.find("tokenizers/punkt_tab")
+            importlib.import_module("nltk").data.find("tokenizers/punkt_tab")
         except LookupError as e:
             told = "NLTK's table of sentences is missing: python -m nltk.downloader punkt_tab"
             raise UserError(f"match {match}: {told}") from e
@@ -84,28 +80,28 @@ def check_answer(answer: str, match: str, group: str) -> None:
 
 def criteria(answer: str) -> list[str]:
     """The criteria of a rubric, a JSON list of strings. Raises ValueError for anything else."""
-    expected = "answer: match rubric needs a JSON list of criteria"
-    found = _json(answer, expected)
-    if not isinstance(found, list) or not found or not all(isinstance(c, str) and c.strip() for c in found):
-        raise ValueError(f"{expected}, each a string, found {answer[:60]!r}")
-    return [c.strip() for c in found]
+    found = _listed(answer, "rubric", "criteria", lambda one: isinstance(one, str) and one.strip(), ", each a string")
+    return [one.strip() for one in found]
 
 
 def instructions(answer: str) -> list[dict[str, Any]]:
     """The instructions of an IFEval prompt, a JSON list of {"id", "kwargs"}. Raises ValueError for anything else."""
-    expected = 'answer: match ifeval needs a JSON list of {"id", "kwargs"}'
-    found = _json(answer, expected)
-    whole = isinstance(found, list) and found and all(isinstance(i, dict) for i in found)
-    if not whole or not all(isinstance(i.get("id"), str) and isinstance(i.get("kwargs"), dict) for i in found):
-        raise ValueError(f"{expected}, found {answer[:60]!r}")
-    return found
+
+    def whole(one: Any) -> bool:
+        return isinstance(one, dict) and isinstance(one.get("id"), str) and isinstance(one.get("kwargs"), dict)
+
+    return _listed(answer, "ifeval", '{"id", "kwargs"}', whole)
 
 
-def _json(answer: str, expected: str) -> Any:
+def _listed(answer: str, match: str, what: str, whole: Callable[[Any], Any], each: str = "") -> list[Any]:
+    expected, told = f"answer: match {match} needs a JSON list of {what}", f", found {answer[:60]!r}"
     try:
-        return json.loads(answer)
+        found = json.loads(answer)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{expected}, found {answer[:60]!r} ({e})") from e
+        raise ValueError(f"{expected}{told} ({e})") from e
+    if not isinstance(found, list) or not found or not all(map(whole, found)):
+        raise ValueError(f"{expected}{each}{told}")
+    return found
 
 
 # ---- grades ---------------------------------------------------------------------------------------------------------
@@ -205,14 +201,8 @@ def _checkers() -> dict[str, Any]:
 
 
 def _loaded(name: str) -> Any:
-    """A module of lmms-eval, which makes a client for a judge of its own when imported, and would ask for a key."""
-    before = os.environ.get("API_TYPE")
-    os.environ["API_TYPE"] = "dummy"
     try:
-        return importlib.import_module(name)
+        with patch.dict(os.environ, API_TYPE="dummy"):  # else its client of a judge of its own asks for a key
+            return importlib.import_module(name)
     except ImportError as e:
         raise UserError(f"{name}: cannot be imported ({e}): pip install opd[benchmarks]") from e
-    finally:
-        del os.environ["API_TYPE"]
-        if before is not None:
-            os.environ["API_TYPE"] = before
