@@ -79,10 +79,8 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
     if runs and evaluations:
         notes.append("Between runs and evaluations no difference is tested: what a run measured is not kept by record.")
     first = columns[0]
-    differences = {}
+    differences = {c.name: _differences(first, c, seed) for c in evaluations[1:] if first.records}
     if first.records:
-        for c in evaluations[1:]:
-            differences[c.name] = _differences(first, c, seed)
         notes.append(
             f"Differences to {first.name}: paired bootstrap over questions, {RESAMPLES} resamples, seed {seed}, with "
             "95 % intervals; p is two-sided and of each difference by itself."
@@ -105,16 +103,13 @@ def _names(folders: list[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Column:
     if (folder / RECORDS).is_file():
         records = read_records(folder)
-        settings = stored(folder)
-        if settings is None:
+        if (settings := stored(folder)) is None:
             raise UserError(f"{folder}: expected {SETTINGS} of an evaluation beside {RECORDS}, found none")
         how = {recipe: settings.get(k) for k, recipe in MEASURED.items()} | {"version": settings.get("version")}
-        column = Column(name, folder, {}, {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
-        column.metrics = metrics(records)
-        return column
+        return Column(name, folder, metrics(records), {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
     if not (folder / "config.yaml").is_file():
-        there = "nothing" if not folder.exists() else "neither"
         wanted = f"a run (config.yaml) or a finished evaluation ({RECORDS})"
+        there = "neither" if folder.exists() else "nothing"
         raise UserError(f"{folder}: expected the folder of {wanted}, found {there}")
     run = read_run(folder, name)
     if not run.evaluations:

@@ -57,13 +57,11 @@ def against(metric: str, d: dict[str, Any] | None) -> str:
     """A difference with its interval and p."""
     if d is None:
         return "–"
-    low, high = (number(metric, d[k], True) for k in ("low", "high"))
-    return f"{number(metric, d['difference'], True)} [{low}, {high}], p {shown_p(d['p'])}"
-
-
-def shown_p(p: float) -> str:
-    """Of 10,000 resamples no p below 2e-4 can come."""
-    return "n/a" if p != p else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+    mean, low, high = (number(metric, d[k], True) for k in ("difference", "low", "high"))
+    p = (
+        "n/a" if d["p"] != d["p"] else f"{d['p']:.4f}" if d["p"] < 0.01 else f"{d['p']:.2f}"
+    )  # of RESAMPLES, 2e-4 or more
+    return f"{mean} [{low}, {high}], p {p}"
 
 
 # ---- opd eval -------------------------------------------------------------------------------------------------------
@@ -85,13 +83,11 @@ def eval_page(content: dict[str, Any]) -> str:
     blocks: list[Block] = [Heading("opd eval", 1), Paragraph(who), metrics]
     for table in tables:
         blocks += [Heading(table.heads[0].capitalize()), table]
-    blocks.append(Heading("Wrong when heard, right when read"))
-    if shown := content["examples"]:
-        rows = [[e["id"], e["question"], e["answer"] or "–", e["speech"], e["text"]] for e in shown]
-        about = f"{len(shown)} of {content['failures']}, in turn from every group."
-        blocks.append(Table(["record", "question", "expected", "heard", "read"], rows, about, "text"))
-    else:
-        blocks.append(Paragraph("None."))
+    shown = content["examples"]
+    rows = [[e["id"], e["question"], e["answer"] or "–", e["speech"], e["text"]] for e in shown]
+    about = f"{len(shown)} of {content['failures']}, in turn from every group."
+    examples = Table(["record", "question", "expected", "heard", "read"], rows, about, "text")
+    blocks += [Heading("Wrong when heard, right when read"), examples if shown else Paragraph("None.")]
     settings = {k: content[k] for k in ("settings", "versions", "git_commit", "counts") if k in content}
     return document("opd eval", [*blocks, Details("settings", [json.dumps(settings, indent=2)])], "wide")
 

@@ -72,11 +72,9 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
 def settings(config: Config) -> dict[str, Any]:
     """All that a measurement depends on beside the record itself."""
     e, judge = config.eval, config.eval.judge
-    models: dict[str, Any] = {"student": model(config.student.path, config.student.dtype)}
-    if config.teacher.kind == "server":
-        models["teacher"] = model(config.teacher.path, config.teacher.dtype)
+    models = {"student": config.student} | ({"teacher": config.teacher} if config.teacher.kind == "server" else {})
     return {
-        **models,
+        **{name: model(m.path, m.dtype) for name, m in models.items()},
         "family": config.student.family,
         "max_tokens": config.rollout.max_tokens,
         "max_audio_seconds": config.data.max_audio_seconds,

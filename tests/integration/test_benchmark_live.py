@@ -16,7 +16,7 @@ import pytest
 from datasets import Audio, Dataset
 from live import STUDENT, config_of, opd
 
-from opd.evaluate.benchmark.settings import Benchmark, JudgeConfig, read
+from opd.evaluate.benchmark.command import Benchmark, JudgeConfig, read
 from opd.evaluate.records import model
 from opd.inference.client import ServerError
 from opd.models.context_limit import ContextLimit

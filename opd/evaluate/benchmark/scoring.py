@@ -27,7 +27,7 @@ from lmms_eval.tasks import TaskManager
 from loguru import logger
 
 from opd.endpoint import Failed, Unavailable
-from opd.evaluate.benchmark.settings import Benchmark, JudgeConfig
+from opd.evaluate.benchmark.command import Benchmark, JudgeConfig
 from opd.settings import UserError
 from opd.storage.digests import canonical
 

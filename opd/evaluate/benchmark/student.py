@@ -18,7 +18,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
 from opd.config.schema import Config
-from opd.evaluate.benchmark.settings import Benchmark
+from opd.evaluate.benchmark.command import Benchmark
 from opd.evaluate.benchmark.sound import clip, seconds
 from opd.models.base import Family
 from opd.models.context_limit import ContextLimit

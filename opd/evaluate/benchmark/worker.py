@@ -16,7 +16,7 @@ from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.doctor import preflight
 from opd.doctor.checks import Facts
-from opd.evaluate.benchmark.settings import Benchmark, read, split
+from opd.evaluate.benchmark.command import Benchmark, read, split
 from opd.evaluate.records import model
 from opd.models.context_limit import ContextLimit
 from opd.processes.with_servers import served

@@ -21,7 +21,7 @@ from opd import types
 from opd.cli import main
 from opd.evaluate import page
 from opd.evaluate.benchmark import command, worker
-from opd.evaluate.benchmark.settings import JudgeConfig, read, split
+from opd.evaluate.benchmark.command import JudgeConfig, read, split
 from opd.evaluate.benchmark.sound import clip, decode, seconds
 from opd.prompts import audio
 from opd.settings import UserError
