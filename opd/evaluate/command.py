@@ -35,7 +35,8 @@ def main(recipe: str, overrides: list[str], out: Path, teacher: bool = True, pla
         known = {"seconds"} | {f for p in prompts for f in (*fields(p), *p.numbers)}
         results.check_fields(config.eval.groups, config.eval.bins, known)
         records.claim(out, found)
-        if missing := len(items) - len(_measured(out, items)):
+        done = _measured(out, items)
+        if missing := sum(i.key not in done for i in items):
             print(f"{missing} of {len(items)} records to measure", flush=True)
             given = {"recipe": recipe, "overrides": overrides, "teacher": teacher}
             if code := ask(config, "evaluation", "opd.evaluate.worker:run", given, plain):

@@ -81,10 +81,8 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
     first = columns[0]
     differences = {c.name: _differences(first, c, seed) for c in evaluations[1:] if first.records}
     if first.records:
-        notes.append(
-            f"Differences to {first.name}: paired bootstrap over questions, {RESAMPLES} resamples, seed {seed}, with "
-            "95 % intervals; p is two-sided and of each difference by itself."
-        )
+        how = f"paired bootstrap over questions, {RESAMPLES} resamples, seed {seed}, with 95 % intervals"
+        notes.append(f"Differences to {first.name}: {how}; p is two-sided and of each difference by itself.")
     return {
         "columns": [{"name": c.name, "folder": str(c.folder), "metrics": c.metrics} for c in columns],
         "names": [n for name in EVAL_METRICS for n in (name, sampled(name)) if any(n in c.metrics for c in columns)],
@@ -140,11 +138,10 @@ def _same_records(evaluations: list[Column], common: bool) -> list[str]:
     shared = set.intersection(*(set(c.records) for c in evaluations))
     for c in evaluations:
         if set(c.records) != set(first.records) and not common:
-            raise UserError(
-                f"{c.folder}: {len(c.records)} records, {len(first.records)} in {first.folder}, of which "
-                f"{len(set(c.records) & set(first.records))} are the same; evaluate the same manifest, or take "
-                "--common, which restricts all to what they share"
-            )
+            same = len(set(c.records) & set(first.records))
+            told = f"{len(c.records)} records, {len(first.records)} in {first.folder}, of which {same} are the same"
+            remedy = "evaluate the same manifest, or take --common, which restricts all to what they share"
+            raise UserError(f"{c.folder}: {told}; {remedy}")
     if not shared:
         raise UserError(f"{first.folder}: shares no record with all others: there is nothing to compare")
     if all(len(shared) == len(c.records) for c in evaluations):
@@ -189,11 +186,8 @@ def paired(
     if not len(whole):
         return None
     rng, block = np.random.default_rng(seed), max(1, BLOCK // g)
-    draws = [
-        _ratios(name, rng.multinomial(g, np.full(g, 1 / g), size=min(block, n - start)) @ sums)
-        for start in range(0, n, block)
-    ]
-    found = np.concatenate(draws)
+    sizes = [min(block, n - start) for start in range(0, n, block)]
+    found = np.concatenate([_ratios(name, rng.multinomial(g, np.full(g, 1 / g), size) @ sums) for size in sizes])
     tail = 100 * (1 - LEVEL) / 2
     sides = [(np.sum(side) + 1) / (len(found) + 1) for side in (found <= 0, found >= 0)]
     low, high, p = (*np.percentile(found, [tail, 100 - tail]), min(1.0, 2 * min(sides))) if g > 1 else [np.nan] * 3

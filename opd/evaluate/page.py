@@ -58,10 +58,9 @@ def against(metric: str, d: dict[str, Any] | None) -> str:
     if d is None:
         return "–"
     mean, low, high = (number(metric, d[k], True) for k in ("difference", "low", "high"))
-    p = (
-        "n/a" if d["p"] != d["p"] else f"{d['p']:.4f}" if d["p"] < 0.01 else f"{d['p']:.2f}"
-    )  # of RESAMPLES, 2e-4 or more
-    return f"{mean} [{low}, {high}], p {p}"
+    p = d["p"]  # of 10,000 resamples none below 2e-4 can come
+    shown = "n/a" if p != p else f"{p:.{4 if p < 0.01 else 2}f}"
+    return f"{mean} [{low}, {high}], p {shown}"
 
 
 # ---- opd eval -------------------------------------------------------------------------------------------------------

@@ -62,10 +62,9 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
     if e.test is None and e.retention is None:
         raise UserError(f"{recipe}: nothing to evaluate: expected eval.test or eval.retention, found neither")
     if teacher and (t.kind in ("self", "routed") or not t.path):
-        raise UserError(
-            f"{recipe}: expected one teacher with a path of its own, found teacher.kind {t.kind}; name it by "
-            "teacher.kind=server teacher.path=..., or go without it: --no-teacher"
-        )
+        told = f"expected one teacher with a path of its own, found teacher.kind {t.kind}"
+        remedy = "name it by teacher.kind=server teacher.path=..., or go without it: --no-teacher"
+        raise UserError(f"{recipe}: {told}; {remedy}")
     return served(config, out, teacher)
 
 

@@ -48,10 +48,8 @@ class Gap:
     def measure(self, items: list[Item]) -> list[dict[str, Any]]:
         """Of each record: answers by view, and for those that ask for it the divergences; `seconds` of its clips."""
         clips = {path: self._load(i.prompt, path) for i in items for path in audio_paths(i.prompt)}
-        rate = self.family.sampling_rate
-        out: list[dict[str, Any]] = [
-            {"seconds": sum(len(clips[p]) for p in audio_paths(i.prompt)) / rate, "views": {}} for i in items
-        ]
+        seconds = [sum(len(clips[p]) for p in audio_paths(i.prompt)) / self.family.sampling_rate for i in items]
+        out: list[dict[str, Any]] = [{"seconds": s, "views": {}} for s in seconds]
         clips = {path: self.limit.filled(clip) for path, clip in clips.items()}
         tests = [i for i, item in enumerate(items) if item.part == "test"]
         asked: dict[View, list[int]] = {"speech": list(range(len(items))), "text": tests}

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -42,12 +43,9 @@ class _Undecided(Exception):
     """No rule finds an answer in a response."""
 
 
-class _NoChance:
-    """Stands for `random` in the library, which would draw an answer where its rules find none."""
-
-    @staticmethod
-    def choice(_: Any) -> NoReturn:
-        raise _Undecided
+def _undecided(_: Any) -> NoReturn:
+    """Stands for `random.choice` in the library, which would draw an answer where its rules find none."""
+    raise _Undecided
 
 
 def check_installed(match: str) -> None:
@@ -190,7 +188,7 @@ def qa_prompt() -> str:
 @cache
 def _voicebench() -> Any:
     module = _loaded("lmms_eval.tasks.voicebench.utils")
-    module.random = _NoChance()
+    module.random = SimpleNamespace(choice=_undecided)
     return module
 
 

@@ -206,10 +206,8 @@ class Tasks(TaskManager):
         """Score one made-up response to the first record: a missing package, judge or field ends it here."""
         judged = [m for m in task.aggregation() if any(part in m.lower() for part in JUDGED)]
         if judged and self.benchmark.judge is None:
-            raise UserError(
-                f"task {name}: its {', '.join(judged)} needs a judge and the benchmark has none; name one, such as "
-                "'benchmark.judge={url: \"http://127.0.0.1:8000/v1\", model: NAME}'"
-            )
+            remedy = "name one, such as 'benchmark.judge={url: \"http://127.0.0.1:8000/v1\", model: NAME}'"
+            raise UserError(f"task {name}: its {', '.join(judged)} needs a judge and the benchmark has none; {remedy}")
         score = task.config.process_results
         if not callable(score):
             return

@@ -84,10 +84,9 @@ class Student(lmms):
         found = [(max(map(seconds, self._media(r)), default=0.0), r) for r in requests]
         if long := [(s, r) for s, r in found if s > self.limit]:
             most, r = max(long, key=lambda x: x[0])
-            raise UserError(
-                f"{len(long)} of {len(requests)} questions have clips longer than {self.limit:g} s, the longest "
-                f"{most:.1f} s ({_place(r)}): raise data.max_audio_seconds, or set benchmark.longer=cut"
-            )
+            told = f"{len(long)} of {len(requests)} questions have clips longer than {self.limit:g} s"
+            remedy = "raise data.max_audio_seconds, or set benchmark.longer=cut"
+            raise UserError(f"{told}, the longest {most:.1f} s ({_place(r)}): {remedy}")
 
     def _media(self, r: Instance) -> list[Any]:
         _, _, to_media, doc_id, task, split = r.args
@@ -145,10 +144,9 @@ class Student(lmms):
             raise UserError(f"task {_place(r)}: {e}") from e
         limit = self.context.max_model_len
         if limit is not None and ids + max_tokens > limit:
-            raise UserError(
-                f"task {_place(r)}: its {ids} prompt ids and max_tokens {max_tokens} do not fit into the server's "
-                f"{limit} ids; raise rollout.server.max_model_len, or lower benchmark.max_tokens"
-            )
+            told = f"its {ids} prompt ids and max_tokens {max_tokens} do not fit into the server's {limit} ids"
+            remedy = "raise rollout.server.max_model_len, or lower benchmark.max_tokens"
+            raise UserError(f"task {_place(r)}: {told}; {remedy}")
         return prompt
 
     def _key(self, p: Prompt, clips: dict[str, np.ndarray], max_tokens: int, temperature: float, seed: int) -> str:

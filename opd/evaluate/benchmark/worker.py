@@ -97,16 +97,11 @@ def _answered(config: Config, benchmark: Benchmark, tasks: Any, log: MetricsLog)
     _write_raw(out / RAW, found)
     faults = tasks.faults.found
     if len(faults) > benchmark.max_errors:
-        raise RunFailed(
-            f"{len(faults)} faults in lmms-eval's scoring, which it counts as wrong answers, such as: "
-            f"{faults[0][:200]}; see {out / RAW}; benchmark.max_errors lets some pass"
-        )
-    sources, guessed = datasets_of(tasks.loaded), tasks.guesses.count
-    table = [
-        {**row, "dataset": sources[row["task"]], "guessed": guessed[row["task"]]}
-        | {"cut_off": lm.cut_off[row["task"]], "clips_cut": lm.clips_cut[row["task"]]}
-        for row in rows(found)
-    ]
+        told = f"{len(faults)} faults in lmms-eval's scoring, which it counts as wrong answers"
+        raise RunFailed(f"{told}, such as: {faults[0][:200]}; see {out / RAW}; benchmark.max_errors lets some pass")
+    by_task = {"dataset": datasets_of(tasks.loaded), "guessed": tasks.guesses.count}
+    by_task |= {"cut_off": lm.cut_off, "clips_cut": lm.clips_cut}
+    table = [row | {name: of[row["task"]] for name, of in by_task.items()} for row in rows(found)]
     if not table:
         raise RunFailed(f"{', '.join(benchmark.tasks)}: lmms-eval gave no number; see {out / RAW}")
     return {
