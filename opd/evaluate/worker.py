@@ -31,6 +31,7 @@ from opd.storage.metrics import MetricsLog
 from opd.teachers.server import ServerTeacher
 from opd.types import VIEWS, Prompt, Rollout, View, audio_paths
 
+Answer = tuple[Prompt, tuple[int, ...], bool]  # ids, and whether the length limit cut them off
 CHUNK = 32  # records whose clips are in memory at a time, and that an interruption costs
 
 
@@ -72,9 +73,7 @@ class Gap:
         except types.BadAudio as e:
             raise UserError(f"{prompt.place}: a held-out record is bad: {e}; mend or remove it") from e
 
-    def _answered(
-        self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[tuple[Prompt, tuple[int, ...], bool]]
-    ) -> None:
+    def _answered(self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[Answer]) -> None:
         texts = [decode(self.family, ids) for _, ids, _ in replies]
         scores = self.scorer.grade([(p, text, cut) for (p, _, cut), text in zip(replies, texts, strict=True)])
         for i, (_, ids, cut), text, score in zip(at, replies, texts, scores, strict=True):

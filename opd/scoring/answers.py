@@ -176,11 +176,10 @@ def number_of(text: str) -> float | None:
 
     Numbers in words are not read. A hyphen after a word or a digit is no sign: the last number of "10-12" is 12.
     """
-    found = None
-    for m in NUMBER.finditer(text.replace("\u2212", "-")):
+    for m in reversed([*NUMBER.finditer(text.replace("\u2212", "-"))]):
         value = float(re.sub(r"[,$\s]", "", m[1]))
         if m[2] is not None and float(m[2]) != 0:
             value /= float(m[2])
         if math.isfinite(value):
-            found = value
-    return found
+            return value
+    return None
