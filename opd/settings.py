@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,11 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """A server, the learner or a worker ended badly: the message names it, the cause and the log; exit code 1."""
+
+
+def first_line(e: Exception) -> str:
+    """What a library's error says first, which is mostly what matters."""
+    return str(e).strip().partition("\n")[0] or type(e).__name__
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,8 +114,6 @@ def _explain(error: Any, section: type[Section]) -> str:
 
 
 def _suggest(loc: tuple[Any, ...], section: type[Section]) -> str:
-    import difflib
-
     model: Any = section
     for name in loc[:-1]:
         model = model.model_fields[name].annotation if name in getattr(model, "model_fields", {}) else None

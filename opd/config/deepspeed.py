@@ -12,14 +12,9 @@ from opd.settings import UserError
 
 RECIPE_OWNS = {
     "train_batch_size": "train.prompts_per_step",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
-    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "train.micro_batch_tokens"),
     "gradient_clipping": "optim.grad_clip",
-    "bf16": "student.dtype",
-    "fp16": "student.dtype",
-    "amp": "student.dtype",
-    "torch_autocast": "student.dtype",
-    "data_types": "student.dtype",
+    **dict.fromkeys(("bf16", "fp16", "amp", "torch_autocast", "data_types"), "student.dtype"),
     "communication_data_type": "student.dtype",
     "optimizer": "optim.lr",
     "scheduler": "optim.schedule",

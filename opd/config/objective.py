@@ -101,10 +101,6 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-# What a model card says of it: in words, and where that is from.
-METHODS = {name: (o.method, o.paper) for name, o in OBJECTIVES.items()}
-
-
 class ObjectiveConfig(Section):
     """The loss (opd/objectives/losses.py) and its settings."""
 

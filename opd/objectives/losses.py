@@ -1,14 +1,17 @@
-"""Losses as plain functions of tensors.
+"""Distances between next-token distributions and the losses made of them, as plain functions of tensors.
 
-Each function returns a loss per token [N]; the batch's weights (train/batch.py) carry the mask, the view's share lambda
-and the global denominator, so that `(weights * loss).sum()` over all micro-batches and ranks is the objective. The
-in-modal and the cross-modal part of every objective therefore come from lambda alone. Their names: LOSSES.
+Distributions are log-probabilities or logits [N, V] in which ids that nobody may use stand at EXCLUDED. Distances and
+losses are [N], one a token, in nats, with gradient for whatever carries one. The batch's weights (train/batch.py) carry
+the mask, the view's share lambda and the global denominator, so that `(weights * loss).sum()` over all micro-batches
+and ranks is the objective. The in-modal and the cross-modal part of every objective therefore come from lambda alone.
+Their names: LOSSES.
 
 N tokens of responses (a chunk of them: opd/objectives/token_loss.py), V vocabulary, K kept ids.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,14 +19,66 @@ import torch
 from torch import Tensor
 
 from opd.config.objective import ObjectiveConfig
-from opd.objectives.divergences import (
-    EXCLUDED,
-    divergence,
-    entropy,
-    generalized_jsd,
-    jsd_on_teacher_top,
-    reverse_kl_with_tail,
-)
+
+EXCLUDED = -1e9  # logit of an id that no distribution may use: finite, so that 0 * log 0 stays 0 and never NaN
+TAIL = 1e-6  # least mass of a tail: float32 log-probabilities do not tell it from none
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities: [..., V], [..., V] -> [...]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy of log-probabilities: [..., V] -> [...]."""
+    return -(p.exp() * p).sum(-1)
+
+
+def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence of log-probabilities (GKD, arXiv 2306.13649, eq. 1).
+
+    beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. At the ends, where it
+    vanishes, its limits take its place: beta = 0 KL(teacher || student), forward; beta = 1 KL(student || teacher).
+    """
+    if beta == 0.0:
+        return divergence(teacher, student)
+    if beta == 1.0:
+        return divergence(student, teacher)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * divergence(teacher, mixture) + (1.0 - beta) * divergence(student, mixture)
+
+
+def reverse_kl_with_tail(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student || teacher) over K ids and one bucket for all others.
+
+    Args: student, teacher [N, K], log-probabilities of the same ids under the full distributions. The tail's mass is
+    what the K ids leave over. Merging ids into a bucket can only lower a KL, and with K = V nothing is merged. Without
+    the bucket the student could lower its loss by moving mass out of the K ids.
+    """
+    s, t = log_tail(student), log_tail(teacher)
+    return divergence(student, teacher) + s.exp() * (s - t)
+
+
+def log_tail(kept: Tensor) -> Tensor:
+    """log(1 - sum of probabilities): [N, K] log-probabilities -> [N]; at least log(TAIL)."""
+    return torch.log((1.0 - kept.exp().sum(-1)).clamp(min=TAIL))
+
+
+def jsd_on_teacher_top(student: Tensor, kept: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Generalised JSD to a teacher of which only the K best ids are known, renormalised to 1 on them.
+
+    Args: student [N, K], log-probabilities of the kept ids under the student's full distribution; kept [N], the sum
+    of their probabilities; teacher [N, K], log-probabilities as the teacher gave them; beta in [0, 1).
+    Ids that are not kept have no teacher mass: there the mixture is (1 - beta) student, and their part of
+    KL(student || m) is -log(1 - beta) times their mass. beta = 1, the reverse KL, would be infinite. Where none is
+    kept, all ids at EXCLUDED, nothing is known of the teacher, and the gradient is 0; the loss too at beta = 0.
+    """
+    teacher = teacher - teacher.logsumexp(-1, keepdim=True).clamp(min=EXCLUDED / 2)
+    if beta == 0.0:
+        return divergence(teacher, student)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    outside = -(1.0 - kept) * math.log1p(-beta)
+    return beta * divergence(teacher, mixture) + (1.0 - beta) * (divergence(student, mixture) + outside)
 
 
 @dataclass
@@ -137,14 +192,8 @@ def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     ratio_logp = t.pick(t.student(t.temperature))
     logp = ratio_logp if t.temperature == 1.0 else t.pick(t.student())
     out = xopd(logp, t.teacher_logp, ratio_logp, t.sampler_logp, o.advantage_clip, o.ratio_max, o.ratio_above)
-    metrics = {
-        "reverse_kl": -out.advantage,
-        "advantage": out.advantage,
-        "advantage/mean": out.advantage,
-        "ratio/mean": out.ratio,
-        "ratio/clipped": (out.ratio > o.ratio_max).float(),
-    }
-    return Terms(out.loss, metrics)
+    metrics = {"reverse_kl": -out.advantage, "advantage": out.advantage, "advantage/mean": out.advantage}
+    return Terms(out.loss, metrics | {"ratio/mean": out.ratio, "ratio/clipped": (out.ratio > o.ratio_max).float()})
 
 
 def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
@@ -160,21 +209,19 @@ def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def forward_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Forward KL(teacher || student), the end beta = 0 of the generalised JSD."""
-    return Terms(_jsd(t, o, 0.0), {})
+    return jsd_terms(t, o.changed({"beta": 0.0}))
 
 
 def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
-    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives."""
-    return Terms(_jsd(t, o, o.beta), {})
+    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives.
 
-
-def _jsd(t: Tokens, o: ObjectiveConfig, beta: float) -> Tensor:
-    """[N]. With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`)."""
+    With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`).
+    """
     student = t.student()
     if o.top_k is None:
-        return generalized_jsd(student, t.teacher(), beta)
+        return Terms(generalized_jsd(student, t.teacher(), o.beta), {})
     ours, theirs = t.kept(student)
-    return jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, beta)
+    return Terms(jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, o.beta), {})
 
 
 def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -88,30 +87,25 @@ class MixSource:
         self.student, self.teacher, self.config = student, teacher, config
 
     def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
-        mine = [self._is_students(step, position) for position, _ in prompts]
-        own = [p for p, m in zip(prompts, mine, strict=True) if m]
-        others = [p for p, m in zip(prompts, mine, strict=True) if not m]
-        sampled = self.student.respond(own, clips, step)
-        written = self.teacher.respond(others, clips, step)  # also of none: a sharded teacher needs every rank
+        students: dict[bool, list[tuple[int, Prompt]]] = {True: [], False: []}
+        for position, p in prompts:
+            # not a CRC: that is linear, another step would turn all draws over or none
+            drawn = random.Random(f"{self.config.run.seed}/{step}/{position}").random()
+            students[drawn < self.config.rollout.student_share].append((position, p))
+        sampled = self.student.respond(students[True], clips, step)
+        written = self.teacher.respond(students[False], clips, step)  # also of none: a sharded teacher needs every rank
         return sampled + [replace(r, stands_for=self.student.n) for r in written]
 
-    def _is_students(self, step: int, position: int) -> bool:
-        # not a CRC: that is linear, another step would turn all draws over or none
-        drawn = random.Random(f"{self.config.run.seed}/{step}/{position}").random()
-        return drawn < self.config.rollout.student_share
 
-
-def make_source(config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family) -> Any:
+def make_source(
+    config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family
+) -> ResponseSource:
     """The response source that the recipe asks for; `writer`: the teacher that writes, wherever it is."""
-
-    def student() -> StudentSource:
-        assert sampler is not None, "a student that samples has a server"
-        return StudentSource(sampler, config, views)
-
-    make: dict[str, Callable[[], ResponseSource]] = {
-        "student": student,
-        "teacher": lambda: TeacherSource(writer, config, views),
-        "dataset": lambda: DatasetSource(family, config, views),
-        "mix": lambda: MixSource(student(), TeacherSource(writer, config, views), config),
-    }
-    return make[config.rollout.source]()
+    source, writing = config.rollout.source, TeacherSource(writer, config, views)
+    if source == "dataset":
+        return DatasetSource(family, config, views)
+    if source == "teacher":
+        return writing
+    assert sampler is not None, "a student that samples has a server"
+    student = StudentSource(sampler, config, views)
+    return student if source == "student" else MixSource(student, writing, config)

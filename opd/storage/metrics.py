@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from opd.settings import UserError
 from opd.storage.json_lines import _json, read_lines, write_atomic
+from opd.storage.run_folder import status_of
 
 # Log-probabilities, losses and divergences are in nats per token, lengths in tokens, times in seconds; ratio/clipped
 # and length/truncated are shares in [0, 1]. A line leaves out what does not apply to it.
@@ -75,10 +76,7 @@ class MetricsLog:
 
     def failed(self, rank: int, steps: int, error: str, user_error: bool) -> None:
         """Tell why a rank failed, unless another did so first: the others then fail for want of it."""
-        try:
-            before = json.loads((self.run_dir / "status.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            before = {}
+        before = status_of(self.run_dir)
         if before.get("phase") != "failed":
             self.status("failed", f"rank {rank}", before.get("step", 0), steps, error, user_error)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from opd.settings import UserError
 
@@ -30,15 +31,20 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Commit of the code that runs, with `-dirty` when files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tag's name
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
+        return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    """What status.json says; {} where there is none, or it is broken."""
+    try:
+        found = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager

@@ -85,7 +85,8 @@ class CrossTokenizerTeacher(LocalTeacher):
         tokenizer, eos = self.family.tokenizer, self.family.eos_ids
         ended = rollout.token_ids[-1] in eos
         ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)
-        text, *lost = _text(tokenizer, ids).split(REPLACED, 1)
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text, *lost = text.split(REPLACED, 1)
         size = len(text.encode())
         ends = np.cumsum([trl.piece_byte_len(t) for t in tokenizer.convert_ids_to_tokens(ids)]).tolist()
         kept = sum(end <= size for end in ends)
@@ -122,10 +123,6 @@ def uld_loss(o: ObjectiveConfig, student: Any, teacher: Any, device: torch.devic
     settings |= {"skip_student_eos": False, "skip_teacher_eos": False}
     named = {f"uld_{k}": v for k, v in settings.items()} | {"use_extended_uld": True, "beta": o.beta}
     return _trl("gold.gold_trainer").ULDLoss(SimpleNamespace(**named), student, teacher, device)
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _given(ids: list[int], offsets: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,8 +19,7 @@ from opd.models.base import Family
 from opd.models.lora import switched_off
 from opd.models.sharding import DTYPES, load_sharded
 from opd.models.speech_lm import SpeechLM, Task, at_responses
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import Logits
+from opd.objectives.token_loss import Logits, MicroBatch
 from opd.teachers.local import LocalTeacher, frozen
 from opd.types import Prompt, render
 

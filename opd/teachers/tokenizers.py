@@ -9,7 +9,6 @@ from typing import Any
 
 from opd.models.base import Family
 from opd.settings import UserError
-from opd.types import Message, joined
 
 
 def check_byte_level(family: Family, teacher: Any, path: str) -> None:
@@ -29,11 +28,6 @@ def _trl(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and of vLLM's version, which nothing here asks
         return import_module(f"trl.experimental.{name}")
-
-
-def text_prompt_ids(family: Family, tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a chat in the text view, with the generation prompt, as a text teacher reads it."""
-    return family.text_ids(tokenizer, [joined(m) for m in messages])
 
 
 TEXTS = (

@@ -110,6 +110,5 @@ def _sync_files(folder: Path) -> None:
     """The rename must not reach the disk before the contents do."""
     for path in folder.rglob("*"):
         if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+            with path.open("rb") as f:
+                os.fsync(f.fileno())

