@@ -20,6 +20,7 @@ Match = Literal[
 ]  # fmt: skip
 VIEWS: tuple[View, View] = ("speech", "text")
 Message = dict[str, Any]
+Clips = dict[str, np.ndarray]  # audio path -> mono float32 waveform at the family's sampling rate
 T = TypeVar("T")
 
 
@@ -92,7 +93,7 @@ class Batch:
     """What one rank feeds its learner in one step."""
 
     samples: list[Sample]
-    clips: dict[str, np.ndarray]  # key -> mono float32 waveform at the family's sampling rate
+    clips: Clips
     micro_batches: list[list[Sample]] = field(default_factory=list)  # same count on every rank
     tokens: int = 0  # supervised tokens over all ranks
     responses: int = 0  # responses over all ranks

@@ -137,10 +137,7 @@ def chunks(count: int, vocab: int, elements: int | None = None) -> list[slice]:
 
 
 def summed_loss(
-    hidden: Tensor,
-    head: torch.nn.Linear,
-    loss_of: Callable[[Tensor, slice], Tensor],
-    parts: list[slice],
+    hidden: Tensor, head: torch.nn.Linear, loss_of: Callable[[Tensor, slice], Tensor], parts: list[slice]
 ) -> Tensor:
     """The sum of `loss_of(head(hidden[part]), part)`, with gradients for `hidden` [N, H] and the output layer.
 

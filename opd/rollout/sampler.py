@@ -13,7 +13,7 @@ from opd.config.schema import Config
 from opd.inference.client import BAN, Answer, Request, Server, ServerError, given, on_each, post_all
 from opd.models.base import Family
 from opd.prompts.audio import to_base64_wav
-from opd.types import Message, Prompt, Rollout, View, audio_paths, render, with_parts
+from opd.types import Clips, Message, Prompt, Rollout, View, audio_paths, render, with_parts
 
 
 class VllmSampler:
@@ -47,12 +47,7 @@ class VllmSampler:
         return usable
 
     def sample(
-        self,
-        jobs: list[tuple[Prompt, View, str]],
-        clips: dict[str, np.ndarray],
-        n: int,
-        temperature: float,
-        check: bool = True,
+        self, jobs: list[tuple[Prompt, View, str]], clips: Clips, n: int, temperature: float, check: bool = True
     ) -> list[Rollout]:
         """n responses for each (prompt, view, seed key); temperature 0 is greedy.
 
@@ -77,7 +72,7 @@ class VllmSampler:
         assert len(rollouts) == n * len(jobs)
         return rollouts
 
-    def score(self, rollouts: list[Rollout], clips: dict[str, np.ndarray]) -> list[np.ndarray | None]:
+    def score(self, rollouts: list[Rollout], clips: Clips) -> list[np.ndarray | None]:
         """Log-probabilities [T] that the servers give each response's own ids after its view of the prompt.
 
         By prompt log-probs, over the full vocabulary, the banned ids too. The text view is sent as ids. After audio a
@@ -135,7 +130,7 @@ class VllmSampler:
         # spelt out, so that no generation_config of the checkpoint bends the distribution
         return body | {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
-    def _spoken(self, messages: list[Message], clips: dict[str, np.ndarray]) -> list[Message]:
+    def _spoken(self, messages: list[Message], clips: Clips) -> list[Message]:
         """Messages as vLLM takes them, with the clips in them."""
 
         def part(of: dict[str, Any]) -> dict[str, Any]:

@@ -6,24 +6,21 @@ import random
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.rollout.sampler import VllmSampler
 from opd.settings import UserError
-from opd.types import Prompt, Rollout, View
+from opd.types import Clips, Prompt, Rollout, View
 
 
 class ResponseSource(Protocol):
     """Seam: makes responses for the prompts of a step."""
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         """Rollouts of every view with a share in the objective.
 
         prompts: (position in the global batch, prompt); clips: waveforms by audio path.
         """
-        ...
 
 
 class StudentSource:
@@ -33,7 +30,7 @@ class StudentSource:
         self.sampler, self.views = sampler, views
         self.n, self.temperature = config.rollout.n, config.rollout.temperature
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         jobs = [(p, view, f"{step}/{position}") for view in self.views for position, p in prompts]
         return self.sampler.sample(jobs, clips, self.n, self.temperature)
 
@@ -44,7 +41,7 @@ class TeacherSource:
     def __init__(self, teacher: Any, config: Config, views: list[View]) -> None:
         self.teacher, self.views, self.max_tokens = teacher, views, config.rollout.max_tokens
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         replies = self.teacher.respond([p for _, p in prompts], self.max_tokens)
         return [
             Rollout(p, view, ids, None, -1, truncated)
@@ -59,7 +56,7 @@ class DatasetSource:
     def __init__(self, family: Family, config: Config, views: list[View]) -> None:
         self.family, self.views, self.max_tokens = family, views, config.rollout.max_tokens
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         return [Rollout(p, v, *gold_ids(self.family, p, self.max_tokens)) for v in self.views for _, p in prompts]
 
 
@@ -86,7 +83,7 @@ class MixSource:
     def __init__(self, student: StudentSource, teacher: TeacherSource, config: Config) -> None:
         self.student, self.teacher, self.config = student, teacher, config
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         students: dict[bool, list[tuple[int, Prompt]]] = {True: [], False: []}
         for position, p in prompts:
             # not a CRC: that is linear, another step would turn all draws over or none

@@ -24,15 +24,12 @@ class Teacher(Protocol):
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         """Log-probabilities of each rollout's own token ids, at temperature 1, in the text view."""
-        ...
 
     def logits(self, samples: list[Sample]) -> Logits:
         """Logits of the samples' response tokens in the text view, one response after another."""
-        ...
 
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
         """Greedy responses to the text view, in the student's tokens."""
-        ...
 
 
 class _Reader:

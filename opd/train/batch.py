@@ -14,7 +14,7 @@ from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.sharding import all_reduce
 from opd.objectives.token_loss import MicroBatch
-from opd.types import VIEWS, Batch, Rollout, Sample, ScoredRollout, View, audio_paths, packed, render
+from opd.types import VIEWS, Batch, Clips, Rollout, Sample, ScoredRollout, View, audio_paths, packed, render
 
 
 def view_shares(config: Config) -> dict[View, float]:
@@ -24,7 +24,7 @@ def view_shares(config: Config) -> dict[View, float]:
     return {v: shares[v] for v in VIEWS if shares[v] > 0}
 
 
-def make_samples(scored: list[ScoredRollout], clips: dict[str, np.ndarray], family: Family) -> list[Sample]:
+def make_samples(scored: list[ScoredRollout], clips: Clips, family: Family) -> list[Sample]:
     """Tokenise the prompts of scored rollouts, each in its own view, for the student.
 
     `clips` maps audio paths to waveforms. Responses are taken as they are: never re-tokenised.
@@ -37,7 +37,7 @@ def make_samples(scored: list[ScoredRollout], clips: dict[str, np.ndarray], fami
     return samples
 
 
-def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Config) -> Batch:
+def make_batch(samples: list[Sample], clips: Clips, config: Config) -> Batch:
     """Weigh every token by the objective's one global denominator and split into micro-batches.
 
     average = response: a token of a response of |y| tokens weighs share(view) / (N_view * |y|); average = token:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from opd.config.schema import Config
@@ -27,7 +26,7 @@ from opd.settings import UserError
 from opd.teachers.base import Teacher
 from opd.train.batch import make_samples
 from opd.train.learner import Learner
-from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View, transcript
+from opd.types import VIEWS, Clips, Prompt, Rollout, Sample, ScoredRollout, View, transcript
 
 CHUNK = 64  # records whose clips are in memory at a time
 PAIRS = 8  # records of one forward pass in the divergences
@@ -192,7 +191,7 @@ class Evaluator:
             out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist(), questions(prompts))
         return out
 
-    def _student(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Logits]:
+    def _student(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Logits]:
         mb, states = self.learner.eval_states(samples, clips)
         return mb, lambda part: self.learner.model.project(states[part])
 
@@ -212,7 +211,7 @@ class Evaluator:
         out[real] = self.learner.at_output_layer(lambda: torch.cat([of(p) for p in parts])).to(out.dtype)
         return out.sum(-1)
 
-    def _gold(self, chunk: list[tuple[int, Prompt]], view: View, clips: dict[str, np.ndarray]) -> list[Sample]:
+    def _gold(self, chunk: list[tuple[int, Prompt]], view: View, clips: Clips) -> list[Sample]:
         limit = self.config.rollout.max_tokens
         gold = [ScoredRollout(Rollout(p, view, *gold_ids(self.family, p, limit)), None) for _, p in chunk]
         return make_samples(gold, clips, self.family)
@@ -234,8 +233,8 @@ class Evaluator:
         calls = -(-len(prompts) // (self.learner.world * PAIRS))
         return mine + [[(-1, prompts[0])] for _ in range(calls - len(mine))]
 
-    def _load(self, chunk: list[tuple[int, Prompt]]) -> dict[str, np.ndarray]:
-        clips: dict[str, np.ndarray] = {}
+    def _load(self, chunk: list[tuple[int, Prompt]]) -> Clips:
+        clips: Clips = {}
         for _, p in chunk:
             found = self.clips.load(p)
             if found is None:

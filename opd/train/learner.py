@@ -22,7 +22,7 @@ from opd.models.speech_lm import SpeechLM, Task, at_responses
 from opd.objectives.token_loss import MicroBatch, TokenLoss
 from opd.settings import UserError
 from opd.train.batch import collate
-from opd.types import VIEWS, Batch, Sample
+from opd.types import VIEWS, Batch, Clips, Sample
 
 if TYPE_CHECKING:
     from opd.teachers.reference import ReferenceModel
@@ -93,9 +93,7 @@ class Learner:
         of_step = {"lr": lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
         return StepResult(stats.reduce() | of_step, stats.advantages)
 
-    def _loss(
-        self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray], stats: Sums, teacher: Any
-    ) -> Tensor:
+    def _loss(self, mb: MicroBatch, audio: dict[str, Tensor], clips: Clips, stats: Sums, teacher: Any) -> Tensor:
         objective = self.config.objective
         inputs = self.inputs(mb, audio, clips)
         logits = reference = aligned = None
@@ -129,7 +127,7 @@ class Learner:
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
-    def encode(self, clips: dict[str, np.ndarray], samples: list[Sample]) -> dict[str, Tensor]:
+    def encode(self, clips: Clips, samples: list[Sample]) -> dict[str, Tensor]:
         """Run what is frozen of the audio path once per clip; the same number of calls on every rank."""
         if self.model.tower_trained:
             return {}
@@ -144,7 +142,7 @@ class Learner:
             self.call("encode", features=self._silent_clip)
         return audio
 
-    def inputs(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
+    def inputs(self, mb: MicroBatch, audio: dict[str, Tensor], clips: Clips) -> dict[str, Any]:
         """What `SpeechLM` takes of a micro-batch; `audio`: what `encode` gave for its clips.
 
         Without clips a silent one, where something of the audio path is trained.
@@ -157,7 +155,7 @@ class Learner:
         return mb.inputs if self._silence is None else mb.inputs | {"audio": self._silence}
 
     @torch.no_grad()
-    def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
+    def eval_logits(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """One micro-batch and its logits [B, T, V] without gradient; every rank calls it as often as every other."""
         self.model.eval()
         mb = collate(samples).to(self.device)
@@ -166,7 +164,7 @@ class Learner:
         return mb, logits
 
     @torch.no_grad()
-    def eval_states(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
+    def eval_states(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """As `eval_logits`, the hidden states [N, H] of the response tokens alone, one response after another."""
         self.model.eval()
         mb = collate(samples).to(self.device)

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,7 +16,7 @@ from opd.train import checkpoint
 from opd.train.batch import make_batch, make_samples
 from opd.train.parts import Clock, Parts, report_step, status
 from opd.train.verdict import Verdict, verdict, warnings
-from opd.types import Prompt, ScoredRollout
+from opd.types import Clips, Prompt, ScoredRollout
 
 
 def loop(parts: Parts, start: int) -> int:
@@ -49,9 +48,7 @@ def loop(parts: Parts, start: int) -> int:
     return c.train.steps
 
 
-def load_clips(
-    parts: Parts, mine: list[tuple[int, Prompt]], epoch: int
-) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
+def load_clips(parts: Parts, mine: list[tuple[int, Prompt]], epoch: int) -> tuple[list[tuple[int, Prompt]], Clips]:
     """This rank's usable prompts and their clips. Raises UserError when the ranks together met too many bad records."""
     found = parts.clips.load_batch(mine, parts.stream.prompts, epoch)
     if all_reduce(torch.tensor(float(len(parts.clips.bad))), "max") > 0:
