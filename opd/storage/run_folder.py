@@ -31,11 +31,12 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Commit of the code that runs, with `-dirty` when files differ from it; "unknown" outside a checkout."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tag's name
+    told = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(told, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 def status_of(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import soundfile
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from opd.data.engine.clip_store import ClipStore
@@ -92,8 +93,6 @@ class Speak(Stage):
         settings = self._deciding()
 
         def work(record: Record) -> Record:
-            import soundfile
-
             question = last_question(record)
             said = self._draw(record, question.text, voices)
             key = hashlib.sha256(canonical([settings, said])).hexdigest()[:32]

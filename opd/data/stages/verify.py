@@ -16,7 +16,7 @@ from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import load
-from opd.settings import UserError
+from opd.settings import UserError, read_text
 from opd.types import BadAudio
 
 RATE = 16000  # Hz
@@ -158,8 +158,8 @@ def _spellings(path: str | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        found = json.loads(read_text(path))
+    except ValueError as e:
         raise UserError(f"spellings {path}: expected a JSON file: {e}") from e
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise UserError(f"spellings {path}: expected an object of words, found {type(found).__name__}")
