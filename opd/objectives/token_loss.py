@@ -107,8 +107,7 @@ class TokenLoss:
         """Weigh the tokens of whole responses, from logits without gradient."""
         assert self.teacher is not None
         kl = [divergence(torch.log_softmax(logits(p), -1), torch.log_softmax(self.teacher(p), -1)) for p in parts]
-        weights = cord_weights(torch.cat(kl), self.response, self.position, self.objective)
-        self.tokens["importance"] = weights
+        self.tokens["importance"] = cord_weights(torch.cat(kl), self.response, self.position, self.objective)
 
     def __call__(self, logits: Tensor, part: slice) -> Tensor:
         """The chunk's share of the loss: logits [n, V] of the tokens `part`, with gradient -> scalar."""
