@@ -289,7 +289,7 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         mb = MicroBatch(samples=[], targets=ids[..., 0], mask=one, weights=one, **of_rows, **logp, **best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
         made.teacher = made.teacher if c.objective.reads_logits else None
-        made.importance = torch.ones(n)
+        made.tokens["importance"] = torch.ones(n)
         banned = torch.zeros(vocab).bool()
         with LiveMemory() as live:
             finish = partial(torch.masked_fill, mask=banned, value=-1e9)
