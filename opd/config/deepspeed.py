@@ -11,14 +11,9 @@ from opd.settings import UserError, read_text
 
 RECIPE_OWNS = {
     "train_batch_size": "train.prompts_per_step",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
-    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "train.micro_batch_tokens"),
     "gradient_clipping": "optim.grad_clip",
-    "bf16": "student.dtype",
-    "fp16": "student.dtype",
-    "amp": "student.dtype",
-    "torch_autocast": "student.dtype",
-    "data_types": "student.dtype",
+    **dict.fromkeys(("bf16", "fp16", "amp", "torch_autocast", "data_types"), "student.dtype"),
     "communication_data_type": "student.dtype",
     "optimizer": "optim.lr",
     "scheduler": "optim.schedule",
@@ -29,10 +24,8 @@ DEEPSPEED_OWNS = ("zero_optimization", "aio", "comms_logger", "flops_profiler", 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """The DeepSpeed config: ZeRO from the JSON file, everything else from the recipe.
-
     An accelerate config's `deepspeed_config_file` (in the environment that `accelerate launch` sets) comes first.
-    Raises UserError when the file sets what the recipe owns, naming both.
-    """
+    Raises UserError when the file sets what the recipe owns, naming both."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or config.train.deepspeed
     try:
         settings: dict[str, Any] = json.loads(read_text(path, "file"))

@@ -10,7 +10,7 @@ import numpy as np
 from opd import types
 from opd.config import resume
 from opd.config.load import resolve_model, unread
-from opd.config.needs import copies_start, needs_teacher, starts_student, starts_teacher, teacher_servers
+from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, starts_teacher, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.devices import memory, placement
@@ -23,7 +23,6 @@ from opd.prompts.clips import check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
-from opd.teachers.routes import route_of
 from opd.types import Prompt, audio_paths
 
 KEPT = 8  # training records that are kept with their clips for what comes after

@@ -17,7 +17,7 @@ from opd.evaluate.records import eval_config, read_items
 from opd.evaluate.worker import Gap
 from opd.models.context_limit import ContextLimit
 from opd.models.load import family_of
-from opd.objectives.divergences import divergence
+from opd.objectives.losses import divergence
 from opd.prompts import audio
 from opd.scoring.statistics import ratio_stderr
 from opd.teachers.local import LocalTeacher
