@@ -17,8 +17,7 @@ from torch import Tensor
 
 from opd.config.schema import RolloutConfig
 from opd.inference.client import Server, on_each, together
-from opd.inference.ports import free_port
-from opd.inference.transfer_folder import TRANSFER_PREFIX, sweep
+from opd.inference.host import TRANSFER_PREFIX, free_port, sweep
 from opd.settings import UserError
 
 FILE_BYTES = 1 << 30

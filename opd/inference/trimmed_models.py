@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.model_executor.models.granite_speech import GraniteSpeechForConditionalGeneration
 from vllm.model_executor.models.qwen2_audio import Qwen2AudioForConditionalGeneration
 
-from opd.models.qwen2_audio import trimmed_tower
+from opd.models.whisper import trimmed_tower
 
 
 class TrimmedQwen2Audio(Qwen2AudioForConditionalGeneration):

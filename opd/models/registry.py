@@ -36,7 +36,7 @@ class Entry:
 _SEES = ("audio", "image", "video")
 _MISTRAL = ("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral")
 _ENTRIES = (
-    Entry("qwen2_audio", "opd.models.qwen2_audio:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
+    Entry("qwen2_audio", "opd.models.whisper:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
     Entry(
         "qwen2_5_omni",
         "opd.models.omni:Qwen25Omni",
@@ -57,7 +57,7 @@ _ENTRIES = (
     Entry("audioflamingo3", "opd.models.whisper:AudioFlamingo3", "Qwen/Qwen2.5-7B-Instruct", clips=1),
     Entry("glmasr", "opd.models.whisper:GlmAsr", "zai-org/GLM-Edge-1.5B-Chat", clips=1),
     Entry("granite_speech", "opd.models.granite_speech:GraniteSpeech", "ibm-granite/granite-3.3-2b-instruct", clips=1),
-    Entry("qwen3_asr", "opd.models.qwen3_asr:Qwen3Asr", "Qwen/Qwen3-1.7B", shortest_s=1.0, tail_s=0.02),
+    Entry("qwen3_asr", "opd.models.omni:Qwen3Asr", "Qwen/Qwen3-1.7B", shortest_s=1.0, tail_s=0.02),
 )
 FAMILIES = {entry.name: entry for entry in _ENTRIES}
 
@@ -98,3 +98,26 @@ def _config(path: str) -> dict[str, object]:
     if not isinstance(config, dict):
         raise UserError(f"student.path {path}: no loadable config: {file} holds no object")
     return config
+
+
+def whole_weights(path: str, key: str) -> None:
+    """Raise UserError unless every safetensors file of a checkpoint folder is there and whole, by its header.
+
+    A hub id is not looked at.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in sorted(names):
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{key} {path}: expected {name}, found none; weights must be safetensors")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as e:
+            raise UserError(f"{key} {path}: {name} is damaged: {e}") from e

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from opd.models.files import buffers, write_model
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.registry import FAMILIES
 
 SPECS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
@@ -47,8 +46,7 @@ def build(name: str, folder: Path, seed: int = 0) -> None:
     hf = getattr(transformers, family.model_class)(family.config)
     _randomise(hf)
     hf.generation_config.eos_token_id = family.tokenizer.eos_token_id
-    state = {n: p.detach() for n, p in hf.named_parameters()} | buffers(hf)
-    write_model(family, hf, state, student)
+    family.save(hf, {n: p.detach() for n, p in hf.named_parameters()}, student)
     _teacher(family.vocab_size, processor.tokenizer, student, folder / "teacher")
 
 

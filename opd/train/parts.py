@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from opd.config.schema import Config
 from opd.inference.weight_sync import WeightSync
 from opd.prompts.clips import ClipLoader
-from opd.prompts.stream import PromptStream
+from opd.prompts.manifest import PromptStream
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import ResponseSource
 from opd.storage import run_folder

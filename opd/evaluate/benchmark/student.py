@@ -20,7 +20,7 @@ from opd.config.schema import Config
 from opd.evaluate.benchmark.settings import Benchmark
 from opd.evaluate.benchmark.sound import clip, seconds
 from opd.models.base import Family
-from opd.models.context_limit import ContextLimit
+from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.settings import UserError
