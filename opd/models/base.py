@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -230,9 +229,8 @@ def family_of(path: str, name: str | None = None) -> Family:
     Raises UserError when it is not one of ours.
     """
     entry = family_entry(path, name)
-    module, _, klass = entry.family.partition(":")
     try:
-        family: Family = getattr(import_module(module), klass)(path)
+        family: Family = entry.load_class()(path)
     except (OSError, ValueError) as e:
         raise UserError(f"student.path {path}: not a loadable {entry.name} checkpoint: {str(e).splitlines()[0]}") from e
     family.entry = entry

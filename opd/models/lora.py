@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opd.config.schema import LoraConfig
+from opd.models.base import Family
 from opd.settings import UserError
-
-if TYPE_CHECKING:
-    from opd.models.base import Family
 
 ADAPTER = "default"  # PEFT's name for the only one
 BASE = ".base_layer."  # in names of what an adapter sits on
@@ -160,13 +159,11 @@ def save_adapter(hf: Any, state: dict[str, Tensor], folder: Path) -> None:
 
     state: what `adapters` names, whole.
     """
-    import copy
-
     from peft import get_peft_model_state_dict
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
 
-    settings = copy.copy(hf.peft_config[ADAPTER])
+    settings = copy(hf.peft_config[ADAPTER])
     settings.inference_mode = True
     folder.mkdir(parents=True)
     settings.save_pretrained(str(folder))

@@ -69,7 +69,7 @@ class Qwen25Omni(Omni):
 
     model_class = "Qwen2_5OmniThinkerForConditionalGeneration"
     projection = "audio_tower.proj"
-    parts = {"audio_tower.proj.": "adapter"} | Omni.parts
+    parts = {"audio_tower.proj.": "adapter", **Omni.parts}
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         return log_mel(self.extractor, clips)
@@ -89,7 +89,7 @@ class Qwen3OmniMoe(Omni):
 
     model_class = "Qwen3OmniMoeThinkerForConditionalGeneration"
     projection = "audio_tower.proj1"
-    parts = {"audio_tower.proj1.": "adapter", "audio_tower.proj2.": "adapter"} | Omni.parts
+    parts = {"audio_tower.proj1.": "adapter", "audio_tower.proj2.": "adapter", **Omni.parts}
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         options = {"sampling_rate": self.sampling_rate, "padding": True, "truncation": False, "return_tensors": "pt"}

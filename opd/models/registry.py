@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import KW_ONLY, dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from opd.settings import UserError
 
@@ -17,7 +19,7 @@ class Entry:
     """One family: its class, and how vLLM serves it."""
 
     name: str
-    family: str  # module:class
+    family: str  # module of opd.models:class
     teacher: str  # the text LLM whose tokenizer it has
     _: KW_ONLY
     also: tuple[str, ...] = ()  # what config.json may call it beside its name
@@ -32,32 +34,30 @@ class Entry:
         """Of config.json."""
         return (self.name, *self.also)
 
+    def load_class(self) -> Any:
+        """Its subclass of opd.models.base.Family."""
+        module, _, name = self.family.partition(":")
+        return getattr(import_module(f"opd.models.{module}"), name)
 
-_SEES = ("audio", "image", "video")
+
+_SEES: dict[str, Any] = {"modalities": ("audio", "image", "video")}
+_QWEN3_TOWER: dict[str, Any] = {"shortest_s": 1.0, "tail_s": 0.02}
 _MISTRAL = ("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral")
 _ENTRIES = (
-    Entry("qwen2_audio", "opd.models.whisper:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
-    Entry(
-        "qwen2_5_omni",
-        "opd.models.omni:Qwen25Omni",
-        "Qwen/Qwen2.5-7B-Instruct",
-        also=("qwen2_5_omni_thinker",),
-        modalities=_SEES,
-    ),
+    Entry("qwen2_audio", "whisper:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
+    Entry("qwen2_5_omni", "omni:Qwen25Omni", "Qwen/Qwen2.5-7B-Instruct", also=("qwen2_5_omni_thinker",), **_SEES),
     Entry(
         "qwen3_omni_moe",
-        "opd.models.omni:Qwen3OmniMoe",
+        "omni:Qwen3OmniMoe",
         "Qwen/Qwen3-30B-A3B-Instruct-2507",
         also=("qwen3_omni_moe_thinker",),
-        modalities=_SEES,
-        shortest_s=1.0,
-        tail_s=0.02,
+        **(_SEES | _QWEN3_TOWER),
     ),
-    Entry("voxtral", "opd.models.voxtral:Voxtral", "mistralai/Ministral-8B-Instruct-2410", server=_MISTRAL, clips=5),
-    Entry("audioflamingo3", "opd.models.whisper:AudioFlamingo3", "Qwen/Qwen2.5-7B-Instruct", clips=1),
-    Entry("glmasr", "opd.models.whisper:GlmAsr", "zai-org/GLM-Edge-1.5B-Chat", clips=1),
-    Entry("granite_speech", "opd.models.granite_speech:GraniteSpeech", "ibm-granite/granite-3.3-2b-instruct", clips=1),
-    Entry("qwen3_asr", "opd.models.omni:Qwen3Asr", "Qwen/Qwen3-1.7B", shortest_s=1.0, tail_s=0.02),
+    Entry("voxtral", "voxtral:Voxtral", "mistralai/Ministral-8B-Instruct-2410", server=_MISTRAL, clips=5),
+    Entry("audioflamingo3", "whisper:AudioFlamingo3", "Qwen/Qwen2.5-7B-Instruct", clips=1),
+    Entry("glmasr", "whisper:GlmAsr", "zai-org/GLM-Edge-1.5B-Chat", clips=1),
+    Entry("granite_speech", "granite_speech:GraniteSpeech", "ibm-granite/granite-3.3-2b-instruct", clips=1),
+    Entry("qwen3_asr", "omni:Qwen3Asr", "Qwen/Qwen3-1.7B", **_QWEN3_TOWER),
 )
 FAMILIES = {entry.name: entry for entry in _ENTRIES}
 

@@ -107,19 +107,13 @@ class Voxtral(Merging):
         return windows * self.extractor.nb_max_frames // (2 * self.merged)
 
     def chat_ids(self, messages: list[Message]) -> list[int]:
-        silent = _silence(self.sampling_rate)
-        chat = [{**m, "content": _parts(m["content"], silent)} for m in messages]
+        rate, buffer = self.sampling_rate, io.BytesIO()
+        soundfile.write(buffer, np.zeros(rate // 10, np.float32), rate, format="wav")
+        silence = {"type": "audio", "base64": base64.b64encode(buffer.getvalue()).decode()}
+
+        def silent(content: Any) -> Any:
+            return content if isinstance(content, str) else [silence if p["type"] == "audio" else p for p in content]
+
+        chat = [{**m, "content": silent(m["content"])} for m in messages]
         ids = self.processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0].tolist()
         return [i for token, run in groupby(ids) for i in ([token] if token == self.audio_id else run)]
-
-
-def _parts(content: Any, clip: str) -> Any:
-    if isinstance(content, str):
-        return content
-    return [{"type": "audio", "base64": clip} if part["type"] == "audio" else part for part in content]
-
-
-def _silence(rate: int) -> str:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.zeros(rate // 10, np.float32), rate, format="wav")
-    return base64.b64encode(buffer.getvalue()).decode()
