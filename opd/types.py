@@ -41,6 +41,7 @@ class Prompt:
     numbers: dict[str, float] = field(default_factory=dict)  # and numbers
     choices: tuple[str, ...] = ()  # options of a multiple choice, A first
     tolerance: float | None = None  # of a number that is compared
+    numbered: bool = False  # the manifest has a number for its id, which is taken as text
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from opd.config.schema import Config
-from opd.settings import UserError
+from opd.settings import UserError, read_text
 
 RECIPE_OWNS = {
     "train_batch_size": "train.prompts_per_step",
@@ -35,11 +34,11 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     Raises UserError when the file sets what the recipe owns, naming both.
     """
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or config.train.deepspeed
-    if not Path(path).is_file():
-        raise UserError(f"train.deepspeed: {path}: no such file")
     try:
-        settings: dict[str, Any] = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e:
+        settings: dict[str, Any] = json.loads(read_text(path, "file"))
+    except UserError as e:
+        raise UserError(f"train.deepspeed: {e}") from e
+    except ValueError as e:
         raise UserError(f"train.deepspeed: {path}: not valid JSON: {e}") from e
     if not isinstance(settings, dict):
         raise UserError(f"train.deepspeed: {path}: expected an object, found {type(settings).__name__}")

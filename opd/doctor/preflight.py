@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import random
-from pathlib import Path
 
 import numpy as np
 
@@ -219,12 +219,14 @@ def _read(facts: Facts, key: str, path: str) -> str:
     if config.teacher.kind == "routed" and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)
-    gone = [(p, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]
+    gone = [(p, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]
     if gone:
         fault = f"{gone[0][0].place}: {gone[0][1]}: no such audio file"
         _refuse(config, key, len(bad) + len({p.place for p, _ in gone}), records, fault)
     facts.prompts[key], facts.bad[key] = prompts, bad
-    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad"
+    numbered = [p for p in prompts if p.numbered]
+    note = f"; {len(numbered)} ids are numbers, taken as text, such as {numbered[0].id!r}" if numbered else ""
+    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad{note}"
 
 
 def _weighed(config: Config, p: Prompt) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from os.path import commonprefix
+from os.path import commonprefix, isfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +168,7 @@ def read_items(config: Config) -> list[Item]:
             )
         scorer.check(prompts, name)
         for i, prompt in enumerate(prompts):
-            if gone := [p for p in audio_paths(prompt) if not Path(p).is_file()]:
+            if gone := [p for p in audio_paths(prompt) if not isfile(p)]:
                 raise UserError(f"{name}: {prompt.place}: {gone[0]}: no such audio file; mend or remove the record")
             divergences = part == "test" and i < config.eval.kl_limit
             record = _digest(prompt, config.eval.match or prompt.match)

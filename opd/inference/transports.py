@@ -70,14 +70,17 @@ class FileTransport:
         self.device = torch.device("cpu")
         sweep(config.transfer_dir)
         self.folder = tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=config.transfer_dir)
-        self._numbers = count()
+        self._numbers = count()  # of files, none used twice: a server may cache by name
 
     def connect(self, servers: list[Server]) -> None:
         on_each(servers, lambda server: server.post(INIT, {"init_info": {"folder": self.folder}}))
 
     def send(self, tensors: Iterable[Named], servers: list[Server], version: int) -> None:
         # every chunk is on disk before the first server starts: an update that fails half-way kills the engine
-        paths = [self._write(chunk) for chunk in chunks(tensors, FILE_BYTES)]
+        paths: list[Path] = []
+        for chunk in chunks(tensors, FILE_BYTES):
+            paths.append(Path(self.folder, f"{next(self._numbers):06d}.safetensors"))
+            save_file(dict(chunk), paths[-1])
 
         def update(server: Server) -> None:
             server.post("/start_weight_update")
@@ -91,13 +94,6 @@ class FileTransport:
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _write(self, chunk: list[Named]) -> Path:
-        path = Path(
-            self.folder, f"{next(self._numbers):06d}.safetensors"
-        )  # never used twice: a server may cache by name
-        save_file(dict(chunk), path)
-        return path
 
 
 class _Streaming(ABC):

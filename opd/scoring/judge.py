@@ -6,14 +6,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
 
 from opd.endpoint import Endpoint, Failed
 from opd.scoring.voicebench import Grade, criteria, qa_prompt, rating_prompt, system_message
-from opd.types import Prompt, render, transcript
+from opd.types import Prompt, joined, render, transcript
 
 T = TypeVar("T")
 SCALE = 5  # of a rating, from 1; VoiceBench's own overall score takes a rating for r / 5
@@ -53,18 +54,39 @@ Criterion: {criterion}
 Does the last turn meet the criterion? Reply with one word, yes or no."""
 
 
+def template(value: str, names: Sequence[str]) -> str:
+    """The value, when it has these names in braces and no other. Raises ValueError."""
+    try:
+        named = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
+    except ValueError as e:
+        raise ValueError(f"{e}; write {{{{ and }}}} for braces") from e
+    if named != set(names):
+        *some, last = (f"{{{name}}}" for name in names)
+        raise ValueError(f"expected {', '.join(some)} and {last}, and no other name in braces")
+    return value
+
+
+def _judging(value: str) -> str:
+    return value if value == VOICEBENCH_QA else template(PROMPTS.get(value, value), JUDGED)
+
+
+Judging = Annotated[str, AfterValidator(_judging)]
+Rating = Annotated[str, AfterValidator(partial(template, names=("question", "response")))]
+Checking = Annotated[str, AfterValidator(partial(template, names=("conversation", "criterion")))]
+
+
 class Judge(Endpoint):
     """An LLM behind an OpenAI-compatible endpoint that says what an answer is worth."""
 
-    prompt: str = Field(
+    prompt: Judging = Field(
         JUDGE_PROMPT,
         description="match judge: big_bench_audio, voicebench_qa (VoiceBench's own, from lmms-eval), or a text with "
         "{question}, {answer} and {response} that asks for yes or no, or correct or incorrect",
     )
-    rating_prompt: str | None = Field(
+    rating_prompt: Rating | None = Field(
         None, description="match rating: with {question} and {response}; none: VoiceBench's own, from lmms-eval"
     )
-    rubric_prompt: str = Field(
+    rubric_prompt: Checking = Field(
         RUBRIC_PROMPT,
         description="match rubric: with {conversation} and {criterion}; asks for yes or no, or JSON with criteria_met",
     )
@@ -76,21 +98,6 @@ class Judge(Endpoint):
     top_p: float | None = Field(None, gt=0, le=1, description="of the verdict; none: as the endpoint has it")
     samples: PositiveInt = Field(1, description="verdicts on an answer; the majority counts, of ratings the mean")
     concurrency: PositiveInt = Field(16, description="answers judged at a time")
-
-    @field_validator("prompt")
-    @classmethod
-    def _whole(cls, value: str) -> str:
-        return value if value == VOICEBENCH_QA else _template(PROMPTS.get(value, value), JUDGED)
-
-    @field_validator("rating_prompt")
-    @classmethod
-    def _rates(cls, value: str | None) -> str | None:
-        return None if value is None else _template(value, ("question", "response"))
-
-    @field_validator("rubric_prompt")
-    @classmethod
-    def _checks(cls, value: str) -> str:
-        return _template(value, ("conversation", "criterion"))
 
     def needs_lmms_eval(self, match: str) -> bool:
         """Whether what it says for this match is text of lmms-eval's."""
@@ -152,19 +159,8 @@ def worst(prompt: Prompt, match: str) -> Grade:
 
 def asked_last(prompt: Prompt) -> str:
     """The words of a prompt's last user turn."""
-    content = next((m["content"] for m in reversed(render(prompt, "text")) if m["role"] == "user"), "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _template(value: str, names: Sequence[str]) -> str:
-    try:
-        named = {name for _, name, _, _ in Formatter().parse(value) if name is not None}
-    except ValueError as e:
-        raise ValueError(f"{e}; write {{{{ and }}}} for braces") from e
-    if named != set(names):
-        *some, last = (f"{{{name}}}" for name in names)
-        raise ValueError(f"expected {', '.join(some)} and {last}, and no other name in braces")
-    return value
+    last = next((m for m in reversed(render(prompt, "text")) if m["role"] == "user"), {"content": ""})
+    return joined(last)["content"]
 
 
 def verdict(text: str) -> bool | None:

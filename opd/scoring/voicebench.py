@@ -9,11 +9,11 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from opd.settings import UserError
 
@@ -86,25 +86,27 @@ def check_answer(answer: str, match: str, group: str) -> None:
 
 def criteria(answer: str) -> list[str]:
     """The criteria of a rubric, a JSON list of strings. Raises ValueError for anything else."""
-    try:
-        found = json.loads(answer)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"answer: match rubric needs a JSON list of criteria, found {answer[:60]!r} ({e})") from e
-    if not isinstance(found, list) or not found or not all(isinstance(c, str) and c.strip() for c in found):
-        raise ValueError(f"answer: match rubric needs a JSON list of criteria, each a string, found {answer[:60]!r}")
-    return [c.strip() for c in found]
+    found = _listed(answer, "rubric", "criteria", lambda one: isinstance(one, str) and one.strip(), ", each a string")
+    return [one.strip() for one in found]
 
 
 def instructions(answer: str) -> list[dict[str, Any]]:
     """The instructions of an IFEval prompt, a JSON list of {"id", "kwargs"}. Raises ValueError for anything else."""
-    expected = 'answer: match ifeval needs a JSON list of {"id", "kwargs"}'
+
+    def whole(one: Any) -> bool:
+        return isinstance(one, dict) and isinstance(one.get("id"), str) and isinstance(one.get("kwargs"), dict)
+
+    return _listed(answer, "ifeval", '{"id", "kwargs"}', whole)
+
+
+def _listed(answer: str, match: str, what: str, whole: Callable[[Any], Any], each: str = "") -> list[Any]:
+    expected, told = f"answer: match {match} needs a JSON list of {what}", f", found {answer[:60]!r}"
     try:
         found = json.loads(answer)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{expected}, found {answer[:60]!r} ({e})") from e
-    whole = isinstance(found, list) and found and all(isinstance(i, dict) for i in found)
-    if not whole or not all(isinstance(i.get("id"), str) and isinstance(i.get("kwargs"), dict) for i in found):
-        raise ValueError(f"{expected}, found {answer[:60]!r}")
+        raise ValueError(f"{expected}{told} ({e})") from e
+    if not isinstance(found, list) or not found or not all(map(whole, found)):
+        raise ValueError(f"{expected}{each}{told}")
     return found
 
 
@@ -145,10 +147,9 @@ def _letter(text: str) -> str | None:
 
 
 def _is(text: str, task: str, answer: str) -> bool:
+    rule = _voicebench().voicebench_process_results_bbh
     try:
-        return (
-            _voicebench().voicebench_process_results_bbh({"id": task, "reference": answer}, [text])["accuracy"] == 100
-        )
+        return rule({"id": task, "reference": answer}, [text])["accuracy"] == 100
     except _Undecided:
         return False
 
@@ -230,21 +231,7 @@ def _checkers() -> dict[str, Any]:
 
 def _loaded(name: str) -> Any:
     try:
-        with _no_judge():
+        with patch.dict(os.environ, API_TYPE="dummy"):  # else its client of a judge of its own asks for a key
             return importlib.import_module(name)
     except ImportError as e:
         raise UserError(f"{name}: cannot be imported ({e}): pip install opd[benchmarks]") from e
-
-
-@contextmanager
-def _no_judge() -> Iterator[None]:
-    """lmms-eval makes a client for a judge of its own when it is imported, which would ask for a key."""
-    before = os.environ.get("API_TYPE")
-    os.environ["API_TYPE"] = "dummy"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["API_TYPE"]
-        else:
-            os.environ["API_TYPE"] = before

@@ -30,15 +30,12 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Commit of the code that runs, with `-dirty` when files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    told = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(told, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+    return done.stdout.strip()
 
 
 @contextlib.contextmanager
