@@ -66,8 +66,9 @@ def chunks(tensors: Iterable[Named], limit: int) -> Iterator[list[Named]]:
 class FileTransport:
     """Chunks of safetensors in a folder that learner and servers share (/dev/shm on one machine)."""
 
+    device = torch.device("cpu")
+
     def __init__(self, config: RolloutConfig) -> None:
-        self.device = torch.device("cpu")
         sweep(config.transfer_dir)
         self.folder = tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=config.transfer_dir)
         self._numbers = count()  # of files, none used twice: a server may cache by name
@@ -219,8 +220,5 @@ def export(flat: Tensor) -> dict[str, Any]:
     return {uuid: ipc_handle.encode(reduce_tensor(flat)[1])}
 
 
-TRANSPORTS: dict[str, Callable[[RolloutConfig], WeightTransport]] = {
-    "file": FileTransport,
-    "nccl": NcclTransport,
-    "ipc": IpcTransport,
-}
+Make = Callable[[RolloutConfig], WeightTransport]
+TRANSPORTS: dict[str, Make] = {"file": FileTransport, "nccl": NcclTransport, "ipc": IpcTransport}

@@ -212,15 +212,13 @@ class Family(ABC):
         Raises BadAudio when a text of the chat spells the placeholder itself.
         """
         ids = self.chat_ids(messages)
-        if ids.count(self.audio_id) > len(clip_samples):
+        placeholders = ids.count(self.audio_id)
+        if placeholders > len(clip_samples):
             token = self.tokenizer.convert_ids_to_tokens(self.audio_id)
             raise BadAudio(f"its text or transcript contains {token}, which stands for a clip; take it out")
-        lengths = iter([self.audio_tokens(n) for n in clip_samples])
-        expanded: list[int] = []
-        for i in ids:
-            expanded += [i] * (next(lengths) if i == self.audio_id else 1)
-        assert next(lengths, None) is None, "the chat template dropped an audio part"
-        return expanded
+        assert placeholders == len(clip_samples), "the chat template dropped an audio part"
+        lengths = map(self.audio_tokens, clip_samples)
+        return [i for token in ids for i in [token] * (next(lengths) if token == self.audio_id else 1)]
 
 
 def family_of(path: str, name: str | None = None) -> Family:

@@ -63,14 +63,10 @@ def inject(hf: Any, family: Family, lora: LoraConfig, seed: int) -> None:
     import peft
 
     wanted = targets(hf, family, lora)
-    settings = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=wanted,
-        base_model_name_or_path=family.path,
-        auto_mapping={"base_model_class": type(hf).__name__, "parent_library": type(hf).__module__},
-    )
+    sizes = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    model = {"base_model_class": type(hf).__name__, "parent_library": type(hf).__module__}
+    about = {"base_model_name_or_path": family.path, "auto_mapping": model}
+    settings = peft.LoraConfig(**sizes, **about, target_modules=wanted)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # ZeRO-3 takes each rank's share from what that rank drew: all must draw the same
         peft.inject_adapter_in_model(settings, hf, ADAPTER)

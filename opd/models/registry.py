@@ -91,10 +91,8 @@ def _config(path: str) -> dict[str, object]:
             file = Path(hf_hub_download(path, "config.json"))
         config = json.loads(file.read_text())
     except (OSError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(
-            f"student.path {path}: no loadable config ({reason}); name its family: student.family=..."
-        ) from e
+        remedy = f"({str(e).splitlines()[0]}); name its family: student.family=..."
+        raise UserError(f"student.path {path}: no loadable config {remedy}") from e
     if not isinstance(config, dict):
         raise UserError(f"student.path {path}: no loadable config: {file} holds no object")
     return config

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import math
 import sys
 from pathlib import Path
 from string import Template
@@ -20,6 +19,7 @@ import torch
 import transformers
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.whisper.modeling_whisper import sinusoids
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from opd.models.base import family_of
@@ -115,20 +115,13 @@ def _randomise(hf: Any) -> None:
     with torch.no_grad():
         for name, p in hf.named_parameters():
             if "embed_positions" in name:
-                p.copy_(_sinusoids(*p.shape))
+                p.copy_(sinusoids(*p.shape))  # as in a Whisper encoder (arXiv 2212.04356)
             elif p.dim() >= 2:
                 p.normal_(0, 0.08)
             elif "bias" in name:
                 p.normal_(0, 0.05)
             else:
                 p.copy_(1 + 0.1 * torch.randn_like(p))
-
-
-def _sinusoids(length: int, channels: int) -> torch.Tensor:
-    """Positions of a Whisper encoder [length, channels] (arXiv 2212.04356)."""
-    scale = math.log(10000) / (channels // 2 - 1)
-    angles = torch.arange(length)[:, None] * torch.exp(-scale * torch.arange(channels // 2))[None]
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _teacher(vocab_size: int, tokenizer: Any, student: Path, folder: Path) -> None:

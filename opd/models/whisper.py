@@ -92,14 +92,9 @@ def log_mel(extractor: Any, clips: list[np.ndarray], whole: bool = False) -> dic
     """
     tail = 16 * extractor.hop_length  # silence behind the longest clip, as a full window would have
     longest = -(-max(len(c) for c in clips) // extractor.hop_length) * extractor.hop_length
-    out = extractor(
-        clips,
-        sampling_rate=extractor.sampling_rate,
-        return_attention_mask=True,
-        padding="max_length",
-        max_length=extractor.n_samples if whole else min(extractor.n_samples, longest + tail),
-        return_tensors="pt",
-    )
+    size = extractor.n_samples if whole else min(extractor.n_samples, longest + tail)
+    options = {"return_attention_mask": True, "padding": "max_length", "max_length": size, "return_tensors": "pt"}
+    out = extractor(clips, sampling_rate=extractor.sampling_rate, **options)
     return {"mel": out["input_features"], "frames": out["attention_mask"].sum(-1)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,18 +82,14 @@ class ClipLoader:
         if prompt.place in self.bad:
             return None
         try:
-            limit = self.config.data.max_audio_seconds
-            clean = {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
-            if epoch is None:
-                return self._fitting(prompt, clean)
-            own = self.apart(prompt)
-            clips = {key: clean[p] for key, p in zip(audio_paths(own), audio_paths(prompt), strict=True)}
-            if self._augmenter is not None:
-                try:
+            limit, paths = self.config.data.max_audio_seconds, audio_paths(prompt)
+            clean = {p: audio.load(p, self.rate, limit) for p in paths}
+            own = prompt if epoch is None else self.apart(prompt)
+            clips = {key: clean[p] for key, p in zip(audio_paths(own), paths, strict=True)}
+            if epoch is not None and self._augmenter is not None:
+                with suppress(types.TooLong):
                     changed = enumerate(clips.items())
                     return self._fitting(own, {k: self._heard(c, self.name(prompt, i), epoch) for i, (k, c) in changed})
-                except types.TooLong:
-                    pass
             return self._fitting(own, clips)
         except types.BadAudio as e:
             self._count(prompt, str(e))
@@ -141,16 +138,13 @@ class ClipLoader:
         """A batch and its clips, as heard in an epoch; for a bad record the next usable one of `spare` is taken."""
         kept, clips = [], {}
         for position, prompt in batch:
-            found = self.load(prompt, epoch)
             start = next((i for i, p in enumerate(spare) if p.place == prompt.place), 0)
-            for offset in range(1, len(spare)):
-                if found is not None:
+            for taken in [prompt, *spare[start + 1 :], *spare[:start]]:
+                if (found := self.load(taken, epoch)) is not None:
                     break
-                prompt = spare[(start + offset) % len(spare)]
-                found = self.load(prompt, epoch)
-            if found is None:
+            else:
                 raise UserError(f"{self.config.data.train}: no usable record is left")
-            kept.append((position, prompt if epoch is None else self.apart(prompt)))
+            kept.append((position, taken if epoch is None else self.apart(taken)))
             clips.update(found)
         return kept, clips
 
