@@ -25,8 +25,6 @@ from opd.inference.host import TRANSFER_PREFIX, free_port, sweep
 from opd.settings import UserError
 
 FILE_BYTES = 1 << 30
-NCCL_BYTES = 1 << 30
-IPC_BYTES = 1 << 28  # of the one device that learner and server share
 INIT = "/init_weight_transfer_engine"
 Named = tuple[str, Tensor]  # under the name that vLLM's loader knows
 
@@ -103,7 +101,7 @@ class _Streaming(ABC):
     So no names or shapes are needed before the weights are gathered, and one chunk at a time is whole.
     """
 
-    limit: int
+    limit: int  # bytes of a chunk
 
     def __init__(self, config: RolloutConfig) -> None:
         if not torch.cuda.is_available():
@@ -130,7 +128,7 @@ class _Streaming(ABC):
 class NcclTransport(_Streaming):
     """vLLM's packed NCCL broadcast: rank 0 of the learner and all workers of all servers are one group."""
 
-    limit = NCCL_BYTES
+    limit = 1 << 30
     group: Any = None
 
     def connect(self, servers: list[Server]) -> None:
@@ -193,7 +191,7 @@ def _check_reachable(address: str, servers: list[Server]) -> None:
 class IpcTransport(_Streaming):
     """CUDA IPC: one server maps the memory of the learner rank whose GPU it shares. Handles travel as plain JSON."""
 
-    limit = IPC_BYTES
+    limit = 1 << 28  # of the one device that learner and server share
 
     def connect(self, servers: list[Server]) -> None:
         gpus = sum(on_each(servers, workers))

@@ -1,6 +1,6 @@
 """vLLM's models with their audio tower run over the clips alone: no window around them, no other clip beside them.
 
-vllm_plugin.py registers them in servers that the launcher starts (`rollout.server.trim_audio`).
+plugin.py registers them in servers that the launcher starts (`rollout.server.trim_audio`).
 """
 
 from __future__ import annotations

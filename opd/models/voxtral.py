@@ -27,7 +27,6 @@ from opd.settings import UserError
 from opd.types import Message
 
 MISTRAL = ("params.json", "tekken.json")
-CONSOLIDATED = "consolidated.safetensors"
 TOWER = "mm_whisper_embeddings.whisper_encoder."
 BLOCK = TOWER + r"transformer.layers.\1."
 RENAMED = [
@@ -89,7 +88,7 @@ class Voxtral(Merging):
             stale.unlink()
         save_torch_state_dict(state, folder)
         mistral = {self.to_vllm(n): v.contiguous() for n, v in state.items() if "embed_positions" not in n}
-        save_file(mistral, folder / CONSOLIDATED, metadata={"format": "pt"})
+        save_file(mistral, folder / "consolidated.safetensors", metadata={"format": "pt"})
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         size = self.extractor.n_samples
