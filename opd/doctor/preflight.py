@@ -15,11 +15,10 @@ from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.devices import memory, placement
 from opd.inference.client import Server, check_model
-from opd.models.context_limit import ContextLimit
-from opd.models.files import whole_weights
+from opd.models.registry import whole_weights
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
-from opd.prompts.clips import check_share
+from opd.prompts.clips import ContextLimit, check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
@@ -83,7 +82,7 @@ def deepspeed(facts: Facts) -> str:
 
 def student(facts: Facts) -> str:
     """The student is a whole checkpoint of a known family."""
-    from opd.models.load import family_of
+    from opd.models.base import family_of
     from opd.models.lora import targets
 
     s = facts.config.student

@@ -20,8 +20,8 @@ from opd.doctor.checks import Facts
 from opd.evaluate.records import Item, eval_config, read_items
 from opd.evaluate.results import sampled
 from opd.models.base import Family
-from opd.models.context_limit import ContextLimit
 from opd.prompts import audio
+from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.scoring.scorer import Scorer

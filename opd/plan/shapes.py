@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,9 +135,7 @@ def _student(path: str, name: str | None) -> ModelShape:
 
     full, source = _config(path, "student.path")
     entry = _entry(full.model_type, path, name)
-    module, _, klass = entry.family.partition(":")
-    family_class = getattr(import_module(module), klass)
-    family: Family = object.__new__(family_class)  # without the processor that a checkpoint brings
+    family: Family = object.__new__(entry.load_class())  # without the processor that a checkpoint brings
     about = family.model_config(full)
     family.config, family.extractor = about, _extractor(about)
     hf = _on_meta(getattr(transformers, family.model_class), about)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -62,18 +62,17 @@ def resample(wave: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     """Resample [samples] by torchaudio's windowed-sinc kernel."""
     if source_rate == rate:
         return np.ascontiguousarray(wave, dtype=np.float32)
-    import torch
-
-    return _resampler(source_rate, rate)(torch.from_numpy(wave)).numpy()
+    return _resampler(source_rate, rate)(wave)
 
 
 @lru_cache(maxsize=16)
-def _resampler(source_rate: int, rate: int) -> Any:
+def _resampler(source_rate: int, rate: int) -> Callable[[np.ndarray], np.ndarray]:
     """Keeps the kernel, which takes many times as long to make as a clip to resample."""
     import torch
     import torchaudio
 
-    return torchaudio.transforms.Resample(source_rate, rate, dtype=torch.float32)
+    kernel = torchaudio.transforms.Resample(source_rate, rate, dtype=torch.float32)
+    return lambda wave: kernel(torch.from_numpy(wave)).numpy()
 
 
 def whole_frames(wave: np.ndarray, rate: int) -> np.ndarray:

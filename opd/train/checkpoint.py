@@ -19,7 +19,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opd.models.files import buffers, write_model
 from opd.models.lora import save_adapter
 from opd.settings import UserError
 from opd.storage.checkpoints import checkpoints
@@ -69,8 +68,7 @@ def save_model(learner: Learner, folder: Path) -> None:
     (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)"""
     state = {name: value for name, value in learner.gathered(trainable_only=False) if value is not None}
     if learner.rank == 0:
-        hf: Any = learner.model.hf
-        write_model(learner.family, hf, state | buffers(hf), folder)
+        learner.family.save(learner.model.hf, state, folder)
     dist.barrier()
 
 

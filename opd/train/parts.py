@@ -13,7 +13,7 @@ from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family
 from opd.models.sharding import all_reduce
 from opd.prompts.clips import ClipLoader
-from opd.prompts.stream import PromptStream
+from opd.prompts.manifest import PromptStream
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import ResponseSource, decode
 from opd.storage.metrics import MetricsLog

@@ -14,7 +14,7 @@ from live import ROOT, STUDENT, config_of, serving, serving_student
 
 from opd.doctor.probe import PlainStudent
 from opd.inference.weight_sync import WeightSync
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.processes.commands import teacher_server
 from opd.processes.layout import Place
 

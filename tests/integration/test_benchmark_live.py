@@ -19,9 +19,9 @@ from live import STUDENT, config_of, opd
 from opd.evaluate.benchmark.command import Benchmark, JudgeConfig, read
 from opd.evaluate.records import model
 from opd.inference.client import ServerError
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.prompts import audio
+from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.settings import UserError

@@ -18,7 +18,7 @@ from tiny_whisper import MOST_TOKENS, write_tiny_whisper
 
 from opd.data.engine.runner import Summary, run_stage
 from opd.data.stages import stage_class
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.processes.commands import teacher_server
 from opd.processes.layout import Place
 from opd.prompts.audio import load

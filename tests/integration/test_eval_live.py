@@ -15,10 +15,10 @@ from live import STUDENT, TEACHER, opd
 from opd.doctor.probe import PlainStudent
 from opd.evaluate.records import eval_config, read_items
 from opd.evaluate.worker import Gap
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.objectives.losses import divergence
 from opd.prompts import audio
+from opd.prompts.clips import ContextLimit
 from opd.scoring.statistics import ratio_stderr
 from opd.teachers.local import LocalTeacher
 from opd.train.batch import collate, make_samples

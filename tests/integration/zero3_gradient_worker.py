@@ -21,8 +21,7 @@ import plain_losses
 from opd.config import needs
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.models.speech_lm import SpeechLM
 from opd.models.tiny import build
 from opd.objectives.losses import EXCLUDED

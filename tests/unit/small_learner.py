@@ -18,8 +18,7 @@ from torch import Tensor
 
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.models.lora import adapters
 from opd.models.speech_lm import SpeechLM, Task
 from opd.objectives.losses import EXCLUDED

@@ -21,7 +21,7 @@ from opd.config.schema import Config
 from opd.evaluate.benchmark.command import Benchmark
 from opd.evaluate.benchmark.sound import clip, seconds
 from opd.models.base import Family
-from opd.models.context_limit import ContextLimit
+from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.settings import UserError

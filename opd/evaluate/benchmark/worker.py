@@ -18,8 +18,8 @@ from opd.doctor import preflight
 from opd.doctor.checks import Facts
 from opd.evaluate.benchmark.command import Benchmark, read, split
 from opd.evaluate.records import model
-from opd.models.context_limit import ContextLimit
 from opd.processes.with_servers import served
+from opd.prompts.clips import ContextLimit
 from opd.settings import RunFailed, UserError
 from opd.storage import run_folder
 from opd.storage.journal import Journal

@@ -82,7 +82,7 @@ def test_every_family_has_a_shape(name: str, tmp_path: Path) -> None:
 
     build(name, tmp_path)
     shape = shapes._student(str(tmp_path / "student"), name)
-    family = __import__("opd.models.load", fromlist=["family_of"]).family_of(str(tmp_path / "student"))
+    family = __import__("opd.models.base", fromlist=["family_of"]).family_of(str(tmp_path / "student"))
     hf = family.load(torch.float32, "sdpa")
     named = dict(hf.named_parameters())
     assert {w.name: w.shape for w in shape.weights} == {n: tuple(p.shape) for n, p in named.items()}
@@ -208,7 +208,7 @@ def test_peak_of_a_real_pass(
 ) -> None:
     from transformers import Qwen2AudioForConditionalGeneration
 
-    from opd.models.load import family_of
+    from opd.models.base import family_of
     from opd.models.speech_lm import SpeechLM
 
     monkeypatch.setattr("opd.config.needs.ELEMENTS", elements)

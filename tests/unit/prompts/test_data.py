@@ -13,8 +13,7 @@ from opd import types
 from opd.config.schema import Config
 from opd.prompts import audio
 from opd.prompts.clips import ClipLoader, list_bad, listed
-from opd.prompts.manifest import parse_record, read_manifest
-from opd.prompts.stream import PromptStream
+from opd.prompts.manifest import PromptStream, parse_record, read_manifest
 from opd.settings import UserError
 from opd.types import Prompt, audio_paths, render, transcript
 

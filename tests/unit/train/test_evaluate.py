@@ -16,7 +16,7 @@ import torch
 import opd.train.evaluator
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.speech_lm import SpeechLM, at_responses
 from opd.objectives.losses import EXCLUDED
 from opd.rollout.sources import decode

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from opd.config import resume
 from opd.config.load import load_config
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.storage.checkpoints import checkpoints
 from opd.storage.metrics import MetricsLog
 from opd.train import __main__, checkpoint
