@@ -62,21 +62,18 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
     if e.test is None and e.retention is None:
         raise UserError(f"{recipe}: nothing to evaluate: expected eval.test or eval.retention, found neither")
     if teacher and (t.kind in ("self", "routed") or not t.path):
-        raise UserError(
-            f"{recipe}: expected one teacher with a path of its own, found teacher.kind {t.kind}; name it by "
-            "teacher.kind=server teacher.path=..., or go without it: --no-teacher"
-        )
+        told = f"expected one teacher with a path of its own, found teacher.kind {t.kind}"
+        remedy = "name it by teacher.kind=server teacher.path=..., or go without it: --no-teacher"
+        raise UserError(f"{recipe}: {told}; {remedy}")
     return served(config, out, teacher)
 
 
 def settings(config: Config) -> dict[str, Any]:
     """All that a measurement depends on beside the record itself."""
     e, judge = config.eval, config.eval.judge
-    models: dict[str, Any] = {"student": model(config.student.path, config.student.dtype)}
-    if config.teacher.kind == "server":
-        models["teacher"] = model(config.teacher.path, config.teacher.dtype)
+    models = {"student": config.student} | ({"teacher": config.teacher} if config.teacher.kind == "server" else {})
     return {
-        **models,
+        **{name: model(m.path, m.dtype) for name, m in models.items()},
         "family": config.student.family,
         "max_tokens": config.rollout.max_tokens,
         "max_audio_seconds": config.data.max_audio_seconds,
@@ -163,9 +160,8 @@ def read_items(config: Config) -> list[Item]:
             continue
         prompts, bad = read_manifest(path, config.eval.limit)
         if bad:
-            raise UserError(
-                f"{name}: {bad[0]['place']}: {bad[0]['reason']}; mend or remove it: every record must be good"
-            )
+            told = "mend or remove it: every record must be good"
+            raise UserError(f"{name}: {bad[0]['place']}: {bad[0]['reason']}; {told}")
         scorer.check(prompts, name)
         for i, prompt in enumerate(prompts):
             if gone := [p for p in audio_paths(prompt) if not isfile(p)]:

@@ -12,22 +12,19 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import patch
 
 from opd.settings import UserError
 
 NEEDS = {  # match -> what has to be installed
-    "voicebench_mcq": ("lmms_eval",),
-    "voicebench_bbh": ("lmms_eval",),
-    "voicebench_refusal": ("lmms_eval",),
+    **dict.fromkeys(("voicebench_mcq", "voicebench_bbh", "voicebench_refusal"), ("lmms_eval",)),
     "ifeval": ("lmms_eval", "langdetect", "immutabledict", "nltk"),
 }
 TASKS = {  # of Big Bench Hard in VoiceBench -> answers
     "hyperbaton": ("(a)", "(b)"),
-    "navigate": ("yes", "no"),
-    "sports_understanding": ("yes", "no"),
-    "web_of_lies": ("yes", "no"),
+    **dict.fromkeys(("navigate", "sports_understanding", "web_of_lies"), ("yes", "no")),
 }
 LETTERS = "ABCD"
 UNDECIDED = "no answer found"
@@ -46,12 +43,9 @@ class _Undecided(Exception):
     """No rule finds an answer in a response."""
 
 
-class _NoChance:
-    """Stands for `random` in the library, which would draw an answer where its rules find none."""
-
-    @staticmethod
-    def choice(_: Any) -> NoReturn:
-        raise _Undecided
+def _undecided(_: Any) -> NoReturn:
+    """Stands for `random.choice` in the library, which would draw an answer where its rules find none."""
+    raise _Undecided
 
 
 def check_installed(match: str) -> None:
@@ -60,10 +54,8 @@ def check_installed(match: str) -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"match {match}: the module {name} is not installed: pip install opd[benchmarks]")
     if match == "ifeval":
-        import nltk
-
         try:
-            nltk.data.find("tokenizers/punkt_tab")
+            importlib.import_module("nltk").data.find("tokenizers/punkt_tab")
         except LookupError as e:
             told = "NLTK's table of sentences is missing: python -m nltk.downloader punkt_tab"
             raise UserError(f"match {match}: {told}") from e
@@ -119,43 +111,20 @@ def grade(match: str, text: str, answer: str, group: str, question: str) -> Grad
         return _followed(text, instructions(answer), question)
     if match == "voicebench_refusal":
         return Grade(_voicebench().voicebench_process_results_harm({}, [text])["accuracy"] == 100)
-    if match == "voicebench_mcq":
-        return _expected(_letter(text), answer, len(LETTERS))
-    said = "right" if _is(text, group, answer) else "wrong"
-    return _expected(said if _decided(text, group) else None, "right", 2)
+    options = TASKS[group] if match == "voicebench_bbh" else tuple(LETTERS)
+    if not any(_says(match, text, group, option) for option in options):
+        # VoiceBench draws an option where its rules find none: what that is worth on average, without the draw
+        return Grade(1 / len(options), {UNDECIDED: (1.0, 1.0)})
+    return Grade(_says(match, text, group, answer), {UNDECIDED: (0.0, 1.0)})
 
 
-def worst(match: str, answer: str) -> Grade:
-    """The grade of an answer that never ended."""
-    if match == "ifeval":
-        count = float(len(instructions(answer)))
-        return Grade(0.0, dict(zip(FOUR, [(0.0, 1.0), (0.0, count)] * 2, strict=True)))
-    return Grade(False)
-
-
-def _expected(said: str | None, answer: str, options: int) -> Grade:
-    """VoiceBench draws an option where its rules find none: what that is worth on average, without the draw."""
-    if said is None:
-        return Grade(1 / options, {UNDECIDED: (1.0, 1.0)})
-    return Grade(said == answer, {UNDECIDED: (0.0, 1.0)})
-
-
-def _letter(text: str) -> str | None:
-    """The option that VoiceBench's rules for multiple choice read in a response."""
-    rule = _voicebench().voicebench_process_results_mcq
-    return next((one for one in LETTERS if rule({"reference": one}, [text])["accuracy"] == 100), None)
-
-
-def _is(text: str, task: str, answer: str) -> bool:
-    rule = _voicebench().voicebench_process_results_bbh
+def _says(match: str, text: str, task: str, answer: str) -> bool:
+    """Whether VoiceBench's rules read this answer in a response."""
+    rule = getattr(_voicebench(), match.replace("voicebench_", "voicebench_process_results_"))
     try:
         return rule({"id": task, "reference": answer}, [text])["accuracy"] == 100
     except _Undecided:
         return False
-
-
-def _decided(text: str, task: str) -> bool:
-    return any(_is(text, task, answer) for answer in TASKS[task])
 
 
 def _followed(text: str, asked: list[dict[str, Any]], question: str) -> Grade:
@@ -219,7 +188,7 @@ def qa_prompt() -> str:
 @cache
 def _voicebench() -> Any:
     module = _loaded("lmms_eval.tasks.voicebench.utils")
-    module.random = _NoChance()
+    module.random = SimpleNamespace(choice=_undecided)
     return module
 
 

@@ -19,7 +19,7 @@ from opd.data.stages.benchmarks import AUDIO, BENCHMARKS, OPTIONS, UNHEARD, Benc
 from opd.data.stages.natural import Natural, dropping_bad_audio
 from opd.data.stages.recordings import within
 from opd.prompts.manifest import datasets_records, records
-from opd.scoring.judge import template
+from opd.scoring.scorer import template
 from opd.settings import UserError, read_text
 from opd.storage.digests import digest
 

@@ -169,7 +169,10 @@ def _columns(source: str, columns: dict[str, str]) -> Rows:
 
 
 def _shard(file: Path) -> Rows:
-    """Samples of a WebDataset shard: members with one name up to its first dot, one after the other."""
+    """Samples of a WebDataset shard: members with one name up to its first dot, one after the other.
+
+    By tarfile: `webdataset` takes a shard that was cut off for a whole one, `datasets` stops at one broken member.
+    """
     try:
         with tarfile.open(file, "r|*") as tar:
             members = (m for m in tar if m.isfile() and not os.path.basename(m.name).startswith("."))
@@ -240,7 +243,8 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
 def read_segments(file: Path) -> list[Segment]:
     """A transcript with times, in order: Whisper's JSON ({"segments": [{start, end, text}]}), SRT or WebVTT.
 
-    Raises ValueError, which a UnicodeDecodeError is.
+    Raises ValueError, which a UnicodeDecodeError is. No library does it: pysubs2 takes WebVTT's notes and names of cues
+    for speech, webvtt-py passes over SRT whose times have no hours, and refuses SRT without numbers.
     """
     text = read_text(file)
     if file.suffix == ".json":

@@ -147,19 +147,10 @@ class Speak(Stage):
     def _ask(self, said: Said) -> np.ndarray:
         endpoint = self.endpoint
         assert endpoint is not None
-        speed = {} if said.speed == 1.0 else {"speed": said.speed}
-        sent: bytes = endpoint.ask(
-            lambda client: (
-                client.audio.speech.create(
-                    model=endpoint.model,
-                    voice=said.voice,
-                    input=said.text,
-                    response_format=self.format,
-                    extra_body=self.extra,
-                    **speed,
-                ).content
-            )
-        )
+        asked: dict[str, Any] = {"model": endpoint.model, "voice": said.voice, "input": said.text}
+        asked |= {"response_format": self.format, "extra_body": self.extra}
+        asked |= {} if said.speed == 1.0 else {"speed": said.speed}
+        sent: bytes = endpoint.ask(lambda client: client.audio.speech.create(**asked).content)
         with tempfile.NamedTemporaryFile(suffix=f".{self.format}") as f:
             f.write(sent)
             f.flush()

@@ -92,18 +92,13 @@ class Verify(Stage):
     def _asked(self) -> tuple[Hear, dict[str, str]]:
         endpoint = self.asr
         assert isinstance(endpoint, Endpoint)
-        language = {"language": self.language} if self.language else {}
+        told: dict[str, Any] = {"model": endpoint.model, "response_format": "json", "temperature": 0.0}
+        told |= {"extra_body": self.extra}
+        told |= {"language": self.language} if self.language else {}
 
         def hear(path: str, wave: np.ndarray) -> str:
-            clip = Path(path)
-
-            def call(client: Any) -> Any:
-                file = clip.name, clip.read_bytes()
-                transcriptions = client.audio.transcriptions
-                told = {"response_format": "json", "temperature": 0.0, "extra_body": self.extra, **language}
-                return transcriptions.create(model=endpoint.model, file=file, **told).text
-
-            text = endpoint.ask(call)
+            file = Path(path).name, Path(path).read_bytes()
+            text = endpoint.ask(lambda client: client.audio.transcriptions.create(file=file, **told).text)
             if not isinstance(text, str):
                 raise Failed(f"no transcription: {endpoint.url}: expected text, found {str(text)[:60]!r}")
             return text
