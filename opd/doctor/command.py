@@ -12,7 +12,7 @@ from typing import Literal
 
 from opd.config.load import load_config
 from opd.doctor import preflight
-from opd.doctor.checks import Check, Facts, Skip, Warned
+from opd.doctor.checks import Check, Facts, Skip, Warned, first_line
 from opd.settings import UserError
 
 WIDTH = 16  # of the names' column
@@ -60,9 +60,9 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
 
 def checks() -> tuple[Check, ...]:
     """All checks in their order: what takes no server first."""
-    from opd.doctor import live as m
+    from opd.doctor import live
 
-    return (*preflight.checks(), *m.CHECKS)
+    return (*preflight.checks(), *live.CHECKS)
 
 
 def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterable[Line]:
@@ -84,7 +84,6 @@ def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterab
             except Skip as e:
                 outcome, found = "not run", str(e)
             except Exception as e:  # whatever it is, the other checks go on
-                told = str(e).strip().splitlines() or [""]
-                outcome, found = "FAIL", told[0] if isinstance(e, UserError) else f"{type(e).__name__}: {told[0]}"
+                outcome, found = "FAIL", first_line(e)
         remedy = check.remedy if outcome == "FAIL" else ""
         yield Line(check.name, outcome, str(found), remedy, time.perf_counter() - began)

@@ -10,7 +10,7 @@ import psutil
 from opd.config.needs import starts_student, starts_teacher
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
-from opd.doctor.checks import Facts, Skip, Warned
+from opd.doctor.checks import Facts, Skip, Warned, first_line
 from opd.settings import UserError
 
 
@@ -50,8 +50,7 @@ def memory(facts: Facts) -> str:
     try:
         plan = estimate(config, machine)
     except Exception as e:  # a model that the formulas do not know may well run
-        told = str(e).strip().splitlines() or [""]
-        raise Skip(f"no estimate: {told[0] if isinstance(e, UserError) else f'{type(e).__name__}: {told[0]}'}") from e
+        raise Skip(f"no estimate: {first_line(e)}") from e
     given = f"host of {host:.1f} GiB"
     if plan.uses:
         given = f"GPUs of {machine.memory:.1f} GiB{'' if known else ' (assumed: none is known here)'}, {given}"

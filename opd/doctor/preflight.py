@@ -45,6 +45,7 @@ def checks() -> tuple[Check, ...]:
     from opd.doctor import tokenizers as v  # needs torch
 
     both = ("student", "teacher")
+    stop = "set eos_token_id in generation_config.json to what ends a turn"
     return (
         Check("run folder", run_folder_, "choose another run.dir, or set run.overwrite=true"),
         Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
@@ -54,15 +55,10 @@ def checks() -> tuple[Check, ...]:
         Check("servers", servers, "start the servers of the recipe with its models, or take the URLs out", both),
         Check("manifests", manifests, "mend or remove the records that are named"),
         Check("versions", versions, "install what was tested: requirements/"),
-        Check("tokenizers", each_teacher(tokenizers), "choose a teacher with the student's tokenizer", both),
+        Check("tokenizers", each_teacher(v.tokenizers), "choose a teacher with the student's tokenizer", both),
         Check("chat templates", each_teacher(v.templates), "mend chat_template.jinja", ("tokenizers", "manifests")),
         Check("clips", clips, "mend or remove them, or raise rollout.server.max_model_len", ("student", "manifests")),
-        Check(
-            "stop ids",
-            each_teacher(v.stop_ids),
-            "set eos_token_id in generation_config.json to what ends a turn",
-            ("tokenizers",),
-        ),
+        Check("stop ids", each_teacher(v.stop_ids), stop, ("tokenizers",)),
         Check("banned ids", v.banned_ids, "mend the family's banned_ids in opd/models/", ("student",)),
         Check("placement", placement, "choose a placement of recipes/placements/ for the GPUs that are here"),
         Check("memory", memory, "`opd plan` seeks what would fit: smaller micro-batches, offload, LoRA"),
@@ -133,28 +129,23 @@ def settings(facts: Facts) -> str:
     return Warned("; ".join(found)) if found else "all that are set are read"
 
 
-def finished(config: Config) -> bool:
-    """Whether this very recipe has already run to its end in its run folder."""
-    return resume.check(config) == "finished"
-
-
 def servers(facts: Facts) -> str:
     """Running servers that the recipe names hold its models; what the student's take is noted."""
     config = facts.config
-    taken = [_holds(config, "rollout.urls", u, facts.student) for u in config.rollout.urls]
+
+    def holds(key: str, url: str, path: str) -> int:
+        return check_model(Server(url, config.rollout.timeout_s), key, path, path)
+
+    taken = [holds("rollout.urls", url, facts.student) for url in config.rollout.urls]
     asked = teacher_servers(config)
     for key, url, model in asked:
-        _holds(config, key, url, resolve_model(model, key))
+        holds(key, url, resolve_model(model, key))
     if not taken and starts_student(config):
         taken = [config.rollout.server.max_model_len]
     facts.max_model_len = min(taken, default=None)
     if not config.rollout.urls and not asked:
         return "the recipe names none"
     return f"{len(config.rollout.urls)} hold the student, {len(asked)} the teacher"
-
-
-def _holds(config: Config, key: str, url: str, path: str) -> int:
-    return check_model(Server(url, config.rollout.timeout_s), key, path, path)
 
 
 def versions(facts: Facts) -> str:
@@ -167,26 +158,6 @@ def versions(facts: Facts) -> str:
     if found.other:
         return Warned(f"{found.same} packages as tested; not as tested: {', '.join(found.other)}")
     return f"{found.same} packages as tested"
-
-
-def tokenizers(facts: Facts) -> str:
-    """The teacher has a tokenizer, and it is the student's."""
-    from opd.doctor import tokenizers as vocabulary
-
-    if not needs_teacher(facts.config):
-        return "the student's alone"
-    if facts.config.teacher.kind == "self":
-        facts.tokenizer = facts.family.tokenizer
-        return vocabulary.tokenizers(facts)
-    path = facts.teacher
-    try:
-        facts.tokenizer = facts.family.text_tokenizer(path)
-    except (OSError, ValueError) as e:
-        raise UserError(f"teacher.path {path}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
-    added = getattr(facts.tokenizer, "added_tokens_decoder", None)
-    if len(facts.tokenizer) <= (len(added) if isinstance(added, dict) else 0):
-        raise UserError(f"teacher.path {path}: expected tokenizer files such as tokenizer.json, found none")
-    return vocabulary.tokenizers(facts)
 
 
 def manifests(facts: Facts) -> str:

@@ -160,11 +160,6 @@ class PlainStudent(Probe):
         self.model = SpeechLM(hf, family, list(s.train), s.lora, config.run.seed).eval()
         self.device = torch.device("cpu")
 
-    @property
-    def bytes(self) -> int:
-        """Of its weights."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
     def to(self, device: torch.device) -> None:
         """Compute there from now on."""
         self.model.to(device)
