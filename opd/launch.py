@@ -17,7 +17,7 @@ from opd.doctor import preflight
 from opd.inference.transfer_folder import sweep
 from opd.processes.cluster import Alone, Cluster, End
 from opd.processes.commands import Command, learner, servers
-from opd.processes.layout import Layout, layout
+from opd.processes.layout import Layout, layout, told
 from opd.processes.supervise import conclude, supervise
 from opd.report.command import write_report
 from opd.settings import UserError
@@ -80,10 +80,9 @@ def serve(recipe: str, overrides: list[str], plain: bool) -> int:
     started = servers(config, where.on(node))
     if not started:
         raise UserError(f"{recipe}: no server of it runs on node {node}; see opd launch --dry-run")
-    told = [f"rollout.transport={config.rollout.transport}", f"teacher.kind={config.teacher.kind}"]
-    for kind, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")):
-        told += [f"{key}={json.dumps(urls)}"] if (urls := where.urls(kind)) else []
-    print(f"# for the learner, once they are healthy:\n{shlex.join(told)}\n", flush=True)
+    given = [f"rollout.transport={config.rollout.transport}", f"teacher.kind={config.teacher.kind}"]
+    given += told(where.servers)
+    print(f"# for the learner, once they are healthy:\n{shlex.join(given)}\n", flush=True)
     return conclude(supervise(config, lambda: (started, None), Alone(), plain, []), "")
 
 

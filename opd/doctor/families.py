@@ -41,25 +41,20 @@ RECIPE: dict[str, Any] = {
 SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for ten minutes")
 
 
-def entries(names: list[str]) -> list[Entry]:
-    """The families by these names, or all. Raises UserError for one that is not known."""
+def main(names: list[str], check: bool, keep: Path | None) -> int:
+    """Print the table of families, or of some; with `check` prove them and print a line for each; 0 when all hold.
+
+    keep: a folder for checkpoints, runs and logs. Raises UserError for a name that is not known.
+    """
     if unknown := [n for n in names if n not in FAMILIES]:
         raise UserError(f"families: {', '.join(unknown)}: not known; known: {', '.join(FAMILIES)}")
-    return [FAMILIES[n] for n in names or FAMILIES]
-
-
-def show(names: list[str]) -> int:
-    """Print the table of families, or of some."""
-    for e in entries(names):
-        print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher} (unchecked)")
-    return 0
-
-
-def check(names: list[str], keep: Path | None) -> int:
-    """Check families and print a line for each; 0 when all hold. `keep`: a folder for checkpoints, runs and logs."""
-    code = 0
+    entries, code = [FAMILIES[n] for n in names or FAMILIES], 0
+    if not check:
+        for e in entries:
+            print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher} (unchecked)")
+        return 0
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
-        for e in entries(names):
+        for e in entries:
             began = time.monotonic()
             found = prove(e, Path(str(folder), e.name))
             faults = judge(found)

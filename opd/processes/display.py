@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from opd.config.schema import Config
 from opd.processes.guard import Process
@@ -21,22 +21,17 @@ EVALUATED = (
 TAIL_BYTES = 65536  # of metrics.jsonl: room for its newest line
 
 
-class Display:
+class Display(ExitStack):
     """Plain lines: at every change of phase, every evaluation, and every few seconds of training."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self.folder, self.steps = Path(config.run.dir), config.train.steps
         self.processes: list[Process] = []
         self._phase, self._printed, self._step = "", 0.0, 0
         self._evals_read = 0  # bytes of eval.jsonl that were shown, or written by an earlier start
         self._new_evaluations()
         self._states: dict[str, str] = {}
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        return None
 
     def say(self, text: str) -> None:
         """One message above whatever is shown."""
@@ -62,22 +57,17 @@ class Display:
             self._phase = phase
             self.say(f"phase: {phase}")
         self._show_evaluations()
-        self._show_step()
+        line, now = self.newest(), time.monotonic()
+        due = now - self._printed >= PLAIN_EVERY_S
+        if line and line["step"] != self._step and (due or line["step"] == self.steps):
+            self._printed, self._step = now, line["step"]
+            self.say(describe_step(line))
 
     def _show_evaluations(self) -> None:
         for line in self._new_evaluations():
             self.say(describe_evaluation(line))
             for found in line.get("warnings", []):
                 self.say(f"warning: {found['text']}")
-
-    def _show_step(self) -> None:
-        line = self.newest()
-        now = time.monotonic()
-        if line is None or line["step"] == self._step:
-            return
-        if now - self._printed >= PLAIN_EVERY_S or line["step"] == self.steps:
-            self._printed, self._step = now, line["step"]
-            self.say(describe_step(line))
 
     def newest(self) -> dict[str, Any] | None:
         """The last whole line of metrics.jsonl; None until the learner has made the folder ready for this run."""
@@ -105,12 +95,9 @@ class LiveDisplay(Display):
         self.console = Console()
         self.live = Live(console=self.console, refresh_per_second=4, transient=False)
 
-    def __enter__(self) -> LiveDisplay:
-        self.live.__enter__()
+    def __enter__(self) -> Self:
+        self.enter_context(self.live)
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.live.__exit__(kind, e, tb)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

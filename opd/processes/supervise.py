@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Self
 
 from opd.config.schema import Config
 from opd.inference.client import healthy
@@ -34,21 +36,15 @@ def failure(message: str) -> Stop:
     return Stop(End(1, message, PROCESS))
 
 
-class Signals:
+class Signals(ExitStack):
     """Notes a signal for the loops to look at: an exception in mid-start could lose sight of a new process."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    received: signal.Signals | None = None
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> Signals:
-        self._before = {n: signal.signal(n, self._note) for n in self.NUMBERS}
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.callback(signal.signal, number, signal.signal(number, self._note))
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
