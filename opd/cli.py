@@ -174,10 +174,8 @@ def _plan(args: argparse.Namespace) -> int:
     speeds = Speeds(tflops=args.tflops, hbm=args.memory_bandwidth)
     if args.bandwidth is not None:
         speeds.links.update(dict.fromkeys(speeds.links, args.bandwidth))
-    machine = Machine(
-        args.gpus, args.nodes, args.memory, args.host_memory, speeds, args.prompt_tokens, args.clip_seconds,
-        args.response_tokens,
-    )  # fmt: skip
+    lengths = (args.prompt_tokens, args.clip_seconds, args.response_tokens)
+    machine = Machine(args.gpus, args.nodes, args.memory, args.host_memory, speeds, *lengths)
     return plan_page.main(args.recipe, args.overrides, machine, args.json)
 
 

@@ -70,20 +70,18 @@ def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterab
     done: set[str] = set()
     for check in every:
         began = time.perf_counter()
-        missing = [n for n in check.needs if n not in done]
         outcome: Literal["pass", "warn", "FAIL", "not run"]
-        if check.live and not server:
-            outcome, found = "not run", "--no-server"
-        elif missing:
-            outcome, found = "not run", f"needs {', '.join(missing)}"
-        else:
-            try:
-                found = check.run(facts)
-                outcome = "warn" if isinstance(found, Warned) else "pass"
-                done.add(check.name)
-            except Skip as e:
-                outcome, found = "not run", str(e)
-            except Exception as e:  # whatever it is, the other checks go on
-                outcome, found = "FAIL", first_line(e)
+        try:
+            if check.live and not server:
+                raise Skip("--no-server")
+            if missing := [n for n in check.needs if n not in done]:
+                raise Skip(f"needs {', '.join(missing)}")
+            found = check.run(facts)
+            outcome = "warn" if isinstance(found, Warned) else "pass"
+            done.add(check.name)
+        except Skip as e:
+            outcome, found = "not run", str(e)
+        except Exception as e:  # whatever it is, the other checks go on
+            outcome, found = "FAIL", first_line(e)
         remedy = check.remedy if outcome == "FAIL" else ""
         yield Line(check.name, outcome, str(found), remedy, time.perf_counter() - began)

@@ -24,7 +24,7 @@ from opd.models.base import Family
 from opd.processes.commands import Command, student_server, teacher_server
 from opd.processes.guard import serving
 from opd.processes.layout import Kind, Place
-from opd.processes.logs import cause
+from opd.processes.supervise import cause
 from opd.rollout.sources import gold_ids
 from opd.settings import UserError
 from opd.teachers.base import Teacher

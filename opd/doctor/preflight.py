@@ -10,10 +10,10 @@ import numpy as np
 from opd import types
 from opd.config import resume
 from opd.config.load import resolve_model, unread
-from opd.config.needs import copies_start, needs_teacher, starts_student, starts_teacher, teacher_servers
+from opd.config.needs import copies_start, needs_teacher, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
-from opd.doctor.devices import memory, placement
+from opd.doctor.machine import memory, placement, versions
 from opd.inference.client import Server, check_model
 from opd.models.context_limit import ContextLimit
 from opd.models.files import whole_weights
@@ -24,7 +24,7 @@ from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
 from opd.teachers.routes import route_of
-from opd.types import Prompt, audio_paths
+from opd.types import audio_paths
 
 KEPT = 8  # training records that are kept with their clips for what comes after
 
@@ -148,18 +148,6 @@ def servers(facts: Facts) -> str:
     return f"{len(config.rollout.urls)} hold the student, {len(asked)} the teacher"
 
 
-def versions(facts: Facts) -> str:
-    """Installed packages are what was tested."""
-    from opd.doctor.versions import compare
-
-    found = compare(vllm=starts_student(facts.config) or starts_teacher(facts.config))
-    if found.faults:
-        raise UserError("packages: " + ", ".join(found.faults) + "; install them, best in the tested version")
-    if found.other:
-        return Warned(f"{found.same} packages as tested; not as tested: {', '.join(found.other)}")
-    return f"{found.same} packages as tested"
-
-
 def manifests(facts: Facts) -> str:
     """Every record can be read, has what its use needs, and names clips that exist."""
     config = facts.config
@@ -176,35 +164,28 @@ def _read(facts: Facts, key: str, path: str) -> str:
     records = len(prompts) + len(bad)
     if bad:
         _refuse(config, key, len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")
-    for p in prompts:
-        if key != "data.train" and p.answer is None:
-            raise UserError(f"{key}: {p.place}: an evaluation needs an `answer`, the record lacks one")
-        if key == "data.train" and config.rollout.source == "dataset" and p.response is None:
+    for p in prompts if key == "data.train" else []:
+        if config.rollout.source == "dataset" and p.response is None:
             raise UserError(f"{key}: {p.place}: rollout.source dataset needs a `response` in every record")
-        if key == "data.train":
-            _weighed(config, p)
+        if (name := config.data.weight) and p.numbers.get(name, 0.0) <= 0:
+            there = p.numbers.get(name, p.other.get(name))
+            found = "the record has none" if there is None else f"found {there!r}"
+            raise UserError(f"data.weight: {p.place}: expected a number above 0 by the name {name!r}, {found}")
     if key != "data.train":
+        if lacking := [p.place for p in prompts if p.answer is None]:
+            raise UserError(f"{key}: {lacking[0]}: an evaluation needs an `answer`, the record lacks one")
         Scorer(config.eval).check(prompts, key)
-    follows = key == "eval.test" and config.eval.best in ("misalignment", "forgetting")
-    if follows and prompts and all(p.response is None for p in prompts):
+    follows = prompts and key == "eval.test" and config.eval.best in ("misalignment", "forgetting")
+    if follows and all(p.response is None for p in prompts):
         raise UserError(f"eval.best {config.eval.best}: follows gold responses, and no record of {path} has any")
     if config.teacher.kind == "routed" and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)
-    gone = [(p, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]
-    if gone:
-        fault = f"{gone[0][0].place}: {gone[0][1]}: no such audio file"
-        _refuse(config, key, len(bad) + len({p.place for p, _ in gone}), records, fault)
+    if gone := [(p.place, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]:
+        fault = "{}: {}: no such audio file".format(*gone[0])
+        _refuse(config, key, len(bad) + len(dict(gone)), records, fault)
     facts.prompts[key], facts.bad[key] = prompts, bad
     return f"{key} {path}: {len(prompts)} records, {len(bad)} bad"
-
-
-def _weighed(config: Config, p: Prompt) -> None:
-    name = config.data.weight
-    if name and p.numbers.get(name, 0.0) <= 0:
-        there = p.numbers.get(name, p.other.get(name))
-        found = "the record has none" if there is None else f"found {there!r}"
-        raise UserError(f"data.weight: {p.place}: expected a number above 0 by the name {name!r}, {found}")
 
 
 def _refuse(config: Config, key: str, bad: int, of: int, fault: str) -> None:

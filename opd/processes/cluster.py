@@ -147,8 +147,8 @@ class Cluster(Alone):
     def _welcome(self, peer: socket.socket) -> None:
         peer.settimeout(self.lost_s)
         lines = _lines(peer)
-        hello: dict[str, Any] = next(lines, None) or {}
-        node: Any = hello.get("node")
+        hello: Any = next(lines, {})
+        node = hello.get("node")
         fault = None
         if not isinstance(node, int) or not 0 < node < len(self.hosts):
             fault = f"launch.node {node}: expected 1 to {len(self.hosts) - 1}"

