@@ -68,10 +68,9 @@ def memory(facts: Facts) -> str:
     short = shortfalls(plan, node)
     if short and (known or not named):
         name = config.launch.placement or "everything on the CPU"
-        raise UserError(
-            f"launch.placement: {name} does not fit {given}: {'; '.join(short)}; choose another placement, or lower "
-            "data.max_audio_seconds or rollout.max_tokens; `opd plan` says what would fit"
-        )
+        remedy = "choose another placement, or lower data.max_audio_seconds or rollout.max_tokens"
+        told = f"{'; '.join(short)}; {remedy}; `opd plan` says what would fit"
+        raise UserError(f"launch.placement: {name} does not fit {given}: {told}")
     if plan.shortfalls:
         others = "" if short else ", for nodes that are like this one"
         return Warned(f"does not fit {given}{others}: {'; '.join(plan.shortfalls)}")

@@ -105,18 +105,16 @@ def end_of_turn(name: str, tokenizer: Any, ids_of: IdsOf) -> int:
 
     Raises UserError when a chat with an answer does not begin as the prompt for it does, or nothing ends the answer.
     """
-    prompt = ids_of([ASK])
+    what, prompt = f"the {name}'s chat template", ids_of([ASK])
     chat = ids_of([ASK, {"role": "assistant", "content": ANSWER}, ASK_AGAIN])
     if chat[: len(prompt)] != prompt:
         ends, read = tokenizer.decode(prompt[-12:]), tokenizer.decode(chat[: len(prompt)][-12:])
-        raise UserError(
-            f"the {name}'s chat template: a prompt ends in {ends!r}, yet an answered one reads {read!r} there"
-        )
+        raise UserError(f"{what}: a prompt ends in {ends!r}, yet an answered one reads {read!r} there")
     rest = chat[len(prompt) :]
     said = next((k for k in range(1, len(rest)) if tokenizer.decode(rest[:k]).strip().endswith(ANSWER)), None)
     behind = [i for i in rest[said:] if tokenizer.decode([i]).strip()] if said else []
     if not behind:
-        raise UserError(f"the {name}'s chat template: no token ends the answer in {tokenizer.decode(chat)!r}")
+        raise UserError(f"{what}: no token ends the answer in {tokenizer.decode(chat)!r}")
     return behind[0]
 
 
@@ -138,9 +136,8 @@ def stop_ids(facts: Facts) -> str:
     ends = {name: end_of_turn(name, tokenizer, ids_of) for name, tokenizer, ids_of in both}
     for name, end in ends.items():
         if end not in ([facts.tokenizer.eos_token_id] if other and name == "teacher" else eos):
-            raise UserError(
-                f"the {name}'s chat template ends a turn with {end} {ours.get(end)!r}, generation stops at {shown}"
-            )
+            found = f"ends a turn with {end} {ours.get(end)!r}, generation stops at {shown}"
+            raise UserError(f"the {name}'s chat template {found}")
     return f"{shown}: " + ("both chat templates end turns so" if len(both) > 1 else "its chat template ends turns so")
 
 

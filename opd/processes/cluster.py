@@ -130,10 +130,8 @@ class Cluster(Alone):
         try:
             self._listener = socket.create_server((self.hosts[0], self.port))
         except OSError as e:
-            raise UserError(
-                f"launch.hosts: node 0 cannot listen at {self.hub} ({e.strerror or e}); "
-                "name an address of this machine that the others reach, or another launch.port"
-            ) from e
+            remedy = "name an address of this machine that the others reach, or another launch.port"
+            raise UserError(f"launch.hosts: node 0 cannot listen at {self.hub} ({e.strerror or e}); {remedy}") from e
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def _accept(self, listener: socket.socket) -> None:

@@ -79,10 +79,9 @@ def layout(config: Config) -> Layout:
     placement = placement_of(config)
     hosts = config.launch.hosts or [LOOPBACK]
     if len(hosts) != placement.nodes:
-        raise UserError(
-            f"launch.hosts: {config.launch.placement} has {placement.nodes} nodes, found {len(config.launch.hosts)} "
-            "addresses; name each node's, such as launch.hosts=[10.0.0.1,10.0.0.2]"
-        )
+        found = f"{placement.nodes} nodes, found {len(config.launch.hosts)} addresses"
+        remedy = "name each node's, such as launch.hosts=[10.0.0.1,10.0.0.2]"
+        raise UserError(f"launch.hosts: {config.launch.placement} has {found}; {remedy}")
     if len(set(hosts)) < len(hosts):
         twice = max(hosts, key=hosts.count)
         raise UserError(f"launch.hosts: {twice} twice; expected an address of its own for each node")
@@ -95,9 +94,9 @@ def layout(config: Config) -> Layout:
     def address(node: int) -> tuple[str, int]:
         return hosts[node], port(next(offsets))
 
-    found = places_of("student", placement.rollout if starts_student(config) else [], address)
-    found += places_of("teacher", placement.teacher if starts_teacher(config) else [], address)
-    return Layout(placement, hosts, found, port(0), port(1))
+    places = places_of("student", placement.rollout if starts_student(config) else [], address)
+    places += places_of("teacher", placement.teacher if starts_teacher(config) else [], address)
+    return Layout(placement, hosts, places, port(0), port(1))
 
 
 Address = Callable[[int], tuple[str, int]]
