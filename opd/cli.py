@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from opd import __version__
 from opd.config.load import load_config
@@ -12,13 +15,9 @@ from opd.data.command import add_data
 from opd.settings import RunFailed, UserError
 
 # libraries that are not of the core, and the extra that brings them
-EXTRA_OF = dict.fromkeys(
-    (
-        *("datasketch", "jiwer", "k_means_constrained", "openai", "py3langid", "pyloudnorm"),
-        *("sentence_transformers", "sklearn"),
-    ),
-    "data",
-)
+OF_DATA = "datasketch jiwer k_means_constrained openai py3langid pyloudnorm sentence_transformers sklearn"
+EXTRA_OF = dict.fromkeys(OF_DATA.split(), "data")
+PLAIN = "plain lines instead of a live display"
 LARGEST = 1e12  # of any option of `opd plan`; beyond it, as with nan and inf, arithmetic means nothing
 
 
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     try:
-        return args.run(args)
+        return _called(**vars(args)) if isinstance(args.run, str) else args.run(args)
     except (UserError, RunFailed) as e:
         print(f"opd: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
@@ -46,24 +45,27 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _called(run: str, **given: Any) -> int:
+    """What MODULE:FUNCTION gives for the arguments, by name; only now it is imported."""
+    module, _, name = run.partition(":")
+    return getattr(import_module(module), name)(**given)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="opd", description="On-policy distillation of speech LLMs.")
     parser.add_argument("--version", action="version", version=f"opd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    launch = _recipe_command(
-        commands, "launch", "start servers and learner and train; on several nodes, on each", _launch
-    )
+    recipe = partial(_recipe_command, commands)
+    launch = recipe("launch", "start servers and learner and train; on several nodes, on each", "opd.launch:launch")
     launch.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
-    launch.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
-    serve = _recipe_command(
-        commands, "serve", "start a recipe's servers on this machine, for a learner elsewhere", _serve
-    )
-    serve.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
-    _recipe_command(commands, "check", "check recipe, models, tokenizers and data; start nothing", _check)
-    doctor = _recipe_command(commands, "doctor", "try everything that a run relies on, with real servers", _doctor)
-    doctor.add_argument("--no-server", action="store_true", help="stop before what needs a vLLM server")
-    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
-    _recipe_command(commands, "train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
+    launch.add_argument("--plain", action="store_true", help=PLAIN)
+    serve = recipe("serve", "start a recipe's servers on this machine, for a learner elsewhere", "opd.launch:serve")
+    serve.add_argument("--plain", action="store_true", help=PLAIN)
+    recipe("check", "check recipe, models, tokenizers and data; start nothing", _check)
+    doctor = recipe("doctor", "try everything that a run relies on, with real servers", "opd.doctor.command:main")
+    doctor.add_argument("--no-server", action="store_false", dest="server", help="stop before what needs a vLLM server")
+    doctor.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="write the findings there too")
+    recipe("train", "one learner process; accelerate, deepspeed or torchrun start it", _train)
     _plan_command(commands)
     _study_command(commands)
     add_data(commands)
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     families.add_argument("names", nargs="*", metavar="NAME", help="of a family; all by default")
     families.add_argument("--check", action="store_true", help="try them on small random checkpoints: minutes each")
     families.add_argument("--keep", type=Path, metavar="FOLDER", help="keep checkpoints, runs and logs there")
-    families.set_defaults(run=_families)
+    families.set_defaults(run="opd.doctor.families:main")
     _export_command(commands)
     _eval_commands(commands)
     report = commands.add_parser("report", help="write report.json and report.html of one or more runs")
@@ -134,10 +136,10 @@ def _study_command(commands) -> None:
 
 def _eval_commands(commands) -> None:
     text = "measure a student on vLLM servers, in the speech view and in the text view"
-    measure = _recipe_command(commands, "eval", text, _eval)
+    measure = _recipe_command(commands, "eval", text, "opd.evaluate.command:main")
     measure.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one goes on")
-    measure.add_argument("--no-teacher", action="store_true", help="without what needs the teacher")
-    measure.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
+    measure.add_argument("--no-teacher", action="store_false", dest="teacher", help="without what needs the teacher")
+    measure.add_argument("--plain", action="store_true", help=PLAIN)
     text = "public benchmarks, through lmms-eval, on the student's vLLM servers"
     bench = commands.add_parser("benchmark", help=text, description=text)
     bench.add_argument("recipe", help="YAML file")
@@ -145,8 +147,8 @@ def _eval_commands(commands) -> None:
     keys = "of the recipe; benchmark.key=value of the benchmark file, such as benchmark.limit=20"
     bench.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=keys)
     bench.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one goes on")
-    bench.add_argument("--plain", action="store_true", help="plain lines instead of a live display")
-    bench.set_defaults(run=_benchmark)
+    bench.add_argument("--plain", action="store_true", help=PLAIN)
+    bench.set_defaults(run="opd.evaluate.benchmark.command:main")
     text = "runs and evaluations side by side; evaluations of the same records with a paired bootstrap"
     compare = commands.add_parser("compare", help=text, description=text)
     compare.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or --out of `opd eval`")
@@ -172,23 +174,9 @@ def _plan(args: argparse.Namespace) -> int:
     speeds = Speeds(tflops=args.tflops, hbm=args.memory_bandwidth)
     if args.bandwidth is not None:
         speeds.links.update(dict.fromkeys(speeds.links, args.bandwidth))
-    machine = Machine(
-        args.gpus, args.nodes, args.memory, args.host_memory, speeds, args.prompt_tokens, args.clip_seconds,
-        args.response_tokens,
-    )  # fmt: skip
+    lengths = (args.prompt_tokens, args.clip_seconds, args.response_tokens)
+    machine = Machine(args.gpus, args.nodes, args.memory, args.host_memory, speeds, *lengths)
     return plan_page.main(args.recipe, args.overrides, machine, args.json)
-
-
-def _launch(args: argparse.Namespace) -> int:
-    from opd.launch import launch
-
-    return launch(args.recipe, args.overrides, args.dry_run, args.plain)
-
-
-def _serve(args: argparse.Namespace) -> int:
-    from opd.launch import serve
-
-    return serve(args.recipe, args.overrides, args.plain)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -199,22 +187,10 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from opd.doctor import command as doctor
-
-    return doctor.main(args.recipe, args.overrides, not args.no_server, args.json)
-
-
 def _train(args: argparse.Namespace) -> int:
     from opd.train import __main__
 
     return __main__.main([args.recipe, *args.overrides])
-
-
-def _families(args: argparse.Namespace) -> int:
-    from opd.doctor import families as family_check
-
-    return family_check.check(args.names, args.keep) if args.check else family_check.show(args.names)
 
 
 def _study(args: argparse.Namespace) -> int:
@@ -231,18 +207,6 @@ def _export(args: argparse.Namespace) -> int:
     for line in export(args.run_folder, args.out, args.checkpoint, args.merge, args.overwrite):
         print(line)
     return 0
-
-
-def _eval(args: argparse.Namespace) -> int:
-    from opd.evaluate import command
-
-    return command.main(args.recipe, args.overrides, args.out, not args.no_teacher, args.plain)
-
-
-def _benchmark(args: argparse.Namespace) -> int:
-    from opd.evaluate.benchmark import command
-
-    return command.main(args.recipe, args.benchmark, args.overrides, args.out, args.plain)
 
 
 def _compare(args: argparse.Namespace) -> int:

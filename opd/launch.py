@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from opd import __version__
+from opd.config import resume
 from opd.config.load import compared, dump_config, load_config, resolve_model
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
@@ -16,7 +17,7 @@ from opd.doctor import preflight
 from opd.inference.host import sweep
 from opd.processes.cluster import Alone, Cluster, End
 from opd.processes.commands import Command, learner, servers
-from opd.processes.layout import Layout, layout
+from opd.processes.layout import Layout, layout, told
 from opd.processes.supervise import conclude, supervise
 from opd.report.command import write_report
 from opd.settings import UserError
@@ -37,7 +38,7 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
         show(config, recipe, overrides)
         return 0
     where, node = layout(config), node_of(config)
-    if preflight.finished(config):
+    if resume.check(config) == "finished":
         print(f"{config.run.dir}: this run is finished; set run.overwrite=true to do it again")
         return 0
     folder, is_head = Path(config.run.dir), node == where.head
@@ -79,10 +80,9 @@ def serve(recipe: str, overrides: list[str], plain: bool) -> int:
     started = servers(config, where.on(node))
     if not started:
         raise UserError(f"{recipe}: no server of it runs on node {node}; see opd launch --dry-run")
-    told = [f"rollout.transport={config.rollout.transport}", f"teacher.kind={config.teacher.kind}"]
-    for kind, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")):
-        told += [f"{key}={json.dumps(urls)}"] if (urls := where.urls(kind)) else []
-    print(f"# for the learner, once they are healthy:\n{shlex.join(told)}\n", flush=True)
+    given = [f"rollout.transport={config.rollout.transport}", f"teacher.kind={config.teacher.kind}"]
+    given += told(where.servers)
+    print(f"# for the learner, once they are healthy:\n{shlex.join(given)}\n", flush=True)
     return conclude(supervise(config, lambda: (started, None), Alone(), plain, []), "")
 
 

@@ -6,20 +6,22 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opd.config.placement import of_routes
 from opd.config.schema import Config
+from opd.settings import UserError
 from opd.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from opd.doctor.probe import PlainStudent
     from opd.models.base import Family  # needs torch
 
-
-T = TypeVar("T")
+# Facts that a check finds out and keeps: by which. Whoever reads one before is skipped.
+FOUND_BY = {"student": "student", "family": "student", "teacher": "teacher", "tokenizer": "tokenizers"}
+FOUND_BY |= {"asked": "student server", "probe": "prompt ids", "rollouts": "prompt ids"}
 
 
 class Warned(str):
@@ -30,37 +32,16 @@ class Skip(Exception):
     """A check has nothing to do for this recipe: why."""
 
 
-class Known(Generic[T]):
-    """A fact that the check by this name finds out and keeps; whoever reads it before is skipped."""
-
-    def __init__(self, check: str) -> None:
-        self.check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, facts: Facts, owner: type | None = None) -> T:
-        if self.name not in vars(facts):
-            raise Skip(f"needs {self.check}")
-        return vars(facts)[self.name]
-
-    def __set__(self, facts: Facts, value: T) -> None:
-        vars(facts)[self.name] = value
-
-    def __delete__(self, facts: Facts) -> None:
-        vars(facts).pop(self.name, None)
-
-
 class Facts:
     """A recipe and what is known of it so far. A check reads what those that it needs have put here."""
 
-    student: Known[str] = Known("student")  # checkpoint folder or hub id
-    family: Known[Family] = Known("student")
-    teacher: Known[str] = Known("teacher")
-    tokenizer: Known[Any] = Known("tokenizers")  # the teacher's
-    asked: Known[Config] = Known("student server")  # the recipe as the server is asked: its URL, short responses
-    probe: Known[PlainStudent] = Known("prompt ids")
-    rollouts: Known[list[Rollout]] = Known("prompt ids")
+    student: str  # checkpoint folder or hub id
+    family: Family
+    teacher: str
+    tokenizer: Any  # the teacher's
+    asked: Config  # the recipe as the server is asked: its URL, short responses
+    probe: PlainStudent
+    rollouts: list[Rollout]
 
     def __init__(self, config: Config, stack: ExitStack | None = None) -> None:
         """stack: of what has to be stopped at the end."""
@@ -73,6 +54,11 @@ class Facts:
         self.clips: dict[str, np.ndarray] = {}  # audio path -> waveform, of `records`
         self.records: list[Prompt] = []  # a few training records whose clips are good
 
+    if not TYPE_CHECKING:  # else every name would be a fact
+
+        def __getattr__(self, name: str) -> Any:
+            raise Skip(f"needs {FOUND_BY[name]}") if name in FOUND_BY else AttributeError(name)
+
 
 def each_teacher(run: Callable[[Facts], str]) -> Callable[[Facts], str]:
     """The check `run` for every teacher of a recipe that routes, else as it is."""
@@ -82,19 +68,20 @@ def each_teacher(run: Callable[[Facts], str]) -> Callable[[Facts], str]:
             return run(facts)
         found = {}
         for name, config in of_routes(facts.config).items():
-            one = facts.routes.setdefault(name, _replaced(facts, config))
-            found[name] = run(one)
+            if name not in facts.routes:
+                facts.routes[name] = copy(facts)
+                facts.routes[name].config = config
+            found[name] = run(facts.routes[name])
         said = "; ".join(f"{name}: {what}" for name, what in found.items())
         return Warned(said) if any(isinstance(what, Warned) for what in found.values()) else said
 
     return checked
 
 
-def _replaced(facts: Facts, config: Config) -> Facts:
-    """The same facts, shared, under another config."""
-    found = copy(facts)
-    found.config = config
-    return found
+def first_line(e: Exception) -> str:
+    """Of what an exception says, with its type unless it is a user's mistake."""
+    told = (str(e).strip().splitlines() or [""])[0]
+    return told if isinstance(e, UserError) else f"{type(e).__name__}: {told}"
 
 
 @dataclass(frozen=True)

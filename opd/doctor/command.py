@@ -12,7 +12,7 @@ from typing import Literal
 
 from opd.config.load import load_config
 from opd.doctor import preflight
-from opd.doctor.checks import Check, Facts, Skip, Warned
+from opd.doctor.checks import Check, Facts, Skip, Warned, first_line
 from opd.settings import UserError
 
 WIDTH = 16  # of the names' column
@@ -60,9 +60,9 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
 
 def checks() -> tuple[Check, ...]:
     """All checks in their order: what takes no server first."""
-    from opd.doctor import live as m
+    from opd.doctor import live
 
-    return (*preflight.checks(), *m.CHECKS)
+    return (*preflight.checks(), *live.CHECKS)
 
 
 def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterable[Line]:
@@ -70,21 +70,18 @@ def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterab
     done: set[str] = set()
     for check in every:
         began = time.perf_counter()
-        missing = [n for n in check.needs if n not in done]
         outcome: Literal["pass", "warn", "FAIL", "not run"]
-        if check.live and not server:
-            outcome, found = "not run", "--no-server"
-        elif missing:
-            outcome, found = "not run", f"needs {', '.join(missing)}"
-        else:
-            try:
-                found = check.run(facts)
-                outcome = "warn" if isinstance(found, Warned) else "pass"
-                done.add(check.name)
-            except Skip as e:
-                outcome, found = "not run", str(e)
-            except Exception as e:  # whatever it is, the other checks go on
-                told = str(e).strip().splitlines() or [""]
-                outcome, found = "FAIL", told[0] if isinstance(e, UserError) else f"{type(e).__name__}: {told[0]}"
+        try:
+            if check.live and not server:
+                raise Skip("--no-server")
+            if missing := [n for n in check.needs if n not in done]:
+                raise Skip(f"needs {', '.join(missing)}")
+            found = check.run(facts)
+            outcome = "warn" if isinstance(found, Warned) else "pass"
+            done.add(check.name)
+        except Skip as e:
+            outcome, found = "not run", str(e)
+        except Exception as e:  # whatever it is, the other checks go on
+            outcome, found = "FAIL", first_line(e)
         remedy = check.remedy if outcome == "FAIL" else ""
         yield Line(check.name, outcome, str(found), remedy, time.perf_counter() - began)

@@ -41,32 +41,27 @@ RECIPE: dict[str, Any] = {
 SENTENCES = ("what is three plus four", "set a timer", "who wrote this", "for ten minutes")
 
 
-def show(names: list[str]) -> int:
-    """Print the table of families, or of some."""
-    _check_names(names)
-    for e in (FAMILIES[n] for n in names or FAMILIES):
-        print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher} (unchecked)")
-    return 0
+def main(names: list[str], check: bool, keep: Path | None) -> int:
+    """Print the table of families, or of some; with `check` prove them and print a line for each; 0 when all hold.
 
-
-def check(names: list[str], keep: Path | None) -> int:
-    """Check families and print a line for each; 0 when all hold. `keep`: a folder for checkpoints, runs and logs."""
-    _check_names(names)
-    code = 0
-    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
-        for name in names or list(FAMILIES):
-            began = time.monotonic()
-            found = prove(FAMILIES[name], Path(str(folder), name))
-            faults = judge(found)
-            code = code or bool(faults)
-            print(f"{name:16} {'FAILS: ' + '; '.join(faults) if faults else 'holds'}  {describe(found)}", end="  ")
-            print(f"{time.monotonic() - began:.0f} s", flush=True)
-    return int(code)
-
-
-def _check_names(names: list[str]) -> None:
+    keep: a folder for checkpoints, runs and logs. Raises UserError for a name that is not known.
+    """
     if unknown := [n for n in names if n not in FAMILIES]:
         raise UserError(f"families: {', '.join(unknown)}: not known; known: {', '.join(FAMILIES)}")
+    entries, code = [FAMILIES[n] for n in names or FAMILIES], 0
+    if not check:
+        for e in entries:
+            print(f"{e.name:16} model_type {', '.join(e.model_types)}; text teacher such as {e.teacher} (unchecked)")
+        return 0
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
+        for e in entries:
+            began = time.monotonic()
+            found = prove(e, Path(str(folder), e.name))
+            faults = judge(found)
+            code = 1 if faults else code
+            print(f"{e.name:16} {'FAILS: ' + '; '.join(faults) if faults else 'holds'}  {describe(found)}", end="  ")
+            print(f"{time.monotonic() - began:.0f} s", flush=True)
+    return code
 
 
 def prove(family: Entry, folder: Path) -> dict[str, Any]:
@@ -130,14 +125,9 @@ def write_recipe(folder: Path, clips: int) -> Path:
         parts.append({"type": "audio", "path": f"clips/{i}.wav", "transcript": text})
     more: dict[str, Any] = {"type": "text", "text": " answer."}
     reply = {"role": "assistant", "content": "ten"}
-    asked: list[list[Any]] = [  # content of the user's turns
-        [[parts[0]]],
-        [[parts[1], more]],
-        [[parts[2], parts[3], more]],
-        [[parts[3]], [parts[0]]],
-        ["who?", [parts[1]]],
-        [(parts * clips)[:clips]],
-    ]
+    a, b, c, d = parts
+    asked: list[list[Any]] = [[[a]], [[b, more]], [[c, d, more]], [[d], [a]], ["who?", [b]]]  # the user's turns
+    asked.append([(parts * clips)[:clips]])
     lines = []
     for turns in asked:
         chat = [m for content in turns for m in ({"role": "user", "content": content}, reply)][:-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.doctor.families import LORA, PUSHES
-from opd.doctor.probe import PlainStudent, Probe, chosen
+from opd.doctor.probe import PlainStudent, Probe, Weights, chosen
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family, family_of
 from opd.models.lora import adapters
@@ -47,7 +46,7 @@ class Check(Probe):
     def eval_logits(self, samples: list[Sample]) -> tuple[MicroBatch, Tensor]:
         return self.learner.eval_logits(samples, self.clips)
 
-    def all_gathered(self, trainable_only: bool, device: torch.device | str) -> Iterator[tuple[str, Tensor | None]]:
+    def all_gathered(self, trainable_only: bool, device: torch.device | str) -> Weights:
         return self.learner.gathered(trainable_only, device)
 
     def whole(self, parameter: Tensor) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from opd.config.needs import needs_teacher, starts_student
-from opd.config.placement import Servers, node_of, placement_of
+from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.families import AGREE, DIFFER
@@ -23,8 +23,8 @@ from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family
 from opd.processes.commands import Command, student_server, teacher_server
 from opd.processes.guard import serving
-from opd.processes.layout import Place
-from opd.processes.logs import cause
+from opd.processes.layout import Kind, Place
+from opd.processes.supervise import cause
 from opd.rollout.sources import gold_ids
 from opd.settings import UserError
 from opd.teachers.base import Teacher
@@ -50,23 +50,20 @@ def server(facts: Facts) -> str:
         return f"running at {', '.join(config.rollout.urls)}"
     if not starts_student(config):
         raise Skip("this recipe asks no student server")
-    place = place_of("student", config, placement_of(config).rollout)
+    place = place_of("student", config)
     if device(config) == "cpu":
         config = config.changed({"rollout.transport": "file"})  # the others take weights from a GPU
     began = time.monotonic()
     facts.asked = config.changed({"rollout.urls": [start(facts, student_server(config, place))]})
-    return f"vLLM on {where(place)}, ready in {time.monotonic() - began:.0f} s"
+    where = f"GPU {', '.join(map(str, place.devices))}" if place.devices else "the CPU"
+    return f"vLLM on {where}, ready in {time.monotonic() - began:.0f} s"
 
 
-def place_of(kind: Any, config: Config, groups: list[Servers]) -> Place:
+def place_of(kind: Kind, config: Config) -> Place:
     """On this machine, at a free port: the devices that the placement gives the first server of this node."""
+    groups = placement_of(config).rollout if kind == "student" else placement_of(config).teacher
     group = next((g for g in groups if g.node == node_of(config)), groups[0])
     return Place(kind, kind, 0, LOOPBACK, free_port(), group.parts()[0], group.memory)
-
-
-def where(place: Place) -> str:
-    """The devices of a server, in words."""
-    return f"GPU {', '.join(map(str, place.devices))}" if place.devices else "the CPU"
 
 
 def start(facts: Facts, command: Command) -> str:
@@ -85,7 +82,8 @@ def prompt_ids(facts: Facts) -> str:
     """vLLM reads the same prompt ids as the learner; the sampler compares each request."""
     facts.probe = probe = PlainStudent(facts.asked, facts.family, facts.records, facts.clips)
     on = device(facts.asked)
-    if on != "cpu" and torch.cuda.mem_get_info(on)[0] > FORWARD * probe.bytes:
+    size = sum(p.numel() * p.element_size() for p in probe.model.parameters())
+    if on != "cpu" and torch.cuda.mem_get_info(on)[0] > FORWARD * size:
         probe.to(torch.device(on))
     facts.rollouts = probe.sample()
     return f"equal in both views of {len(facts.records)} records; the learner's side is on {probe.device}"
@@ -94,10 +92,8 @@ def prompt_ids(facts: Facts) -> str:
 def device(config: Config) -> str:
     """Where this process computes: the first GPU that the placement gives the learner here, else the CPU."""
     node = node_of(config)
-    group = next((g for g in placement_of(config).learner if g.node == node), None)
-    if group is None or not group.devices or torch.cuda.device_count() <= group.devices[0]:
-        return "cpu"
-    return f"cuda:{group.devices[0]}"
+    devices = next((g.devices for g in placement_of(config).learner if g.node == node), None)
+    return f"cuda:{devices[0]}" if devices and devices[0] < torch.cuda.device_count() else "cpu"
 
 
 def log_probs(facts: Facts) -> str:
@@ -130,17 +126,16 @@ def sampled(rollouts: list[Rollout], family: Family, limit: int) -> str:
     """What is to be said of responses of at most `limit` tokens. Raises UserError for one that should not be."""
     banned, eos = set(family.banned_ids), set(family.eos_ids)
     for r in rollouts:
-        if bad := sorted(banned & set(r.token_ids)):
-            raise UserError(f"a response to {r.prompt.id} ({r.view} view) holds the banned id {bad[0]}")
-        if eos & set(r.token_ids[:-1]):
-            raise UserError(f"a response to {r.prompt.id} ({r.view} view) goes on after a stop id: {r.token_ids[-8:]}")
-        if r.truncated != (r.token_ids[-1] not in eos):
-            raise UserError(f"a response to {r.prompt.id} ({r.view} view) ends wrongly flagged: {r.token_ids[-8:]}")
-        if r.truncated and len(r.token_ids) < limit:
-            raise UserError(
-                f"a response to {r.prompt.id} ({r.view} view) ends after {len(r.token_ids)} of {limit} tokens with "
-                f"{r.token_ids[-1]}, which is no stop id ({sorted(eos)})"
-            )
+        said, ids = f"a response to {r.prompt.id} ({r.view} view)", r.token_ids
+        if bad := sorted(banned & set(ids)):
+            raise UserError(f"{said} holds the banned id {bad[0]}")
+        if eos & set(ids[:-1]):
+            raise UserError(f"{said} goes on after a stop id: {ids[-8:]}")
+        if r.truncated != (ids[-1] not in eos):
+            raise UserError(f"{said} ends wrongly flagged: {ids[-8:]}")
+        if r.truncated and len(ids) < limit:
+            found = f"{len(ids)} of {limit} tokens with {ids[-1]}, which is no stop id ({sorted(eos)})"
+            raise UserError(f"{said} ends after {found}")
     cut = sum(r.truncated for r in rollouts)
     told = f"{len(rollouts)} responses without banned ids; {cut} were cut after {limit} tokens, the others ended"
     return Warned(told) if cut == len(rollouts) else told
@@ -166,7 +161,7 @@ def teacher_reads(facts: Facts) -> str:
     """The teacher prefers a record's own response to another's: it reads the transcript."""
     if not needs_teacher(facts.config):
         raise Skip("nothing in this run reads or asks a teacher")
-    del facts.probe  # its memory is the teacher's
+    vars(facts).pop("probe", None)  # its memory is the teacher's
     return each_teacher(prefers)(facts)
 
 
@@ -179,8 +174,8 @@ def prefers(facts: Facts) -> str:
         raise Skip("with another tokenizer it gives no log-probs of these tokens")
     on = torch.device(device(config))
     if config.teacher.kind == "server" and not config.teacher.urls:
-        place = place_of("teacher", config, placement_of(config).teacher)
-        config = config.changed({"teacher.urls": [start(facts, teacher_server(config, place))]})
+        command = teacher_server(config, place_of("teacher", config))
+        config = config.changed({"teacher.urls": [start(facts, command)]})
     itself = ReferenceModel(config, facts.family, on, None) if config.teacher.kind == "self" else None
     teacher = make_teacher(config, facts.family, on, itself)
     return preference(teacher, facts.prompts["data.train"], facts.family, min(MAX_TOKENS, config.rollout.max_tokens))
@@ -191,11 +186,11 @@ def preference(teacher: Teacher | Any, prompts: list[Prompt], family: Family, li
 
     Records without `response` get the teacher's greedy reply. Raises UserError when the own one wins too seldom.
     """
-    gold = [p for p in prompts if p.response is not None][:PAIRS]
-    chosen = gold if len(gold) > 1 else prompts[:PAIRS]
-    if len(gold) > 1:
+    chosen, whose = [p for p in prompts if p.response is not None][:PAIRS], "gold responses"
+    if len(chosen) > 1:
         replies = [gold_ids(family, p, limit)[0] for p in chosen]
     else:
+        chosen, whose = prompts[:PAIRS], "its own greedy replies"
         replies = [ids for ids, _ in teacher.respond(chosen, limit)]
     pairs = []
     for i, (prompt, own) in enumerate(zip(chosen, replies, strict=True)):
@@ -204,11 +199,9 @@ def preference(teacher: Teacher | Any, prompts: list[Prompt], family: Family, li
             pairs += [Rollout(prompt, "text", ids, None, -1, False) for ids in (own, other)]
     if not pairs:
         raise Skip(f"the {len(chosen)} records have no two different responses to compare")
-    values = [np.mean(s.teacher_logprobs) for s in teacher.score(pairs) if s.teacher_logprobs is not None]
-    means = np.reshape(values, (-1, 2))
-    better = means[:, 0] - means[:, 1]
-    whose = "gold responses" if len(gold) > 1 else "its own greedy replies"
-    wins = f"a record's own before another's in {int((better > 0).sum())} of {len(better)}"
+    means = [np.mean(s.teacher_logprobs) for s in teacher.score(pairs) if s.teacher_logprobs is not None]
+    better = -np.diff(np.reshape(means, (-1, 2)))
+    wins = f"a record's own before another's in {(better > 0).sum()} of {len(better)}"
     shown = f"{whose}: {wins}, by {better.mean():.2f} nats a token on average"
     if not (better > 0).mean() >= MOST:
         raise UserError(f"{shown}; {MOST:.0%} at least expected")

@@ -10,10 +10,10 @@ import numpy as np
 from opd import types
 from opd.config import resume
 from opd.config.load import resolve_model, unread
-from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, starts_teacher, teacher_servers
+from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
-from opd.doctor.devices import memory, placement
+from opd.doctor.machine import memory, placement, versions
 from opd.inference.client import Server, check_model
 from opd.models.registry import whole_weights
 from opd.prompts import audio
@@ -22,7 +22,7 @@ from opd.prompts.clips import ContextLimit, check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
-from opd.types import Prompt, audio_paths
+from opd.types import audio_paths
 
 KEPT = 8  # training records that are kept with their clips for what comes after
 
@@ -43,6 +43,7 @@ def checks() -> tuple[Check, ...]:
     from opd.doctor import tokenizers as v  # needs torch
 
     both = ("student", "teacher")
+    stop = "set eos_token_id in generation_config.json to what ends a turn"
     return (
         Check("run folder", run_folder_, "choose another run.dir, or set run.overwrite=true"),
         Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
@@ -52,15 +53,10 @@ def checks() -> tuple[Check, ...]:
         Check("servers", servers, "start the servers of the recipe with its models, or take the URLs out", both),
         Check("manifests", manifests, "mend or remove the records that are named"),
         Check("versions", versions, "install what was tested: requirements/"),
-        Check("tokenizers", each_teacher(tokenizers), "choose a teacher with the student's tokenizer", both),
+        Check("tokenizers", each_teacher(v.tokenizers), "choose a teacher with the student's tokenizer", both),
         Check("chat templates", each_teacher(v.templates), "mend chat_template.jinja", ("tokenizers", "manifests")),
         Check("clips", clips, "mend or remove them, or raise rollout.server.max_model_len", ("student", "manifests")),
-        Check(
-            "stop ids",
-            each_teacher(v.stop_ids),
-            "set eos_token_id in generation_config.json to what ends a turn",
-            ("tokenizers",),
-        ),
+        Check("stop ids", each_teacher(v.stop_ids), stop, ("tokenizers",)),
         Check("banned ids", v.banned_ids, "mend the family's banned_ids in opd/models/", ("student",)),
         Check("placement", placement, "choose a placement of recipes/placements/ for the GPUs that are here"),
         Check("memory", memory, "`opd plan` seeks what would fit: smaller micro-batches, offload, LoRA"),
@@ -131,60 +127,23 @@ def settings(facts: Facts) -> str:
     return Warned("; ".join(found)) if found else "all that are set are read"
 
 
-def finished(config: Config) -> bool:
-    """Whether this very recipe has already run to its end in its run folder."""
-    return resume.check(config) == "finished"
-
-
 def servers(facts: Facts) -> str:
     """Running servers that the recipe names hold its models; what the student's take is noted."""
     config = facts.config
-    taken = [_holds(config, "rollout.urls", u, facts.student) for u in config.rollout.urls]
+
+    def holds(key: str, url: str, path: str) -> int:
+        return check_model(Server(url, config.rollout.timeout_s), key, path, path)
+
+    taken = [holds("rollout.urls", url, facts.student) for url in config.rollout.urls]
     asked = teacher_servers(config)
     for key, url, model in asked:
-        _holds(config, key, url, resolve_model(model, key))
+        holds(key, url, resolve_model(model, key))
     if not taken and starts_student(config):
         taken = [config.rollout.server.max_model_len]
     facts.max_model_len = min(taken, default=None)
     if not config.rollout.urls and not asked:
         return "the recipe names none"
     return f"{len(config.rollout.urls)} hold the student, {len(asked)} the teacher"
-
-
-def _holds(config: Config, key: str, url: str, path: str) -> int:
-    return check_model(Server(url, config.rollout.timeout_s), key, path, path)
-
-
-def versions(facts: Facts) -> str:
-    """Installed packages are what was tested."""
-    from opd.doctor.versions import compare
-
-    found = compare(vllm=starts_student(facts.config) or starts_teacher(facts.config))
-    if found.faults:
-        raise UserError("packages: " + ", ".join(found.faults) + "; install them, best in the tested version")
-    if found.other:
-        return Warned(f"{found.same} packages as tested; not as tested: {', '.join(found.other)}")
-    return f"{found.same} packages as tested"
-
-
-def tokenizers(facts: Facts) -> str:
-    """The teacher has a tokenizer, and it is the student's."""
-    from opd.doctor import tokenizers as vocabulary
-
-    if not needs_teacher(facts.config):
-        return "the student's alone"
-    if facts.config.teacher.kind == "self":
-        facts.tokenizer = facts.family.tokenizer
-        return vocabulary.tokenizers(facts)
-    path = facts.teacher
-    try:
-        facts.tokenizer = facts.family.text_tokenizer(path)
-    except (OSError, ValueError) as e:
-        raise UserError(f"teacher.path {path}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
-    added = getattr(facts.tokenizer, "added_tokens_decoder", None)
-    if len(facts.tokenizer) <= (len(added) if isinstance(added, dict) else 0):
-        raise UserError(f"teacher.path {path}: expected tokenizer files such as tokenizer.json, found none")
-    return vocabulary.tokenizers(facts)
 
 
 def manifests(facts: Facts) -> str:
@@ -203,37 +162,30 @@ def _read(facts: Facts, key: str, path: str) -> str:
     records = len(prompts) + len(bad)
     if bad:
         _refuse(config, key, len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")
-    for p in prompts:
-        if key != "data.train" and p.answer is None:
-            raise UserError(f"{key}: {p.place}: an evaluation needs an `answer`, the record lacks one")
-        if key == "data.train" and config.rollout.source == "dataset" and p.response is None:
+    for p in prompts if key == "data.train" else []:
+        if config.rollout.source == "dataset" and p.response is None:
             raise UserError(f"{key}: {p.place}: rollout.source dataset needs a `response` in every record")
-        if key == "data.train":
-            _weighed(config, p)
+        if (name := config.data.weight) and p.numbers.get(name, 0.0) <= 0:
+            there = p.numbers.get(name, p.other.get(name))
+            found = "the record has none" if there is None else f"found {there!r}"
+            raise UserError(f"data.weight: {p.place}: expected a number above 0 by the name {name!r}, {found}")
     if key != "data.train":
+        if lacking := [p.place for p in prompts if p.answer is None]:
+            raise UserError(f"{key}: {lacking[0]}: an evaluation needs an `answer`, the record lacks one")
         Scorer(config.eval).check(prompts, key)
-    follows = key == "eval.test" and config.eval.best in ("misalignment", "forgetting")
-    if follows and prompts and all(p.response is None for p in prompts):
+    follows = prompts and key == "eval.test" and config.eval.best in ("misalignment", "forgetting")
+    if follows and all(p.response is None for p in prompts):
         raise UserError(f"eval.best {config.eval.best}: follows gold responses, and no record of {path} has any")
     if config.teacher.kind == "routed" and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)
-    gone = [(p, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]
-    if gone:
-        fault = f"{gone[0][0].place}: {gone[0][1]}: no such audio file"
-        _refuse(config, key, len(bad) + len({p.place for p, _ in gone}), records, fault)
+    if gone := [(p.place, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]:
+        fault = "{}: {}: no such audio file".format(*gone[0])
+        _refuse(config, key, len(bad) + len(dict(gone)), records, fault)
     facts.prompts[key], facts.bad[key] = prompts, bad
     numbered = [p for p in prompts if p.numbered]
     note = f"; {len(numbered)} ids are numbers, taken as text, such as {numbered[0].id!r}" if numbered else ""
     return f"{key} {path}: {len(prompts)} records, {len(bad)} bad{note}"
-
-
-def _weighed(config: Config, p: Prompt) -> None:
-    name = config.data.weight
-    if name and p.numbers.get(name, 0.0) <= 0:
-        there = p.numbers.get(name, p.other.get(name))
-        found = "the record has none" if there is None else f"found {there!r}"
-        raise UserError(f"data.weight: {p.place}: expected a number above 0 by the name {name!r}, {found}")
 
 
 def _refuse(config: Config, key: str, bad: int, of: int, fault: str) -> None:

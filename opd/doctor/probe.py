@@ -30,6 +30,7 @@ from opd.train.batch import collate, make_samples
 from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
 
 NOISE = 0.2  # of a parameter's root mean square
+Weights = Iterator[tuple[str, Tensor | None]]  # by Hugging Face name
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Probe(ABC):
         """A micro-batch of samples and its logits [B, T, V], without gradient."""
 
     @abstractmethod
-    def all_gathered(self, trainable_only: bool, device: torch.device | str) -> Iterator[tuple[str, Tensor | None]]:
+    def all_gathered(self, trainable_only: bool, device: torch.device | str) -> Weights:
         """(Hugging Face name, tensor) of what `WeightSync.push` has to send, of whatever part."""
 
     def whole(self, parameter: Tensor) -> AbstractContextManager[Any]:
@@ -77,9 +78,7 @@ class Probe(ABC):
         """Standard deviation of what perturbs these weights; what is all zero (LoRA's B) gets the square of NOISE."""
         return NOISE * (float(weights.float().square().mean().sqrt()) or NOISE)
 
-    def gathered(
-        self, trainable_only: bool = True, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | None]]:
+    def gathered(self, trainable_only: bool = True, device: torch.device | str = "cpu") -> Weights:
         """What `WeightSync.push` has to send: the trained weights of `parts`."""
         for name, value in self.all_gathered(trainable_only, device):
             if self.family.part_of(name) in self.parts:
@@ -160,17 +159,12 @@ class PlainStudent(Probe):
         self.model = SpeechLM(hf, family, list(s.train), s.lora, config.run.seed).eval()
         self.device = torch.device("cpu")
 
-    @property
-    def bytes(self) -> int:
-        """Of its weights."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
-
     def to(self, device: torch.device) -> None:
         """Compute there from now on."""
         self.model.to(device)
         self.device = device
 
-    def all_gathered(self, trainable_only: bool, device: torch.device | str) -> Iterator[tuple[str, Tensor | None]]:
+    def all_gathered(self, trainable_only: bool, device: torch.device | str) -> Weights:
         for piece in pieces(self.model.hf, trainable_only):
             yield piece.name, piece.value(device)
 

@@ -9,7 +9,7 @@ from typing import Any
 from opd.config.needs import needs_teacher
 from opd.doctor.checks import Facts, Warned
 from opd.settings import UserError
-from opd.teachers.tokenizers import TEXTS, check_tokenizers
+from opd.teachers.tokenizers import TEXTS, check_byte_level, check_tokenizers
 from opd.types import BadAudio, Message, Prompt, joined, render
 
 FIRST = 64  # records of the manifest, whose texts are put into ids
@@ -19,19 +19,29 @@ IdsOf = Callable[[list[Message]], list[int]]
 
 
 def tokenizers(facts: Facts) -> str:
-    """Both tokenizers give the same ids the same meaning, and the same ids to the same texts.
+    """The teacher has a tokenizer, which gives the same ids the same meaning, and the same ids to the same texts.
 
     With an objective for another tokenizer, that their texts can be aligned.
     """
-    if facts.config.teacher.kind == "self":
+    config, family = facts.config, facts.family
+    if not needs_teacher(config):
+        return "the student's alone"
+    if config.teacher.kind == "self":
+        facts.tokenizer = family.tokenizer
         return "the teacher is the student"
-    if facts.config.objective.about.other_tokenizer:
-        from opd.teachers.tokenizers import check_byte_level
-
-        check_byte_level(facts.family, facts.tokenizer, facts.teacher)
-        return f"both are byte-level: objective {facts.config.objective.name} aligns them"
+    path = facts.teacher
+    try:
+        facts.tokenizer = family.text_tokenizer(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"teacher.path {path}: no loadable tokenizer: {str(e).splitlines()[0]}") from e
+    added = getattr(facts.tokenizer, "added_tokens_decoder", None)
+    if len(facts.tokenizer) <= (len(added) if isinstance(added, dict) else 0):
+        raise UserError(f"teacher.path {path}: expected tokenizer files such as tokenizer.json, found none")
+    if config.objective.about.other_tokenizer:
+        check_byte_level(family, facts.tokenizer, path)
+        return f"both are byte-level: objective {config.objective.name} aligns them"
     found = texts(facts)
-    check_tokenizers(facts.family, facts.tokenizer, facts.teacher, found)
+    check_tokenizers(family, facts.tokenizer, path, found)
     return f"same tokens, and the same ids for {len(found)} texts"
 
 
@@ -82,18 +92,14 @@ def difference(prompt: Prompt, student: tuple[Any, list[int]], teacher: tuple[An
 def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:
     """Student and teacher, if there is one: name, tokenizer, and ids of a chat of texts with the generation prompt."""
     family = facts.family
+    found: list[tuple[str, Any, IdsOf]] = [("student", family.tokenizer, lambda chat: family.prompt_ids(chat, []))]
+    if needs_teacher(facts.config):
 
-    def ours(chat: list[Message]) -> list[int]:
-        return family.prompt_ids(chat, [])
+        def theirs(chat: list[Message]) -> list[int]:
+            return family.text_ids(facts.tokenizer, [joined(m) for m in chat])
 
-    def theirs(chat: list[Message]) -> list[int]:
-        return family.text_ids(facts.tokenizer, [joined(m) for m in chat])
-
-    student: tuple[str, Any, IdsOf] = ("student", family.tokenizer, ours)
-    if not needs_teacher(facts.config):
-        return [student]
-    own = facts.config.teacher.kind == "self"
-    return [student, ("teacher", facts.tokenizer, ours if own else theirs)]
+        found.append(("teacher", facts.tokenizer, found[0][2] if facts.config.teacher.kind == "self" else theirs))
+    return found
 
 
 def end_of_turn(name: str, tokenizer: Any, ids_of: IdsOf) -> int:
@@ -101,29 +107,25 @@ def end_of_turn(name: str, tokenizer: Any, ids_of: IdsOf) -> int:
 
     Raises UserError when a chat with an answer does not begin as the prompt for it does, or nothing ends the answer.
     """
-    prompt = ids_of([ASK])
+    what, prompt = f"the {name}'s chat template", ids_of([ASK])
     chat = ids_of([ASK, {"role": "assistant", "content": ANSWER}, ASK_AGAIN])
     if chat[: len(prompt)] != prompt:
-        ends, goes_on = tokenizer.decode(prompt[-12:]), tokenizer.decode(chat[: len(prompt)][-12:])
-        raise UserError(
-            f"the {name}'s chat template: a prompt ends in {ends!r}, yet an answered one reads {goes_on!r} there"
-        )
+        ends, read = tokenizer.decode(prompt[-12:]), tokenizer.decode(chat[: len(prompt)][-12:])
+        raise UserError(f"{what}: a prompt ends in {ends!r}, yet an answered one reads {read!r} there")
     rest = chat[len(prompt) :]
     said = next((k for k in range(1, len(rest)) if tokenizer.decode(rest[:k]).strip().endswith(ANSWER)), None)
     behind = [i for i in rest[said:] if tokenizer.decode([i]).strip()] if said else []
     if not behind:
-        raise UserError(f"the {name}'s chat template: no token ends the answer in {tokenizer.decode(chat)!r}")
+        raise UserError(f"{what}: no token ends the answer in {tokenizer.decode(chat)!r}")
     return behind[0]
 
 
 def stop_ids(facts: Facts) -> str:
     """What ends the student's responses: known to both, allowed, and what both chat templates end a turn with."""
-    family, both = facts.family, sides(facts)
+    family, both, path = facts.family, sides(facts), facts.student
     eos = [i for i in family.eos_ids if i is not None]
     if not eos:
-        raise UserError(
-            f"student.path {facts.student}: neither generation_config.json nor its tokenizer names a stop id"
-        )
+        raise UserError(f"student.path {path}: neither generation_config.json nor its tokenizer names a stop id")
     other = facts.config.objective.about.other_tokenizer  # then the teacher's stop id is its tokenizer's own
     ours = names(family.tokenizer)
     theirs = ours if other else names(both[-1][1])
@@ -136,9 +138,8 @@ def stop_ids(facts: Facts) -> str:
     ends = {name: end_of_turn(name, tokenizer, ids_of) for name, tokenizer, ids_of in both}
     for name, end in ends.items():
         if end not in ([facts.tokenizer.eos_token_id] if other and name == "teacher" else eos):
-            raise UserError(
-                f"the {name}'s chat template ends a turn with {end} {ours.get(end)!r}, generation stops at {shown}"
-            )
+            found = f"ends a turn with {end} {ours.get(end)!r}, generation stops at {shown}"
+            raise UserError(f"the {name}'s chat template {found}")
     return f"{shown}: " + ("both chat templates end turns so" if len(both) > 1 else "its chat template ends turns so")
 
 

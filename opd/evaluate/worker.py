@@ -17,6 +17,7 @@ from opd import types
 from opd.config.schema import Config
 from opd.doctor import preflight
 from opd.doctor.checks import Facts
+from opd.doctor.tokenizers import tokenizers
 from opd.evaluate.records import Item, eval_config, read_items
 from opd.evaluate.results import sampled
 from opd.models.base import Family
@@ -137,7 +138,7 @@ def run(log: MetricsLog, recipe: str, overrides: list[str], teacher: bool) -> No
     preflight.student(facts)
     if config.teacher.kind == "server":
         preflight.teacher(facts)
-        preflight.tokenizers(facts)
+        tokenizers(facts)
     preflight.servers(facts)
     for part in ("test", "retention"):
         if some := [i.prompt for i in items if i.part == part]:

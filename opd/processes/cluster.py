@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.settings import UserError
@@ -26,10 +26,8 @@ VERDICT_S = 10.0  # a member waits so long for the hub's word on a failure of it
 LINE = 1 << 16
 
 # How near a message lies to its cause: the greatest wins, then the first.
-OUTCOME, PROCESS = (
-    0,
-    1,
-)  # a learner's error may follow from another node's; a dead process, a lost node, a user's mistake
+OUTCOME = 0  # a learner's error may follow from another node's
+PROCESS = 1  # a dead process, a lost node, a user's mistake
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Cluster(Alone):
         """`learners`: nodes with learner ranks; `recipe`: a digest that all nodes must share; `lost_s`: seconds of
         silence after which a node is lost."""
         self.hosts, self.port, self.node, self.learners = hosts, port, node, set(learners)
+        self.hub = f"{hosts[0]}:{port}"
         self.recipe, self.lost_s = recipe, lost_s
         self._end: End | None = None  # the verdict: the same on all nodes
         self._news: list[End] = []  # hub: what was heard, before the verdict
@@ -87,15 +86,12 @@ class Cluster(Alone):
 
         Raises UserError when the hub's address cannot be used or another node has another recipe.
         """
+        self._told = time.monotonic()  # when it was last said who is missing
         if self.node == 0:
             self._listen()
-            told = time.monotonic()
             while len(self._peers) < len(self.hosts) - 1 and self._end is None and not self._news:
-                self._pause(check)
-                if time.monotonic() - told > TELL_S:
-                    told = time.monotonic()
-                    missing = [f"{n} ({h})" for n, h in enumerate(self.hosts) if n not in self._peers and n != 0]
-                    _say(f"node 0 listens at {self.hosts[0]}:{self.port}; still missing: node {', '.join(missing)}")
+                missing = [f"{n} ({h})" for n, h in enumerate(self.hosts) if n not in self._peers and n != 0]
+                self._pause(check, f"node 0 listens at {self.hub}; still missing: node {', '.join(missing)}")
         else:
             self._connect(check)
         threading.Thread(target=self._beat, daemon=True).start()
@@ -123,7 +119,7 @@ class Cluster(Alone):
         """Say good-bye."""
         self._closed.set()
         with self._lock:
-            for s in (*self._peers.values(), *([self._listener] if self._listener else [])):
+            for s in filter(None, (*self._peers.values(), self._listener)):
                 with contextlib.suppress(OSError):
                     s.shutdown(socket.SHUT_RDWR)
                 s.close()
@@ -131,14 +127,11 @@ class Cluster(Alone):
     # ---- connections ----------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        address = (self.hosts[0], self.port)
         try:
-            self._listener = socket.create_server(address)
+            self._listener = socket.create_server((self.hosts[0], self.port))
         except OSError as e:
-            raise UserError(
-                f"launch.hosts: node 0 cannot listen at {address[0]}:{address[1]} ({e.strerror or e}); "
-                "name an address of this machine that the others reach, or another launch.port"
-            ) from e
+            remedy = "name an address of this machine that the others reach, or another launch.port"
+            raise UserError(f"launch.hosts: node 0 cannot listen at {self.hub} ({e.strerror or e}); {remedy}") from e
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def _accept(self, listener: socket.socket) -> None:
@@ -152,7 +145,7 @@ class Cluster(Alone):
     def _welcome(self, peer: socket.socket) -> None:
         peer.settimeout(self.lost_s)
         lines = _lines(peer)
-        hello = next(lines, None) or {}
+        hello: Any = next(lines, {})
         node = hello.get("node")
         fault = None
         if not isinstance(node, int) or not 0 < node < len(self.hosts):
@@ -164,33 +157,27 @@ class Cluster(Alone):
         with self._lock:
             _send(peer, {"fault": fault})
             if fault is None:
-                assert isinstance(node, int)
                 self._peers[node] = peer
         if fault is None:
-            assert isinstance(node, int)
             self._hear(node, lines)
         else:
             _say(f"refused a launcher: {fault}")
             peer.close()
 
     def _connect(self, check: Callable[[], None]) -> None:
-        told = time.monotonic()
         while True:
             try:
                 hub = socket.create_connection((self.hosts[0], self.port), timeout=5)
                 break
             except OSError as e:  # not there yet
-                self._pause(check)
-                if time.monotonic() - told > TELL_S:
-                    told = time.monotonic()
-                    _say(f"node {self.node} does not reach node 0's launcher at {self.hosts[0]}:{self.port} ({e})")
+                self._pause(check, f"node {self.node} does not reach node 0's launcher at {self.hub} ({e})")
         hub.settimeout(self.lost_s)
         _send(hub, {"node": self.node, "recipe": self.recipe})
         lines = _lines(hub)
         answer = next(lines, None)
         if answer is None or answer.get("fault"):
             hub.close()
-            raise UserError(answer["fault"] if answer else f"{self.hosts[0]}:{self.port}: no launcher answers there")
+            raise UserError(answer["fault"] if answer else f"{self.hub}: no launcher answers there")
         self._peers[0] = hub
         threading.Thread(target=self._hear, args=(0, lines), daemon=True).start()
 
@@ -220,15 +207,19 @@ class Cluster(Alone):
                 for peer in self._peers.values():
                     _send(peer, {})
 
-    def _pause(self, check: Callable[[], None]) -> None:
+    def _pause(self, check: Callable[[], None], missing: str = "") -> None:
+        """A short wait; now and then it says what is missing."""
         check()
         time.sleep(0.1)
+        if missing and time.monotonic() - self._told > TELL_S:
+            self._told = time.monotonic()
+            _say(missing)
 
     # ---- the hub's verdict ----------------------------------------------------------------------------------------
 
     def _heard(self, node: int | None, end: End) -> None:
         if node is not None:
-            end = End(end.code, f"node {node} ({self.hosts[node]}): {end.message}", end.nearness, end.user_error)
+            end = replace(end, message=f"node {node} ({self.hosts[node]}): {end.message}")
         with self._lock:
             self._news.append(end)
             first = len(self._news) == 1

@@ -8,7 +8,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from opd.config.placement import Placement, memory_share
 from opd.config.schema import Config
 from opd.inference.plugin import BACKENDS, TRIM_AUDIO
 from opd.models.registry import family_entry
-from opd.processes.layout import Layout, Place
+from opd.processes.layout import Layout, Place, told
 
 Resolve = Callable[[str, str], str]
 PLUGIN = "opd"  # our entry point in vLLM's group of general plugins
@@ -48,8 +48,7 @@ def cores() -> int:
 
 def servers(config: Config, places: list[Place], resolve: Resolve = resolve_model) -> list[Command]:
     """The vLLM servers at some places of a machine."""
-    makers = {"student": student_server, "teacher": teacher_server}
-    return [makers[p.kind](config, p, resolve) for p in places]
+    return [(student_server if p.kind == "student" else teacher_server)(config, p, resolve) for p in places]
 
 
 def student_server(config: Config, place: Place, resolve: Resolve = resolve_model) -> Command:
@@ -83,12 +82,12 @@ def teacher_server(config: Config, place: Place, resolve: Resolve = resolve_mode
 def _server(config: Config, place: Place, model: str, dtype: str, extra: list[str]) -> Command:
     s = config.rollout.server
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    argv += ["--served-model-name", place.kind]
-    argv += ["--host", place.host, "--port", str(place.port), "--dtype", dtype, "--seed", str(config.run.seed)]
+    argv += ["--served-model-name", place.kind, "--host", place.host, "--port", str(place.port)]
+    argv += ["--dtype", dtype, "--seed", str(config.run.seed)]
     argv += ["--max-model-len", str(s.max_model_len), "--max-num-seqs", str(s.max_num_seqs), "--max-logprobs", "-1"]
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if place.devices:
-        env["CUDA_VISIBLE_DEVICES"] = _list(place.devices)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.devices))
         argv += ["--tensor-parallel-size", str(len(place.devices))]
         argv += ["--gpu-memory-utilization", str(memory_share(config, place.memory))]
     else:
@@ -98,8 +97,8 @@ def _server(config: Config, place: Place, model: str, dtype: str, extra: list[st
         if place.kind == "student":
             argv += ["--block-size", "32"]  # of prefix caching: n answers share what they can of their prompt
             # vLLM's CPU runner cannot rewind a request's own random generator after a partial prefill
-            argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens"]
-            argv.append(str(max(65536, s.max_model_len, s.max_num_seqs)))
+            most = max(65536, s.max_model_len, s.max_num_seqs)
+            argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(most)]
         env |= {"VLLM_CPU_KVCACHE_SPACE": str(s.kv_cache_gib), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         # one small function of the sampler would be compiled by g++ at start: slow, and fatal where memory is short
         env["TORCHDYNAMO_DISABLE"] = "1"
@@ -113,21 +112,17 @@ def learner(config: Config, recipe: str, overrides: list[str], where: Layout, no
     group = next((g for g in placement.learner if g.node == node), None)
     if group is None:
         return None
-    given = [f"run.dir={config.run.dir}"]
-    for kind, key in (("student", "rollout.urls"), ("teacher", "teacher.urls")):
-        if urls := where.urls(kind):
-            given.append(f"{key}={json.dumps(urls)}")
     here = placement.learner_nodes.index(node)
     start = {"accelerate": _accelerate, "deepspeed": _deepspeed}[config.launch.launcher]
     argv = [sys.executable, *start(placement, where.hosts[where.head], where.rendezvous_port, here)]
-    argv += ["opd.train", recipe, *overrides, *given]
+    argv += ["opd.train", recipe, *overrides, f"run.dir={config.run.dir}", *told(where.servers)]
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")  # ninja lives beside python
     env = {"PATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     # else the ranks listen at whatever address the host's name has
     interface = network_interface(where.hosts[node])
     if group.devices:
         if config.launch.launcher == "accelerate":  # DeepSpeed's launcher sets it by itself
-            env["CUDA_VISIBLE_DEVICES"] = _list(group.devices)
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, group.devices))
         env |= {"NCCL_SOCKET_IFNAME": interface} if interface else {}
     else:
         env |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -163,10 +158,6 @@ def network_interface(host: str) -> str | None:
         return None
     interfaces = psutil.net_if_addrs()
     return next((name for name, some in interfaces.items() if any(a.address == address for a in some)), None)
-
-
-def _list(devices: Iterable[int]) -> str:
-    return ",".join(map(str, devices))
 
 
 def _threads(n: int) -> dict[str, str]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.text import Text
 
 from opd.config.schema import Config
 from opd.processes.guard import Process
@@ -21,22 +27,17 @@ EVALUATED = (
 TAIL_BYTES = 65536  # of metrics.jsonl: room for its newest line
 
 
-class Display:
+class Display(ExitStack):
     """Plain lines: at every change of phase, every evaluation, and every few seconds of training."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self.folder, self.steps = Path(config.run.dir), config.train.steps
         self.processes: list[Process] = []
         self._phase, self._printed, self._step = "", 0.0, 0
         self._evals_read = 0  # bytes of eval.jsonl that were shown, or written by an earlier start
         self._new_evaluations()
         self._states: dict[str, str] = {}
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        return None
 
     def say(self, text: str) -> None:
         """One message above whatever is shown."""
@@ -62,7 +63,11 @@ class Display:
             self._phase = phase
             self.say(f"phase: {phase}")
         self._show_evaluations()
-        self._show_step()
+        line, now = self.newest(), time.monotonic()
+        due = now - self._printed >= PLAIN_EVERY_S
+        if line and line["step"] != self._step and (due or line["step"] == self.steps):
+            self._printed, self._step = now, line["step"]
+            self.say(describe_step(line))
 
     def _show_evaluations(self) -> None:
         for line in self._new_evaluations():
@@ -70,27 +75,15 @@ class Display:
             for found in line.get("warnings", []):
                 self.say(f"warning: {found['text']}")
 
-    def _show_step(self) -> None:
-        line = self.newest()
-        now = time.monotonic()
-        if line is None or line["step"] == self._step:
-            return
-        if now - self._printed >= PLAIN_EVERY_S or line["step"] == self.steps:
-            self._printed, self._step = now, line["step"]
-            self.say(describe_step(line))
-
     def newest(self) -> dict[str, Any] | None:
         """The last whole line of metrics.jsonl; None until the learner has made the folder ready for this run."""
         if not self.status():
             return None
-        path = self.folder / "metrics.jsonl"
-        lines, _ = _whole_lines(path, max(0, _size(path) - TAIL_BYTES))
+        lines, _ = _whole_lines(self.folder / "metrics.jsonl", -TAIL_BYTES)
         return _object(lines[-1]) if lines else None
 
     def _new_evaluations(self) -> list[dict[str, Any]]:
-        path = self.folder / "eval.jsonl"
-        # a resumed or overwritten run drops lines: what is left then was shown before
-        lines, self._evals_read = _whole_lines(path, min(self._evals_read, _size(path)))
+        lines, self._evals_read = _whole_lines(self.folder / "eval.jsonl", self._evals_read)
         return [e for e in map(_object, lines) if e is not None]
 
 
@@ -98,29 +91,18 @@ class LiveDisplay(Display):
     """The same on a terminal: status lines and a progress bar that stay in place."""
 
     def __init__(self, config: Config) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
         super().__init__(config)
         self.console = Console()
         self.live = Live(console=self.console, refresh_per_second=4, transient=False)
 
-    def __enter__(self) -> LiveDisplay:
-        self.live.__enter__()
+    def __enter__(self) -> Self:
+        self.enter_context(self.live)
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.live.__exit__(kind, e, tb)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def refresh(self) -> None:
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.progress_bar import ProgressBar
-        from rich.text import Text
-
         rows: list[Any] = []
         for p in self.processes:
             state = f"exited {p.code}" if p.code is not None else p.state
@@ -136,11 +118,6 @@ class LiveDisplay(Display):
             rows.append(Text("  " + describe_step(line)))
         self._show_evaluations()
         self.live.update(Group(*rows))
-
-
-def make_display(config: Config, plain: bool) -> Display:
-    """Live on a terminal, plain lines elsewhere or on request."""
-    return Display(config) if plain or not sys.stdout.isatty() else LiveDisplay(config)
 
 
 def describe_step(m: dict[str, Any]) -> str:
@@ -166,15 +143,15 @@ def _number(record: dict[str, Any], key: str, digits: int = 3) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
 def _whole_lines(path: Path, start: int) -> tuple[list[bytes], int]:
-    """Complete lines from byte `start`, and where they end: the learner may be in the middle of the next one."""
+    """Complete lines from byte `start`, and where they end: the learner may be in the middle of the next one.
+
+    A negative start counts from the end. A resumed or overwritten run drops lines: what is left was shown before.
+    """
     try:
         with open(path, "rb") as f:
-            f.seek(start)
+            size = f.seek(0, os.SEEK_END)
+            start = f.seek(min(start, size) if start >= 0 else max(0, size + start))
             read = f.read()
     except FileNotFoundError:
         return [], 0

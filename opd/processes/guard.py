@@ -11,11 +11,11 @@ import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from typing import TYPE_CHECKING
 
 import psutil
@@ -35,15 +35,10 @@ class Process:
     def __init__(self, command: Command, log: Path) -> None:
         self.command, self.log, self.started = command, log, time.monotonic()
         self.state = "starting"
+        argv = [sys.executable, "-m", "opd.processes.guard", str(os.getpid()), "--", *command.argv]
+        env = {**os.environ, **command.env}
         with open(log, "ab") as out:
-            self.guard = subprocess.Popen(
-                [sys.executable, "-m", "opd.processes.guard", str(os.getpid()), "--", *command.argv],
-                env={**os.environ, **command.env},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self.guard = Popen(argv, env=env, stdin=DEVNULL, stdout=out, stderr=STDOUT, start_new_session=True)
 
     @property
     def code(self) -> int | None:
@@ -56,7 +51,7 @@ def run(command: Command, log: Path, timeout_s: float) -> None:
     process = Process(command, log)
     try:
         code = process.guard.wait(timeout_s)
-    except subprocess.TimeoutExpired as e:
+    except TimeoutExpired as e:
         raise ChildProcessError(f"{command.name} is not done after {timeout_s:g} s, see {log}") from e
     finally:
         stop_all([process])
@@ -69,7 +64,7 @@ def stop_all(processes: list[Process]) -> None:
     for p in reversed(processes):
         p.guard.terminate()
     for p in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # of a guard that hangs
+        with contextlib.suppress(TimeoutExpired):  # of a guard that hangs
             p.guard.wait(GRACE_S + KILL_S + 5)
 
 
@@ -146,7 +141,7 @@ def guard(parent: int, argv: list[str]) -> int:
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(s, lambda *_: asked.append(True))
     _adopt_orphans(True)
-    child = subprocess.Popen(argv, start_new_session=True)
+    child = Popen(argv, start_new_session=True)
     while child.poll() is None and not asked and os.getppid() == parent:
         time.sleep(0.1)
     code = child.returncode

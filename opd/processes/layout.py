@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -15,7 +16,7 @@ from opd.settings import UserError
 
 FIRST_PORT = 8100  # where the recipe names none and several nodes must agree
 SERVERS_FROM = 10  # ports from the first to those of the servers
-
+URLS = {"student": "rollout.urls", "teacher": "teacher.urls"}
 
 Kind = Literal["student", "teacher"]
 
@@ -54,10 +55,6 @@ class Layout:
     hub_port: int  # of node 0: its launcher hears the others there
     rendezvous_port: int  # of the first learner node: the ranks meet there
 
-    def urls(self, kind: str) -> list[str]:
-        """Base URLs of the servers of a kind, on all nodes."""
-        return [p.url for p in self.servers if p.kind == kind]
-
     def on(self, node: int) -> list[Place]:
         """Servers of a node."""
         return [p for p in self.servers if p.node == node]
@@ -68,6 +65,12 @@ class Layout:
         return self.placement.learner_nodes[0]
 
 
+def told(servers: list[Place]) -> list[str]:
+    """Overrides that tell a learner, or whoever else asks these servers, their URLs."""
+    urls = {key: [p.url for p in servers if p.kind == kind] for kind, key in URLS.items()}
+    return [f"{key}={json.dumps(found)}" for key, found in urls.items() if found]
+
+
 def layout(config: Config) -> Layout:
     """Give every server and the learner an address.
 
@@ -76,36 +79,33 @@ def layout(config: Config) -> Layout:
     placement = placement_of(config)
     hosts = config.launch.hosts or [LOOPBACK]
     if len(hosts) != placement.nodes:
-        raise UserError(
-            f"launch.hosts: {config.launch.placement} has {placement.nodes} nodes, found {len(config.launch.hosts)} "
-            "addresses; name each node's, such as launch.hosts=[10.0.0.1,10.0.0.2]"
-        )
+        found = f"{placement.nodes} nodes, found {len(config.launch.hosts)} addresses"
+        remedy = "name each node's, such as launch.hosts=[10.0.0.1,10.0.0.2]"
+        raise UserError(f"launch.hosts: {config.launch.placement} has {found}; {remedy}")
     if len(set(hosts)) < len(hosts):
-        raise UserError(
-            f"launch.hosts: {max(hosts, key=hosts.count)} twice; expected an address of its own for each node"
-        )
+        twice = max(hosts, key=hosts.count)
+        raise UserError(f"launch.hosts: {twice} twice; expected an address of its own for each node")
     fixed = config.launch.port or (FIRST_PORT if placement.nodes > 1 else None)
+    offsets = count(SERVERS_FROM)
 
     def port(offset: int) -> int:
         return fixed + offset if fixed else free_port()
 
-    offsets = count(SERVERS_FROM)
-
     def address(node: int) -> tuple[str, int]:
         return hosts[node], port(next(offsets))
 
-    found = places_of("student", placement.rollout if starts_student(config) else [], address)
-    found += places_of("teacher", placement.teacher if starts_teacher(config) else [], address)
-    return Layout(placement, hosts, found, port(0), port(1))
+    places = places_of("student", placement.rollout if starts_student(config) else [], address)
+    places += places_of("teacher", placement.teacher if starts_teacher(config) else [], address)
+    return Layout(placement, hosts, places, port(0), port(1))
 
 
-def here(node: int) -> tuple[str, int]:
-    """An address of this machine alone."""
-    return LOOPBACK, free_port()
+Address = Callable[[int], tuple[str, int]]
 
 
-def places_of(kind: Kind, groups: list[Servers], address: Callable[[int], tuple[str, int]] = here) -> list[Place]:
-    """Where the servers of a kind run; `address`: host and port for one more on a node."""
+def places_of(
+    kind: Kind, groups: list[Servers], address: Address = lambda node: (LOOPBACK, free_port())
+) -> list[Place]:
+    """Where the servers of a kind run; `address`: host and port for one more on a node, by default of this machine."""
     parts = [(g, devices) for g in groups for devices in g.parts()]
     nodes = [g.node for g, _ in parts]
     name = kind if len(parts) == 1 else f"{kind}-{{}}"

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Self
 
 from opd.config.schema import Config
 from opd.inference.client import healthy
 from opd.processes.cluster import PROCESS, Alone, End
 from opd.processes.commands import Command
-from opd.processes.display import Display, make_display
+from opd.processes.display import Display, LiveDisplay
 from opd.processes.guard import Process, no_orphans, stop_all
-from opd.processes.logs import STARTED, cause, killed
 from opd.settings import RunFailed, UserError
 
 POLL_S = 0.25
+STARTED = "=== opd starts: "  # a log file keeps what earlier starts wrote
+# A vLLM process's name and its logger's head; lines that only say that something before them went wrong.
+HEAD = re.compile(r"^(\(\w+ pid=\d+\) )?(ERROR \S+ \S+ \[\S+\] )?")
+ERROR = re.compile(r"[\w.]*(Error|Exception|error)(:|$)|[\w.]+: error: ")
+ECHO = re.compile("ChildFailedError|EngineDeadError|Engine core initialization failed")
+# Of torch's elastic agent, and of DeepSpeed's launcher.
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*: (\d+).*?Signal \d+ \((\w+)\)", re.DOTALL)
+RETURN_CODE = re.compile(r"exits with return code = -(\d+)")
+# What C++, glibc, OpenMP and Python's runtime say before they abort a process.
+LAST_WORDS = re.compile(
+    r"^.*(?:terminate called|what\(\): |Fatal Python error|OMP: Error|Assertion .* failed|double free|free\(\): |"
+    r"malloc\(\): |corrupted ).*$",
+    re.MULTILINE,
+)
 Parts = Callable[[], tuple[list[Command], Command | None]]  # checks, then this node's servers and learner
 
 
@@ -34,21 +51,15 @@ def failure(message: str) -> Stop:
     return Stop(End(1, message, PROCESS))
 
 
-class Signals:
+class Signals(ExitStack):
     """Notes a signal for the loops to look at: an exception in mid-start could lose sight of a new process."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    received: signal.Signals | None = None
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> Signals:
-        self._before = {n: signal.signal(n, self._note) for n in self.NUMBERS}
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.callback(signal.signal, number, signal.signal(number, self._note))
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)
@@ -67,11 +78,6 @@ class Watch:
         self.servers: list[Process] = []
         self.learner: Process | None = None
 
-    @property
-    def processes(self) -> list[Process]:
-        """All of them, in the order in which they were started."""
-        return [*self.servers, *([self.learner] if self.learner else [])]
-
     def start(self, command: Command) -> Process:
         """Start a process with a log file of its own."""
         log = Path(self.config.run.dir, "logs", f"{command.name}.log")
@@ -88,9 +94,8 @@ class Watch:
         for p in self.servers:
             if p.code is not None:
                 when = "died" if p.state == "healthy" else "ended before it was healthy"
-                raise failure(
-                    f"the {p.command.name} server {when} (exit code {p.code}): {cause(p.log, p.code)}; see {p.log}"
-                )
+                told = f"(exit code {p.code}): {cause(p.log, p.code)}; see {p.log}"
+                raise failure(f"the {p.command.name} server {when} {told}")
         if (end := self.cluster.outcome()) is not None:
             raise Stop(end, everywhere=True)
 
@@ -98,16 +103,14 @@ class Watch:
         """Until this node's servers and those at the URLs `remote` are up."""
         limit = self.config.launch.health_timeout_s
         deadline = time.monotonic() + limit
-        waiting: list[Process | str] = [*self.servers, *remote]
+        waiting: dict[str, Process | None] = {**{p.command.url: p for p in self.servers}, **dict.fromkeys(remote)}
         while waiting:
             self.look()
-            for p in list(waiting):
-                if healthy(p if isinstance(p, str) else p.command.url):
-                    waiting.remove(p)
-                    if not isinstance(p, str):
-                        p.state = "healthy"
+            for url in filter(healthy, list(waiting)):
+                if p := waiting.pop(url):
+                    p.state = "healthy"
             if waiting and time.monotonic() > deadline:
-                names = ", ".join(p if isinstance(p, str) else f"{p.command.name} ({p.log})" for p in waiting)
+                names = ", ".join(f"{p.command.name} ({p.log})" if p else url for url, p in waiting.items())
                 raise failure(f"not healthy after launch.health_timeout_s={limit}: {names}")
             self.display.refresh()
             time.sleep(POLL_S)
@@ -141,8 +144,8 @@ class Watch:
 def supervise(config: Config, parts: Parts, cluster: Alone, plain: bool, remote: list[str]) -> End:
     """Join the other nodes, check, start this node's servers and learner, and see them through.
 
-    `remote`: URLs of other nodes' servers. Returns how the run ended, the same on all nodes. Whatever happens, nothing
-    that was started here is left.
+    `remote`: URLs of other nodes' servers; `plain`: no live display on a terminal. Returns how the run ended, the same
+    on all nodes. Whatever happens, nothing that was started here is left.
     """
     watch: Watch | None = None
     with Signals() as signals, no_orphans():
@@ -150,7 +153,7 @@ def supervise(config: Config, parts: Parts, cluster: Alone, plain: bool, remote:
             cluster.join(_patience(config, signals))
             started, trainer = parts()
             Path(config.run.dir, "logs").mkdir(parents=True, exist_ok=True)
-            with make_display(config, plain) as display:
+            with (Display if plain or not sys.stdout.isatty() else LiveDisplay)(config) as display:
                 watch = Watch(config, cluster, signals, display)
                 for command in started:
                     watch.servers.append(watch.start(command))
@@ -166,7 +169,7 @@ def supervise(config: Config, parts: Parts, cluster: Alone, plain: bool, remote:
             cluster.ended(End(1, f"{type(e).__name__}: {e}", PROCESS))
             raise
         finally:
-            stop_all(watch.processes if watch else [])
+            stop_all(watch.display.processes if watch else [])
 
 
 def _patience(config: Config, signals: Signals) -> Callable[[], None]:
@@ -188,3 +191,37 @@ def conclude(end: End, after_signal: str) -> int:
     if end.code:
         print(f"\n{end.message}{after_signal}", flush=True)
     return end.code
+
+
+def killed(log: Path) -> str | None:
+    """Which learner rank was killed by which signal, from the launcher's log since its last start; None if none was.
+
+    With what the aborted process said last, in 300 characters at most.
+    """
+    text = log.read_text(errors="replace").rpartition(STARTED)[2]
+    if found := ROOT_CAUSE.search(text):
+        who, by = f"rank {found[1]}", found[2]
+    elif found := RETURN_CODE.search(text):
+        who, by = "a rank", signal.Signals(int(found[1])).name
+    else:
+        return None
+    said = "; ".join(line.strip() for line in LAST_WORDS.findall(text)[-2:])
+    return f"{who} was killed by {by}{': ' if said else ''}{said}"[:300]
+
+
+def cause(log: Path, code: int) -> str:
+    """Why a process ended, from its exit code and its log since its last start: one line of 300 characters at most."""
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return "it was killed by SIGKILL; was memory short?"
+    text = log.read_text(errors="replace").rpartition(STARTED)[2]
+    lines = [HEAD.sub("", line).strip() for line in text.splitlines()[1:] if line.strip()]
+    if told := [line for line in lines if line.startswith("opd: error: ")]:
+        return told[-1].removeprefix("opd: error: ")[:300]
+    if gone := killed(log):
+        return gone
+    errors = [i for i, line in enumerate(lines) if ERROR.match(line)]
+    if not errors:
+        return (lines or ["its log is empty"])[-1][:300]
+    i = next((i for i in reversed(errors) if not ECHO.search(lines[i])), errors[-1])
+    more = lines[i + 1 : i + 3] if "validation error" in lines[i] else []  # pydantic explains itself below
+    return " ".join([lines[i], *more])[:300]

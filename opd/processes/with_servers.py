@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from opd.config.placement import Placement, Servers, node_of, placement_of
 from opd.config.schema import Config
 from opd.processes.cluster import Alone
 from opd.processes.commands import Command, servers
-from opd.processes.layout import Place, places_of
+from opd.processes.layout import Place, places_of, told
 from opd.processes.supervise import conclude, supervise
 from opd.processes.worker import worker
 from opd.settings import UserError
 
-URLS = {"student": "rollout.urls", "teacher": "teacher.urls"}
+WHOLE = 0.9  # of a GPU's memory that two servers on it share
+STUDENT = 0.6  # of that
 
 
 def served(config: Config, out: Path, teacher: bool) -> Config:
@@ -30,9 +30,8 @@ def served(config: Config, out: Path, teacher: bool) -> Config:
         "student.lora": None,
         "student.path": resolve_model(config.student.path, "student.path"),
         "teacher.kind": "server" if teacher else "local",
+        "teacher.path": resolve_model(config.teacher.path, "teacher.path") if teacher else config.teacher.path,
     }
-    if teacher:
-        values["teacher.path"] = resolve_model(config.teacher.path, "teacher.path")
     return config.changed(values)
 
 
@@ -40,24 +39,20 @@ def ask(config: Config, name: str, target: str, given: dict[str, Any], plain: bo
     """Start the servers that have no URL yet, then a worker that is told their URLs, and see both through.
 
     target: its function (opd.processes.worker); `given`: arguments, `overrides` among them; `start`: False where it
-    needs no server. Returns 0, or 128 + number when a
-    signal ended it. Raises UserError and RunFailed.
+    needs no server. Returns 0, or 128 + number when a signal ended it. Raises UserError and RunFailed.
     """
     folder = Path(config.run.dir)
     (folder / "status.json").unlink(missing_ok=True)
 
     def parts() -> tuple[list[Command], Command]:
         started = places(config) if start else []
-        urls = {key: [p.url for p in started if p.kind == kind] for kind, key in URLS.items()}
-        told = [f"{key}={json.dumps(found)}" for key, found in urls.items() if found]
-        asking = worker(name, target, folder, given | {"overrides": [*given["overrides"], *told]})
-        return commands(config, started), asking
+        asking = worker(name, target, folder, given | {"overrides": [*given["overrides"], *told(started)]})
+        devices = [d for p in started for d in p.devices]
+        shared = len(set(devices)) < len(devices)  # then the places have the word on its memory
+        alone = config.changed({"rollout.server.gpu_memory_utilization": None}) if shared else config
+        return servers(alone, started), asking
 
     return conclude(supervise(config, parts, Alone(), plain, []), "; the same command goes on from here")
-
-
-WHOLE = 0.9  # of a GPU's memory that two servers on it share
-STUDENT = 0.6  # of that
 
 
 def places(config: Config) -> list[Place]:
@@ -69,9 +64,8 @@ def places(config: Config) -> list[Place]:
     placement, node = placement_of(config), node_of(config)
     mine = [g for g in placement.rollout if g.node == node]
     if not mine and not config.rollout.urls:
-        raise UserError(
-            f"launch.placement {config.launch.placement}: has no rollout server on node {node}; set OPD_NODE"
-        )
+        name = config.launch.placement
+        raise UserError(f"launch.placement {name}: has no rollout server on node {node}; set OPD_NODE")
     students = [] if config.rollout.urls else mine
     teachers: list[Servers] = []
     if config.teacher.kind == "server" and not config.teacher.urls:
@@ -91,11 +85,3 @@ def _teacher(placement: Placement, node: int, rollout: list[Servers]) -> Servers
     free = [d for d in named if d not in taken] or named
     size = min(len(free), rollout[0].tensor_parallel if rollout else len(free))
     return Servers(node=node, devices=free[:size], tensor_parallel=size)
-
-
-def commands(config: Config, found: list[Place]) -> list[Command]:
-    """The servers' commands. Where student and teacher share a device, their places have the word on its memory."""
-    devices = [d for p in found for d in p.devices]
-    if len(set(devices)) < len(devices):
-        config = config.changed({"rollout.server.gpu_memory_utilization": None})
-    return servers(config, found)

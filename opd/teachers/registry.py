@@ -25,16 +25,7 @@ T = TypeVar("T")
 
 def make_teacher(config: Config, family: Family, device: torch.device, start: ReferenceModel | None = None) -> Teacher:
     """The teacher that the recipe's teacher.kind asks for; `start`: what `make_start` gave."""
-    if config.teacher.kind == "server":
-        return ServerTeacher(config, family, device)
-    if config.teacher.kind == "self":
-        assert start is not None
-        return SelfTeacher(config, family, start)
-    if config.teacher.kind == "routed":
-        routes = of_routes(config).items()
-        return RoutedTeacher(config, {name: make_teacher(c, family, device, start) for name, c in routes})
-    local = CrossTokenizerTeacher if config.objective.about.other_tokenizer else LocalTeacher
-    return local(config, family, device)
+    return TEACHERS[config.teacher.kind or "local"](config, family, device, start)
 
 
 def make_start(config: Config, family: Family, device: torch.device, learner: Running | None) -> ReferenceModel | None:
@@ -94,3 +85,26 @@ class RoutedTeacher:
         """Each teacher with the indices of its prompts."""
         routes = [route_of(self.config.teacher, p) for p in prompts]
         return [(t, [i for i, r in enumerate(routes) if r == name]) for name, t in self.teachers.items()]
+
+
+def _local(config: Config, family: Family, device: torch.device, _: ReferenceModel | None) -> Teacher:
+    return (CrossTokenizerTeacher if config.objective.about.other_tokenizer else LocalTeacher)(config, family, device)
+
+
+def _self(config: Config, family: Family, _: torch.device, start: ReferenceModel | None) -> Teacher:
+    assert start is not None
+    return SelfTeacher(config, family, start)
+
+
+def _routed(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:
+    return RoutedTeacher(
+        config, {name: make_teacher(c, family, device, start) for name, c in of_routes(config).items()}
+    )
+
+
+TEACHERS: dict[str, Callable[[Config, Family, torch.device, ReferenceModel | None], Teacher]] = {
+    "local": _local,
+    "server": lambda config, family, device, _: ServerTeacher(config, family, device),
+    "self": _self,
+    "routed": _routed,
+}

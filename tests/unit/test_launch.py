@@ -17,7 +17,7 @@ import pytest
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.processes.display import Display, LiveDisplay, describe_evaluation, describe_step
-from opd.processes.logs import STARTED, cause
+from opd.processes.supervise import STARTED, cause
 from opd.settings import UserError
 from opd.storage import run_folder
 

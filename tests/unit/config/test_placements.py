@@ -174,8 +174,9 @@ def test_nodes_have_addresses_and_ports() -> None:
     with pytest.raises(UserError, match="launch.hosts: 10.0.0.1 twice; expected an address of its own for each node"):
         places("launch.hosts=[10.0.0.1,10.0.0.1]")
     where = places("launch.hosts=[10.0.0.1,10.0.0.2]")
-    assert where.urls("student") == ["http://10.0.0.1:8110", "http://10.0.0.1:8111"]
-    assert where.urls("teacher") == ["http://10.0.0.1:8112", "http://10.0.0.1:8113"]
+    urls = {kind: [p.url for p in where.servers if p.kind == kind] for kind in ("student", "teacher")}
+    assert urls["student"] == ["http://10.0.0.1:8110", "http://10.0.0.1:8111"]
+    assert urls["teacher"] == ["http://10.0.0.1:8112", "http://10.0.0.1:8113"]
     assert (where.hub_port, where.rendezvous_port, where.head) == (8100, 8101, 1)
     given = places("launch.hosts=[a,b]", "rollout.urls=[http://c:1]", "launch.port=9000")
     assert [p.url for p in given.servers] == ["http://a:9010", "http://a:9011"]  # the teacher's

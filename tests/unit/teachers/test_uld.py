@@ -14,8 +14,7 @@ from torch import Tensor
 
 from opd.config.schema import Config
 from opd.doctor.checks import Facts
-from opd.doctor.preflight import tokenizers
-from opd.doctor.tokenizers import stop_ids, templates
+from opd.doctor.tokenizers import stop_ids, templates, tokenizers
 from opd.models.base import Family
 from opd.settings import UserError
 from opd.teachers.cross_tokenizer import CrossTokenizerTeacher, Retold
