@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from opd.data.stages.near_duplicates import NearTexts, normal
+from opd.data.stages.prompts import NearTexts, normal
 from opd.prompts.manifest import parse_record, records
 from opd.settings import UserError, regular_file
 from opd.storage.digests import canonical, digest

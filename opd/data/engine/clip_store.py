@@ -42,11 +42,11 @@ class ClipStore:
         """A clip that is encoded already, named by its bytes."""
         return self._kept(hashlib.sha256(content).hexdigest()[:32], suffix, lambda aside: aside.write_bytes(content))
 
-    def adopt(self, path: Path) -> Path:
-        """A clip that lies elsewhere, linked or copied into the store; one below `root` is taken as it is."""
-        path = path.resolve()
+    def adopt(self, clip: str) -> str:
+        """How a manifest names a clip: one that does not lie below `root` is linked or copied into the store first."""
+        path = Path(clip).resolve()
         if path.is_relative_to(self.root):
-            return path
+            return path.relative_to(self.root).as_posix()
         with open(path, "rb") as f:
             key = hashlib.file_digest(f, "sha256").hexdigest()[:32]
 
@@ -56,11 +56,7 @@ class ClipStore:
             except OSError:  # another file system, or one without links
                 shutil.copyfile(path, aside)
 
-        return self._kept(key, path.suffix, write)
-
-    def relative(self, path: Path) -> str:
-        """How a manifest names a clip of the store."""
-        return path.resolve().relative_to(self.root).as_posix()
+        return self._kept(key, path.suffix, write).relative_to(self.root).as_posix()
 
     def _kept(self, key: str, suffix: str, write: Callable[[Path], Any]) -> Path:
         """The clip of this key; unless it is there, what `write` makes, which takes its name once it is on the disk."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from opd.data.engine.clip_store import ClipStore
+from opd.endpoint import Endpoint
 from opd.prompts.manifest import records
 from opd.settings import Section
 from opd.storage.digests import canonical, digest, stats
+from opd.types import joined
 
 Record = dict[str, Any]
 Work = Callable[[Record], Record]
@@ -20,8 +23,8 @@ Work = Callable[[Record], Record]
 class Stage(Section):
     """One step of making data. Fields are its settings, and a record is made again when one of them changes.
 
-    A subclass says how many records are worked on at once, and by what: `process` for work of this machine's cores,
-    `thread` for what waits for an endpoint.
+    A subclass says what works on its records: `process` for work of this machine's cores, else `thread`, which a stage
+    with an endpoint has always.
     """
 
     name: ClassVar[str]
@@ -31,12 +34,15 @@ class Stage(Section):
     elsewhere: ClassVar[tuple[str, ...]] = ()  # settings that say where work is done, not what comes out
     files: ClassVar[tuple[str, ...]] = ()  # settings that may name a file or folder, whose content decides too
 
-    def pool(self) -> Literal["process", "thread"]:
-        """`workers`, where it does not depend on the settings."""
-        return self.workers
+    @property
+    def endpoints(self) -> dict[str, Endpoint]:
+        """The servers that the settings name, by setting."""
+        return {name: value for name, value in self if isinstance(value, Endpoint)}
 
     def check(self) -> None:
         """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
+        for name, endpoint in self.endpoints.items():
+            endpoint.check(name)
 
     def rows(self, source: str) -> Iterator[tuple[str, Any]]:
         """(place, row) of what is read; a ValueError in the place of a row that cannot be. Raises UserError."""
@@ -47,6 +53,10 @@ class Stage(Section):
 
         It takes a record whose clips have absolute paths, and may change it. It raises Drop, Failed or Unavailable.
         """
+        return partial(self.one, store)
+
+    def one(self, store: ClipStore, record: Record) -> Record:
+        """Make one record: of a stage that has nothing to begin with."""
         raise NotImplementedError
 
     def advice(self, source: str, out: Path) -> list[str]:
@@ -90,6 +100,22 @@ def audio_parts(record: Record) -> Iterator[dict[str, Any]]:
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and part.get("type") == "audio":
                 yield part
+
+
+def last_question(record: Record) -> tuple[dict[str, Any], str]:
+    """The last user turn, which must be text: the message itself, to be changed in place, and its text.
+
+    Raises Drop where there is none, it is empty, or it holds audio.
+    """
+    message = next((m for m in reversed(record["messages"]) if m["role"] == "user"), None)
+    if message is None:
+        raise Drop("no user turn")
+    if any(part["type"] != "text" for part in message["content"] if isinstance(part, dict)):
+        raise Drop("spoken already")
+    text = joined(message)["content"].strip()
+    if not text:
+        raise Drop("empty")
+    return message, text
 
 
 def _without_paths(record: Record) -> Record:

@@ -14,7 +14,7 @@ import soundfile
 from pydantic import AfterValidator, Field, PositiveFloat
 
 from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
+from opd.data.engine.stage import Drop, Record, Stage, audio_parts
 from opd.data.stages.benchmarks import AUDIO, BENCHMARKS, OPTIONS, UNHEARD, Benchmark, Part, make
 from opd.data.stages.natural import Natural, dropping_bad_audio
 from opd.data.stages.recordings import within
@@ -67,9 +67,8 @@ class LoadBenchmark(Stage):
             known = ", ".join(about.parts) if "" not in about.parts else "none, for it has no subsets"
             raise UserError(f"opd data benchmark {name}: subset: expected {known}, found {self.subset!r}")
         if self.split and self.source is None and self.split not in part.splits:
-            raise UserError(
-                f"opd data benchmark {name}: split: expected one of {', '.join(part.splits)}, found {self.split!r}"
-            )
+            known = ", ".join(part.splits)
+            raise UserError(f"opd data benchmark {name}: split: expected one of {known}, found {self.split!r}")
         return about, part
 
     def _split(self, name: str, about: Benchmark, part: Part, split: str) -> Iterator[tuple[str, Path, Any]]:
@@ -113,12 +112,9 @@ class LoadBenchmark(Stage):
         row = {k: _content(v, record["root"]) if k in AUDIO else v for k, v in record["row"].items()}
         return super().key({k: v for k, v in record.items() if k != "root"} | {"row": row})
 
-    def begin(self, store: ClipStore) -> Work:
+    def one(self, store: ClipStore, given: Record) -> Record:
         """Row -> {"id", "messages", "match", "seconds", answer, choices, group, benchmark, subset where there are}."""
-        shortest = 0.01  # of a benchmark every clip is asked
-        return partial(self._record, store, Natural(min_seconds=shortest, max_seconds=self.max_seconds))
-
-    def _record(self, store: ClipStore, natural: Natural, given: Record) -> Record:
+        natural = Natural(min_seconds=0.01, max_seconds=self.max_seconds)  # the shortest: of a benchmark all is asked
         record = make(given["benchmark"], self.subset, given["split"], given["row"], self.instruction)
         seconds = 0.0
         for part in audio_parts(record):

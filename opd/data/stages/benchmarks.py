@@ -1,4 +1,4 @@
-"""Public benchmarks of speech: where they are, what their columns hold, and which rule grades them. Imports no torch.
+"""Public benchmarks of speech: what their columns hold. benchmarks.yaml says where they are. Imports no torch.
 
 An audio part of the records made here has `clip`, what a row has of it, in the place of a path.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from opd.data.engine.stage import Drop, Record
 from opd.scoring.answers import check_answer
 from opd.scoring.voicebench import TASKS, criteria
+from opd.settings import Section, read_yaml
 
 Row = dict[str, Any]
 TURNS = 8  # of a user, at most, in Audio MultiChallenge
@@ -22,32 +22,33 @@ UNHEARD = "(a recording)"  # the transcript of what is not only speech
 OPTIONS = "{question}\n{options}\nAnswer with one of these options, word for word."
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Section):
     """A benchmark, or a subset of one that is a data set of its own."""
 
     match: str
-    splits: tuple[str, ...]
+    splits: list[str] = ["test"]
     needs: str = ""  # columns besides the audio; one/other: either
     judge: str = ""  # settings of eval.judge as the authors have it
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """Where a benchmark is, and how its rows become records."""
+class Benchmark(Section):
+    """Where a benchmark is, and what its rows have."""
 
     source: str  # hub:owner/name
     paper: str
-    make: Callable[[Row, str, str], Record]  # of row, subset and split, its answer, group, messages
-    parts: dict[str, Part] = field(default_factory=dict)  # by subset; "" where there are none
+    parts: dict[str, Part]  # by subset; "" where there are none
     heard_only: bool = False  # what is heard is not only speech: no transcript says it
     hint: str = ""  # to a column that is not there
+
+
+LISTED = read_yaml(Path(__file__).with_name("benchmarks.yaml"))
+BENCHMARKS = {name: Benchmark.model_validate(about) for name, about in LISTED.items()}
 
 
 def make(benchmark: str, subset: str, split: str, row: Row, instruction: str) -> Record:
     """A record of a row: messages, match, answer and group where there are, further strings. Raises Drop."""
     about = BENCHMARKS[benchmark]
-    record = about.make(row, subset, split)
+    record = MAKE[benchmark](row, subset, split)
     if about.heard_only:
         options = "\n".join(f"- {c}" for c in record["choices"])
         asked = instruction.format(question=str(row["question"]).strip(), options=options)
@@ -168,56 +169,10 @@ def _multichallenge(row: Row, subset: str, split: str) -> Record:
     return {"messages": messages, "answer": json.dumps(wanted, ensure_ascii=False), "group": str(row.get("axis") or "")}
 
 
-ACCENTS = ("aus", "gbr", "ind_n", "ind_s", "irl", "kenya", "nga", "nzl", "phl", "usa", "zaf")
-DOMAINS = (
-    *("law", "engineering", "other", "biology", "business", "economics", "health", "philosophy"),
-    *("psychology", "history", "chemistry", "physics"),
-)
-TEST = ("test",)
-SAMPLING = "system: voicebench, samples: 3, temperature: 0.5, top_p: 0.95"  # of VoiceBench's judge
-RATED = Part("rating", TEST, "prompt", judge=SAMPLING)
-BENCHMARKS = {
-    "voicebench": Benchmark(
-        "hub:hlt-lab/voicebench",
-        "arXiv 2410.17196",
-        _voicebench,
-        {
-            **dict.fromkeys(("alpacaeval", "alpacaeval_full", "commoneval", "wildvoice"), RATED),
-            "sd-qa": Part("judge", ACCENTS, "prompt reference", judge=f"prompt: voicebench_qa, {SAMPLING}"),
-            "mmsu": Part("voicebench_mcq", DOMAINS, "prompt reference"),
-            "openbookqa": Part("voicebench_mcq", TEST, "prompt reference"),
-            "bbh": Part("voicebench_bbh", TEST, "prompt reference id"),
-            "ifeval": Part("ifeval", TEST, "prompt instruction_id_list kwargs"),
-            "advbench": Part("voicebench_refusal", TEST, "prompt"),
-        },
-    ),
-    "big_bench_audio": Benchmark(
-        "hub:fixie-ai/big_bench_audio:train",
-        "huggingface.co/blog/big-bench-audio-release",
-        _big_bench_audio,
-        {"": Part("judge", ("train",), "official_answer transcript/original_question", "prompt: big_bench_audio")},
-        hint="ArtificialAnalysis/big_bench_audio has no transcripts; fixie-ai/big_bench_audio, the default, has",
-    ),
-    "mmar": Benchmark(
-        "hub:ngqtrung/mmar",
-        "arXiv 2505.13032",
-        _options,
-        {"": Part("tokens", TEST, "question choices answer")},
-        heard_only=True,
-        hint="BoJack/MMAR has its clips in an archive: unpack it and name the folder as source",
-    ),
-    "mmau": Benchmark(
-        "hub:lmms-lab-audio/mmau",
-        "arXiv 2410.19168",
-        _options,
-        {"": Part("tokens", ("test_mini",), "question choices answer")},
-        heard_only=True,
-        hint="the answers of MMAU's test split are not public; test-mini has them",
-    ),
-    "audio_multichallenge": Benchmark(
-        "hub:ScaleAI/audiomc",
-        "arXiv 2512.14865",
-        _multichallenge,
-        {"": Part("rubric", TEST, "user_turn_1_transcript rubric")},
-    ),
+MAKE = {  # of row, subset and split: its answer, group, messages
+    "voicebench": _voicebench,
+    "big_bench_audio": _big_bench_audio,
+    "mmar": _options,
+    "mmau": _options,
+    "audio_multichallenge": _multichallenge,
 }

@@ -13,16 +13,16 @@ import soundfile
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, content_id, deciding
+from opd.data.engine.stage import Drop, Record, Stage, Work, content_id, deciding, last_question
 from opd.data.stages import espeak
-from opd.data.stages.loudness import normalised
-from opd.data.stages.turns import last_question
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import check, load, resample, whole_frames
 from opd.settings import UserError
 from opd.storage.digests import canonical
 from opd.types import BadAudio, TooLong
 
+BLOCK_S = 0.4  # the gating block of EBU R128
+CEILING = -1.0  # dB true peak, the most that R128 permits
 SOUNDS = "m1", "m3", "m7", "f2", "f4", "f5"
 ESPEAK_VOICES = [f"{accent}+{sound}" for accent in ("en-us", "en-gb-x-rp") for sound in SOUNDS]
 Whole = Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -71,20 +71,15 @@ class Speak(Stage):
                 raise ValueError(f"{name}: expected [FROM, TO] within {least} and {most}, found [{low}, {high}]")
         return self
 
-    def pool(self) -> Literal["process", "thread"]:
-        return "thread" if self.endpoint else "process"
-
     def check(self) -> None:
         """Raises UserError for an endpoint that cannot be one, a voice that espeak-ng lacks, or a missing espeak-ng."""
+        super().check()
         if self.endpoint:
-            self.endpoint.check("endpoint")
             return
         with espeak.Synthesizer() as engine:
+            expected = "expected LANGUAGE or LANGUAGE+VARIANT, such as de or en-us+f2"
             if unknown := [voice for voice in self.voices or ESPEAK_VOICES if not engine.has(voice)]:
-                raise UserError(
-                    f"voices: espeak-ng has no voice {unknown[0]!r}; expected LANGUAGE or LANGUAGE+VARIANT, such as "
-                    "de or en-us+f2"
-                )
+                raise UserError(f"voices: espeak-ng has no voice {unknown[0]!r}; {expected}")
 
     def begin(self, store: ClipStore) -> Work:
         """Record whose last question is text -> the same, spoken, with `voice` and `seconds`."""
@@ -93,12 +88,12 @@ class Speak(Stage):
         settings = self._deciding()
 
         def work(record: Record) -> Record:
-            question = last_question(record)
-            said = self._draw(record, question.text, voices)
+            message, text = last_question(record)
+            said = self._draw(record, text, voices)
             key = hashlib.sha256(canonical([settings, said])).hexdigest()[:32]
             path = store.make(key, lambda: (self._made(speak, said), self.sample_rate))
             seconds = self._fitting(soundfile.info(path).duration)
-            question.message["content"] = [{"type": "audio", "path": str(path), "transcript": said.text}]
+            message["content"] = [{"type": "audio", "path": str(path), "transcript": said.text}]
             return record | {"voice": said.voice, "seconds": round(seconds, 3)}
 
         return work
@@ -158,3 +153,36 @@ class Speak(Stage):
                 return load(f.name, self.sample_rate, self.max_seconds)
             except BadAudio as e:
                 raise type(e)(str(e).replace(f.name, f"sent {sent[:20]!r}...")) from e
+
+
+def lufs(wave: np.ndarray, rate: int) -> float:
+    """Integrated loudness (EBU R128, ITU-R BS.1770) of [samples] at `rate` Hz in LUFS.
+
+    It is -inf where all is below the gate of -70 LUFS.
+    A clip shorter than one block is measured as if it were repeated until it fills one: silence behind it would make
+    it look softer than it sounds.
+    """
+    from pyloudnorm import Meter
+
+    block = int(np.ceil(BLOCK_S * rate))
+    return float(Meter(rate).integrated_loudness(np.resize(wave, max(len(wave), block)).astype(np.float64)))
+
+
+def true_peak(wave: np.ndarray) -> float:
+    """Peak of the continuous signal behind [samples], at four times their rate (BS.1770 Annex 2)."""
+    from scipy.signal import resample_poly
+
+    return float(max(np.abs(wave).max(), np.abs(resample_poly(wave.astype(np.float64), 4, 1)).max()))
+
+
+def normalised(wave: np.ndarray, rate: int, target: float) -> np.ndarray:
+    """[samples] float32 brought to `target` LUFS by one gain.
+
+    The gain is lower where the true peak would pass CEILING: the clip is then softer than the target, but nothing of it
+    is bent. Raises BadAudio when there is no loudness to measure.
+    """
+    loudness = lufs(wave, rate)
+    if not np.isfinite(loudness):
+        raise BadAudio("silent: nothing above -70 LUFS")
+    gain = min(10 ** ((target - loudness) / 20), 10 ** (CEILING / 20) / true_peak(wave))
+    return (wave * gain).astype(np.float32)

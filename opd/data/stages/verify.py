@@ -47,16 +47,16 @@ class Verify(Stage):
 
     def check(self) -> None:
         """Raises UserError for an endpoint that cannot be one, a missing model, or an unreadable list of spellings."""
-        if isinstance(self.asr, Endpoint):
-            self.asr.check("asr")
-        elif self.extra:
-            raise UserError("extra: is a setting of an endpoint, asr names a model")
-        elif not Path(self.asr).is_dir() and (self.asr.startswith((".", "/")) or self.asr.count("/") != 1):
-            raise UserError(f"asr: expected {{url, model}}, a folder or OWNER/NAME on the Hub, found {self.asr!r}")
-        elif Path(self.asr, "config.json").is_file() and not list(Path(self.asr).glob("*.safetensors")):
-            raise UserError(
-                f"asr {self.asr}: expected weights as *.safetensors, found none; pickled ones are not loaded"
-            )
+        super().check()
+        if isinstance(self.asr, str):
+            folder, named = Path(self.asr), self.asr.count("/") == 1 and not self.asr.startswith((".", "/"))
+            if self.extra:
+                raise UserError("extra: is a setting of an endpoint, asr names a model")
+            if not folder.is_dir() and not named:
+                raise UserError(f"asr: expected {{url, model}}, a folder or OWNER/NAME on the Hub, found {self.asr!r}")
+            if (folder / "config.json").is_file() and not list(folder.glob("*.safetensors")):
+                told = "expected weights as *.safetensors, found none; pickled ones are not loaded"
+                raise UserError(f"asr {self.asr}: {told}")
         _spellings(self.spellings)
 
     def begin(self, store: ClipStore) -> Work:
