@@ -10,18 +10,16 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from opd.data.engine import manifest
-from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.runner import read_source
-from opd.data.engine.stage import Drop, Record, audio_parts, last_question
+from opd.data.engine.stage import ClipStore, Drop, Record, audio_parts, last_question
 from opd.evaluate.records import read_records
 from opd.report.blocks import Heading, Paragraph, Table, document
 from opd.report.figure import BLUE, figure
@@ -31,6 +29,8 @@ from opd.storage.json_lines import write_atomic
 MEASURED = "misalignment/sampled"  # of a record, by `opd eval`
 FIT = 20000  # texts that the clusters are fitted to: the balanced assignment is a flow problem, slow beyond
 BATCH = 256
+Texts = Sequence[str]
+Row = dict[str, Any]  # a cluster of select.json
 EXAMPLES = 3  # texts of a cluster that the page shows
 
 
@@ -46,20 +46,6 @@ class Selection(Section):
     drop_worst: float = Field(0.15, ge=0, lt=1, description="share of clusters left out, those with the worst `wer`")
     prior: NonNegativeFloat = Field(1.0, description="probe records of mean misalignment that a cluster begins with")
     seed: NonNegativeInt = Field(0, description="of the clusters and of the draw")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One cluster of the page."""
-
-    cluster: int
-    texts: int
-    probes: int
-    misalignment: float
-    wer: float | None
-    probability: float
-    chosen: int
-    examples: list[str]
 
 
 def select(source: str, probes: list[Path], out: Path, settings: Selection) -> list[Path]:
@@ -83,32 +69,35 @@ def select(source: str, probes: list[Path], out: Path, settings: Selection) -> l
     if not measured:
         names = ", ".join(map(str, probes))
         raise UserError(f"{names}: expected records with a misalignment, found none; measure them with `opd eval`")
-    asked = [_last_turn(str(r["question"])) for r in measured]
+    # of lines of `role: text`, as `opd eval` writes a chat: what the user said last
+    asked = [f"\n{r['question']}".rpartition("\nuser: ")[2] for r in measured]
     print(f"{len(texts)} texts into {settings.clusters} clusters by {settings.embedding}: minutes if many", flush=True)
     found = cluster(texts, asked, settings.clusters, settings.embedding, settings.dimensions, settings.seed)
+    count = settings.clusters
     nats = np.array([r[MEASURED]["nats"] for r in measured], dtype=np.float64)
     tokens = np.array([r[MEASURED]["tokens"] for r in measured], dtype=np.float64)
-    m = misalignment(found.probe, nats, tokens, found.count, settings.prior)
-    sizes = np.bincount(found.corpus, minlength=found.count)
-    wer = _wer(found.probe, measured, found.count)
+    m = misalignment(found.probe, nats, tokens, count, settings.prior)
+    sizes = np.bincount(found.corpus, minlength=count)
+    wer = _wer(found.probe, measured, count)
     probability = weights(sizes / sizes.sum(), m, settings.gamma, wer, settings.drop_worst)
     seconds = np.array([_seconds(r, t, settings) for r, t in zip(records, texts, strict=True)])
     chosen = draw(found.corpus, probability, seconds, 3600 * settings.hours, settings.seed)
     if len(chosen) == 0:
         raise UserError(f"hours: {settings.hours:g} h hold no text; the shortest takes {seconds.min():.1f} s")
-    probed, drawn = (np.bincount(of, minlength=found.count) for of in (found.probe, found.corpus[chosen]))
-    rows = []
-    for c in range(found.count):
-        error = None if np.isnan(wer[c]) else float(wer[c])
+    probed, drawn = (np.bincount(of, minlength=count) for of in (found.probe, found.corpus[chosen]))
+    rows: list[Row] = []
+    for c in range(count):
+        row: Row = {"cluster": c, "texts": int(sizes[c]), "probes": int(probed[c]), "misalignment": float(m[c])}
+        row |= {"wer": None if np.isnan(wer[c]) else float(wer[c]), "probability": float(probability[c])}
         examples = [texts[i] for i in np.flatnonzero(found.corpus == c)[:EXAMPLES]]
-        numbers = int(sizes[c]), int(probed[c]), float(m[c]), error, float(probability[c]), int(drawn[c])
-        rows.append(Row(c, *numbers, examples))
+        rows.append(row | {"chosen": int(drawn[c]), "examples": examples})
     odds = probability / (sizes / sizes.sum())  # how much likelier a text of a cluster is drawn than by chance
     of = found.corpus
     picked = [records[i] | {"cluster": str(of[i]), "odds": float(odds[of[i]])} for i in chosen]
     hours = float(seconds[chosen].sum() / 3600)
     total = {"texts": len(chosen), "of": len(records), "unusable": len(bad), "hours": hours}
-    return _write(picked, rows, total, settings, source, out)
+    about = {"source": source, "settings": settings.model_dump(), "total": total}
+    return _write(picked, rows, about, out)
 
 
 def _usable(source: str) -> tuple[list[Record], list[str], list[str]]:
@@ -125,11 +114,6 @@ def _usable(source: str) -> tuple[list[Record], list[str], list[str]]:
     return records, texts, bad
 
 
-def _last_turn(chat: str) -> str:
-    """Of a chat as `opd eval` writes a record's question, lines of `role: text`: what the user said last."""
-    return f"\n{chat}".rpartition("\nuser: ")[2]
-
-
 def question(record: Record) -> str:
     """What is spoken: the transcripts of the record's last user turn that has any, else its last question.
 
@@ -139,7 +123,7 @@ def question(record: Record) -> str:
         parts = message["content"] if isinstance(message["content"], list) else []
         if message["role"] == "user" and (said := [p["transcript"] for p in parts if p["type"] == "audio"]):
             return " ".join(said)
-    return last_question(record).text
+    return last_question(record)[1]
 
 
 def _wer(found: np.ndarray, measured: list[Record], count: int) -> np.ndarray:
@@ -155,9 +139,7 @@ def _seconds(record: Record, text: str, settings: Selection) -> float:
     return float(found) if isinstance(found, int | float) else settings.seconds_per_word * len(text.split())
 
 
-def _write(
-    picked: list[Record], rows: list[Row], total: dict[str, Any], settings: Selection, source: str, out: Path
-) -> list[Path]:
+def _write(picked: list[Record], rows: list[Row], about: dict[str, Any], out: Path) -> list[Path]:
     folder = out.with_suffix(".select")
     aside = folder / "aside"
     try:
@@ -167,9 +149,8 @@ def _write(
             for part in audio_parts(record):
                 part["path"] = store.adopt(part["path"])
         manifest.write(picked, out, aside)
-        about = {"source": source, "settings": settings.model_dump(), "total": total}
-        write_atomic(folder / "select.json", json.dumps(about | {"clusters": [vars(r) for r in rows]}, indent=1) + "\n")
-        write_atomic(folder / "select.html", _page(rows, total, source))
+        write_atomic(folder / "select.json", json.dumps(about | {"clusters": rows}, indent=1) + "\n")
+        write_atomic(folder / "select.html", _page(rows, about["total"], about["source"]))
     except OSError as e:
         raise UserError(f"{e.filename or out.parent}: {e.strerror or e}") from e
     finally:
@@ -182,17 +163,17 @@ def _page(rows: list[Row], total: dict[str, Any], source: str) -> str:
         ax = fig.subplots()
         ax.grid(True)
         ax.set(xlabel="misalignment M(c), nats per token", ylabel="probability of the cluster")
-        sizes = [10 + 4 * r.probes for r in rows]
-        xs, ys = [r.misalignment for r in rows], [r.probability for r in rows]
+        sizes = [10 + 4 * r["probes"] for r in rows]
+        xs, ys = [r["misalignment"] for r in rows], [r["probability"] for r in rows]
         ax.scatter(xs, ys, s=sizes, color=BLUE, alpha=0.6, label="a cluster; larger: more probe records")
 
     heads = ["cluster", "M(c)", "WER %", "texts", "probe records", "probability %", "chosen"]
     lines = []
-    for r in sorted(rows, key=lambda r: -r.probability):
-        name = f"{r.cluster}: {' · '.join(e.partition(': ')[2][:60] for e in r.examples)}"
-        wer = "" if r.wer is None else f"{100 * r.wer:.1f}"
-        chance = f"{100 * r.probability:.2f}"
-        lines.append([name, f"{r.misalignment:.3f}", wer, str(r.texts), str(r.probes), chance, str(r.chosen)])
+    for r in sorted(rows, key=lambda r: -r["probability"]):
+        name = f"{r['cluster']}: {' · '.join(e.partition(': ')[2][:60] for e in r['examples'])}"
+        wer = "" if r["wer"] is None else f"{100 * r['wer']:.1f}"
+        m, chance = f"{r['misalignment']:.3f}", f"{100 * r['probability']:.2f}"
+        lines.append([name, m, wer, str(r["texts"]), str(r["probes"]), chance, str(r["chosen"])])
     told = f"{total['texts']} of {total['of']} texts of {source}, about {total['hours']:.2f} hours of speech."
     plot = figure("Misalignment and probability of every cluster.", draw, (7.0, 4.0))
     table = Table(heads, lines, "Likeliest first, with texts of each.")
@@ -200,16 +181,14 @@ def _page(rows: list[Row], total: dict[str, Any], source: str) -> str:
     return document(title, [Heading(title, 1), Paragraph(told), plot, table])
 
 
-@dataclass(frozen=True)
-class Clusters:
+class Clusters(NamedTuple):
     """A partition of texts."""
 
     corpus: np.ndarray  # [N] cluster of each text of the corpus
     probe: np.ndarray  # [n] cluster of each probe text
-    count: int
 
 
-def cluster(corpus: Sequence[str], probe: Sequence[str], count: int, embedding: str, size: int, seed: int) -> Clusters:
+def cluster(corpus: Texts, probe: Texts, count: int, embedding: str, size: int, seed: int) -> Clusters:
     """Balanced k-means over embeddings of the corpus; probe texts go to the nearest centre.
 
     embedding: `tfidf` (word TF-IDF, reduced to `size` dimensions by a truncated SVD), or a sentence-transformers model.
@@ -226,12 +205,10 @@ def cluster(corpus: Sequence[str], probe: Sequence[str], count: int, embedding: 
     own = model.fit_predict(points[fitted])
     found = nearest(points, model.cluster_centers_)
     found[fitted] = own
-    return Clusters(found, nearest(asked, model.cluster_centers_), count)
+    return Clusters(found, nearest(asked, model.cluster_centers_))
 
 
-def embed(
-    corpus: Sequence[str], probe: Sequence[str], embedding: str, size: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def embed(corpus: Texts, probe: Texts, embedding: str, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors [N, D] and [n, D] of texts; what is learnt for it is learnt from the corpus."""
     if embedding == "tfidf":
         from sklearn.decomposition import TruncatedSVD

@@ -13,8 +13,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from functools import partial
 from typing import Any
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Failed
 
 Outcome = tuple[str, Any]  # ("record", Record), ("drop", reason) or ("failed", reason)

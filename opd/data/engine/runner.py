@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.engine import manifest
-from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.pool import Outcome, Pool
-from opd.data.engine.stage import Record, Stage, audio_parts, content_id
+from opd.data.engine.stage import ClipStore, Record, Stage, audio_parts, content_id
 from opd.prompts.manifest import parse_record, records
 from opd.settings import UserError
 from opd.storage import run_folder
@@ -152,7 +151,10 @@ class _Run:
             key, why = self._key(place, row)
             self.keys.append(key)
             mine = i % self.shard[1] == self.shard[0]
-            again = key in seen or (key in self.journal and self._whole(key))
+            again = key in seen
+            if not again and key in self.journal:  # and its clips are still there
+                record = self.journal[key].get("record", {})
+                again = all((self.store.root / part["path"]).is_file() for part in audio_parts(record))
             seen.add(key)
             if not mine or again:
                 self.ticker.there += mine
@@ -173,11 +175,6 @@ class _Run:
                 why = "half a surrogate pair, which is no text"
         return self.stage.key({"place": ascii(place), "error": ascii(why)}), why
 
-    def _whole(self, key: str) -> bool:
-        """Whether the clips of a result are still there."""
-        record = self.journal[key].get("record", {})
-        return all((self.store.root / part["path"]).is_file() for part in audio_parts(record))
-
     def _collect(self, flying: dict[Future[Outcome], Job]) -> None:
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
         for future in [f for f in flying if f in done]:  # in their order
@@ -186,7 +183,7 @@ class _Run:
     def _keep(self, key: str, name: str | None, kind: str, result: Any) -> None:
         if kind == "failed":
             self.failed.add(key)
-            self.summary.failed[_reason(result)] += 1
+            self.summary.failed[result.partition(":")[0]] += 1
             self.ticker.tick(self.summary)
             failed, tried = self.summary.failed.total(), self.summary.made + self.summary.failed.total()
             if failed > FEW and failed > MAX_FAILED * tried:
@@ -225,7 +222,8 @@ class _Run:
             if key not in self.journal:
                 continue
             result = self.journal[key]
-            record, why = result.get("record"), result.get("drop")
+            record: Any = result.get("record")
+            why: Any = result.get("drop")
             name = (record or result).get("id")
             if record is not None:
                 why = "twice in the input" if key in written else None
@@ -235,7 +233,7 @@ class _Run:
                 ids.add(name)
                 yield record
             else:
-                self.summary.dropped[_reason(why)] += 1
+                self.summary.dropped[why.partition(":")[0]] += 1
                 dropped.append(json.dumps({"record": i + 1, "id": name, "reason": why}) + "\n")
 
 
@@ -260,10 +258,6 @@ def _normal(row: Any, root: Path, place: str) -> Record:
     record = {k: v for k, v in row.items() if k not in ("audio", "transcript", "id")}
     record |= {"messages": json.loads(json.dumps(prompt.messages))}
     return {"id": prompt.id if "id" in row else content_id(record)} | record
-
-
-def _reason(message: str) -> str:
-    return message.partition(":")[0]
 
 
 class _Ticker:

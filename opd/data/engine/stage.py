@@ -1,15 +1,19 @@
-"""What a stage is: settings, the key under which its work is kept, and one function from record to record."""
+"""What a stage is: settings, the key of its work, one function from record to record, and a store of clips."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from opd.data.engine.clip_store import ClipStore
+import numpy as np
+
 from opd.endpoint import Endpoint
 from opd.prompts.manifest import records
 from opd.settings import Section
@@ -18,6 +22,69 @@ from opd.types import joined
 
 Record = dict[str, Any]
 Work = Callable[[Record], Record]
+FOLDER = "audio"  # beside a manifest
+
+
+class ClipStore:
+    """The folder `audio` beside a manifest; paths in manifests are relative to `root`, the manifest's own folder.
+
+    Clips are named by what made them: none is made twice, none is ever half written. They are written in the folder
+    `aside` of the same file system and moved once they are whole; who makes a store empties that folder of what an
+    earlier process left there.
+    """
+
+    def __init__(self, root: Path, aside: Path | None = None) -> None:
+        self.root = root.resolve()
+        self._aside_folder = aside or self.root / FOLDER
+
+    def make(self, key: str, wave: Callable[[], tuple[np.ndarray, int]]) -> Path:
+        """The clip of this key; unless it is there, what `wave` gives ([samples] in [-1, 1], Hz) as 16-bit FLAC."""
+        import soundfile
+
+        def write(aside: Path) -> None:
+            samples, rate = wave()
+            encoded = io.BytesIO()  # libsndfile would not tell of a disk that is full when it closes a file
+            soundfile.write(encoded, samples, rate, format="FLAC", subtype="PCM_16")
+            aside.write_bytes(encoded.getbuffer())
+
+        return self._kept(key, ".flac", write)
+
+    def put(self, content: bytes, suffix: str) -> Path:
+        """A clip that is encoded already, named by its bytes."""
+        return self._kept(hashlib.sha256(content).hexdigest()[:32], suffix, lambda aside: aside.write_bytes(content))
+
+    def adopt(self, clip: str) -> str:
+        """How a manifest names a clip: one that does not lie below `root` is linked or copied into the store first."""
+        path = Path(clip).resolve()
+        if path.is_relative_to(self.root):
+            return path.relative_to(self.root).as_posix()
+        with open(path, "rb") as f:
+            key = hashlib.file_digest(f, "sha256").hexdigest()[:32]
+
+        def write(aside: Path) -> None:
+            try:
+                os.link(path, aside)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, aside)
+
+        return self._kept(key, path.suffix, write).relative_to(self.root).as_posix()
+
+    def _kept(self, key: str, suffix: str, write: Callable[[Path], Any]) -> Path:
+        """The clip of this key; unless it is there, what `write` makes, which takes its name once it is on the disk."""
+        path = self.root / FOLDER / key[:2] / f"{key}{suffix}"
+        if path.is_file():
+            return path
+        for folder in (path.parent, self._aside_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        aside = self._aside_folder / f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
+        try:
+            write(aside)
+            with open(aside, "rb") as f:
+                os.fsync(f.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return path
 
 
 class Stage(Section):

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, last_question
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, last_question
 from opd.endpoint import Endpoint, Failed
 from opd.types import Message, Prompt, joined, render
 

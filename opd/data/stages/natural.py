@@ -14,8 +14,7 @@ import soundfile
 from pydantic import Field, PositiveFloat, model_validator
 
 from opd import types
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, content_id
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, content_id
 from opd.data.stages import recordings
 from opd.prompts import audio
 from opd.storage.digests import digest
@@ -54,11 +53,8 @@ class Natural(Stage):
     def key(self, record: Record) -> str:
         """A recording is known by its bytes: where it lies does not matter."""
         known = {k: v for k, v in record.items() if k not in ("path", "bytes")}
-        if (content := record.get("bytes")) is not None:
-            known["sha256"] = hashlib.sha256(content).hexdigest()
-        elif "path" in record:
-            known["sha256"] = digest(record["path"])
-        return super().key(known)
+        there = record.get("bytes") is not None or "path" in record
+        return super().key(known | ({"sha256": content_digest(record)} if there else {}))
 
     def one(self, store: ClipStore, row: Record) -> Record:
         """Recording -> {"id", "messages", "seconds", speaker, accent, group where known}."""
@@ -143,6 +139,12 @@ def _header(row: Record) -> tuple[str, int, int]:
     except soundfile.LibsndfileError as e:
         raise types.BadAudio(f"{_name(row)}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
     return found.format, found.samplerate, found.frames
+
+
+def content_digest(row: Record) -> str:
+    """SHA-256 of a recording: of its `bytes`, else of the file at its `path`."""
+    content = row.get("bytes")
+    return digest(row["path"]) if content is None else hashlib.sha256(content).hexdigest()
 
 
 def _file(row: Record) -> Any:

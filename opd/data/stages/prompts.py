@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, content_id
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, content_id
 from opd.settings import UserError, text_lines
 from opd.types import Message
 
@@ -54,8 +53,7 @@ class Prompts(Stage):
         "chat", description="which columns hold what"
     )
     columns: dict[str, str] = Field(
-        {},
-        description="changes: {prompt|more|chat|system|response|answer|group|id: column}",
+        {}, description="changes: {prompt|more|chat|system|response|answer|group|id: column}"
     )
     turns: Literal["first", "all"] = Field("first", description="of a chat: its first question, or up to its last one")
     keep_response: bool = Field(True, description="the data set's own answer becomes `response`")
@@ -107,9 +105,7 @@ class Prompts(Stage):
         record: Record = {"messages": messages}
         if response and self.keep_response:
             record["response"] = response
-        for key in ("answer", "group"):
-            if value := _text(row, getattr(columns, key)):
-                record[key] = value
+        record |= {key: text for key in ("answer", "group") if (text := _text(row, getattr(columns, key)))}
         return {"id": _text(row, columns.id) or content_id(record)} | record
 
     def chosen(self) -> Callable[[Record], str | None]:

@@ -124,9 +124,8 @@ def _common_voice(file: Path) -> Rows:
         try:
             table = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
             if missing := {"path", "sentence"} - set(table.fieldnames or ()):
-                raise UserError(
-                    f"{file}: expected Common Voice's columns path and sentence, {min(missing)} is not there"
-                )
+                expected = "expected Common Voice's columns path and sentence"
+                raise UserError(f"{file}: {expected}, {min(missing)} is not there")
             for row in table:
                 name = row["path"] or ""
                 made: Row = {"id": Path(name).stem, "transcript": row["sentence"]}
@@ -156,11 +155,10 @@ def _columns(source: str, columns: dict[str, str]) -> Rows:
     for place, row in datasets_records(source, streaming=True, prepare=prepare):
         clip = row.get(found["audio"]) or {}
         made = {what: row.get(name) for what, name in found.items() if what != "audio"}
-        if clip.get("bytes") is not None:
-            yield place, made | {"bytes": clip["bytes"]}
-            continue
         try:
-            if source.startswith("hub:"):
+            if clip.get("bytes") is not None:
+                yield place, made | {"bytes": clip["bytes"]}
+            elif source.startswith("hub:"):
                 yield place, made | {"bytes": _hub_bytes(clip.get("path"))}
             else:
                 yield place, made | {"path": str(within(Path(source).resolve().parent, clip.get("path") or "none"))}
@@ -213,7 +211,7 @@ def _shard(file: Path) -> Rows:
     try:
         with tarfile.open(file, "r|*") as tar:
             members = (m for m in tar if m.isfile() and not os.path.basename(m.name).startswith("."))
-            for name, group in itertools.groupby(members, _sample):
+            for name, group in itertools.groupby(members, lambda m: re.sub(r"\.[^/]*$", "", m.name)):
                 row: Row = {"id": name}
                 for member in group:
                     suffix = Path(member.name).suffix.lower()
@@ -232,11 +230,6 @@ def _shard(file: Path) -> Rows:
                 raise tarfile.ReadError("it has no end")  # which tarfile passes over where a header is cut off
     except (tarfile.TarError, EOFError, OSError) as e:
         raise UserError(f"{file}: not readable as a tar file: {e}") from e
-
-
-def _sample(member: tarfile.TarInfo) -> str:
-    folder, base = os.path.split(member.name)
-    return os.path.join(folder, base.split(".")[0])
 
 
 def _told(suffix: str, data: bytes) -> Row:
@@ -267,10 +260,9 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
             if seconds is None or seconds <= longest:
                 yield str(file), row | {"transcript": " ".join(s.text for s in segments)}
                 continue
-            for i, piece in enumerate(pieces(segments, seconds, longest, partial(_pause, file, pause))):
-                yield f"{file}:{i + 1}", row | {
-                    "id": f"{name}/{i + 1}", "piece": [piece.start, piece.end], "transcript": piece.text,
-                }  # fmt: skip
+            cuts = pieces(segments, seconds, longest, partial(_pause, file, pause))
+            for i, (start, end, text) in enumerate(cuts, 1):
+                yield f"{file}:{i}", row | {"id": f"{name}/{i}", "piece": [start, end], "transcript": text}
         except UnicodeDecodeError as e:
             yield str(file), ValueError(f"transcript: not valid UTF-8 at byte {e.start + 1}")
         except ValueError as e:

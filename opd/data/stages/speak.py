@@ -12,8 +12,7 @@ import numpy as np
 import soundfile
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, content_id, deciding, last_question
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, content_id, deciding, last_question
 from opd.data.stages import espeak
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import check, load, resample, whole_frames

@@ -12,8 +12,7 @@ from fake_openai import tone
 
 from opd import cli
 from opd.data.engine.runner import Summary, run_stage
-from opd.data.stages.benchmark import LoadBenchmark
-from opd.data.stages.benchmarks import BENCHMARKS
+from opd.data.stages.benchmark import BENCHMARKS, LoadBenchmark
 from opd.prompts.manifest import read_manifest
 from opd.settings import UserError, validated
 from opd.types import Prompt, audio_paths, render
