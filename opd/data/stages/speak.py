@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 import tempfile
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -82,15 +81,13 @@ class Speak(Stage):
 
     def begin(self, store: ClipStore) -> Work:
         """Record whose last question is text -> the same, spoken, with `voice` and `seconds`."""
-        voices = self.voices or ESPEAK_VOICES
-        speak: Callable[[Said], np.ndarray] = self._ask if self.endpoint else self._synthesize
         settings = self._deciding()
 
         def work(record: Record) -> Record:
             message, text = last_question(record)
-            said = self._draw(record, text, voices)
+            said = self._draw(record, text)
             key = hashlib.sha256(canonical([settings, said])).hexdigest()[:32]
-            path = store.make(key, lambda: (self._made(speak, said), self.sample_rate))
+            path = store.make(key, lambda: (self._made(said), self.sample_rate))
             seconds = self._fitting(soundfile.info(path).duration)
             message["content"] = [{"type": "audio", "path": str(path), "transcript": said.text}]
             return record | {"voice": said.voice, "seconds": round(seconds, 3)}
@@ -103,18 +100,18 @@ class Speak(Stage):
         values = {k: v for k, v in deciding(self).items() if k in (*of_engine, "sample_rate", "lufs")}
         return values if self.endpoint else values | {"espeak": espeak.version()}
 
-    def _draw(self, record: Record, text: str, voices: list[str]) -> Said:
+    def _draw(self, record: Record, text: str) -> Said:
         """The voice by the record, all else by text and voice: one text in one voice is one clip."""
         of = content_id({"id": record["id"], "messages": record["messages"]})
-        voice = random.Random(f"{self.seed}/{of}").choice(voices)
+        voice = random.Random(f"{self.seed}/{of}").choice(self.voices or ESPEAK_VOICES)
         rng = random.Random(f"{self.seed}/{voice}/{text}")
         rate, pitch = rng.randint(*self.rate), rng.randint(*self.pitch)
         speed = round(rng.uniform(*self.speed), 2)
         return Said(text, voice, 0, 0, speed) if self.endpoint else Said(text, voice, rate, pitch, 1.0)
 
-    def _made(self, speak: Callable[[Said], np.ndarray], said: Said) -> np.ndarray:
+    def _made(self, said: Said) -> np.ndarray:
         try:
-            wave = speak(said)
+            wave = self._ask(said, self.endpoint) if self.endpoint else self._synthesize(said)
             self._fitting(len(wave) / self.sample_rate)
             return normalised(wave, self.sample_rate, self.lufs)
         except TooLong as e:
@@ -138,9 +135,7 @@ class Speak(Stage):
         check(wave, source_rate, "espeak-ng")
         return whole_frames(resample(wave, source_rate, self.sample_rate), self.sample_rate)
 
-    def _ask(self, said: Said) -> np.ndarray:
-        endpoint = self.endpoint
-        assert endpoint is not None
+    def _ask(self, said: Said, endpoint: Endpoint) -> np.ndarray:
         asked: dict[str, Any] = {"model": endpoint.model, "voice": said.voice, "input": said.text}
         asked |= {"response_format": self.format, "extra_body": self.extra}
         asked |= {} if said.speed == 1.0 else {"speed": said.speed}
