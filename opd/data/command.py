@@ -35,6 +35,7 @@ def add_data(commands) -> None:
     def written(parser: argparse.ArgumentParser, help: str, metavar: str | None = None) -> None:
         parser.add_argument("--out", type=Path, required=True, metavar=metavar, help=help)
 
+    settings_too: dict[str, Any] = {"action": _StageHelp, "nargs": 0, "default": argparse.SUPPRESS, "help": "show this"}
     manifest, config = "manifest to write, .jsonl or .parquet", "YAML file with settings"
     for name, (_, text, _) in STAGES.items():
         stage = command(name, text, _stage, own_help=True)
@@ -49,7 +50,7 @@ def add_data(commands) -> None:
         stage.add_argument("--shard", metavar="I/N", help="do every N-th record from the I-th on, in this process")
         stage.add_argument("--workers", type=int, metavar="N", help="records worked on at a time")
         stage.add_argument("--limit", type=int, metavar="N", help="read no more records")
-        stage.add_argument("-h", "--help", action=_StageHelp)
+        stage.add_argument("-h", "--help", **settings_too)
         stage.set_defaults(stage=name)
     pipeline = command("run", "the stages that a recipe names, one after another", _pipeline)
     pipeline.add_argument("recipe", type=Path, help="YAML file, such as recipes/data/spoken_questions.yaml")
@@ -70,7 +71,7 @@ def add_data(commands) -> None:
     chooser.add_argument("--probe", type=Path, action="append", required=True, metavar="FOLDER", help=probe)
     written(chooser, manifest)
     chooser.add_argument("--config", type=Path, metavar="FILE", help=config)
-    chooser.add_argument("-h", "--help", action=_StageHelp)
+    chooser.add_argument("-h", "--help", **settings_too)
     card = command("card", "what is in manifests, in numbers; refuses splits that leak into one another", _card)
     card.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="one for each split")
     written(card, "for card.json, card.html, README.md", "FOLDER")
@@ -82,9 +83,6 @@ def add_data(commands) -> None:
 
 class _StageHelp(argparse.Action):
     """`--help` that also lists the settings of the stage, which only then is imported."""
-
-    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show this")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"{parser.format_help()}\n{describe(parser.prog.split()[-1])}")
@@ -135,7 +133,7 @@ def _listen(args: argparse.Namespace) -> int:
 
 
 def _select(args: argparse.Namespace) -> int:
-    from opd.data.select.command import Selection, select
+    from opd.data.select import Selection, select
 
     settings = settings_of(Selection, args.config, args.overrides, "opd data select")
     for path in select(args.source, args.probe, args.out, settings):
@@ -144,7 +142,7 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from opd.data.card.command import write_card
+    from opd.data.card.page import write_card
 
     about = {k: v for k in ("title", "license", "language") if (v := getattr(args, k))}
     for path in write_card(args.manifests, args.out, args.allow_leaks, about):
@@ -172,7 +170,7 @@ def _ending_at_once() -> Iterator[None]:
 def describe(name: str) -> str:
     """The settings of a stage, or of `select`, a line each."""
     if name not in STAGES:
-        from opd.data.select.command import Selection
+        from opd.data.select import Selection
     section = stage_class(name) if name in STAGES else Selection
     lines = [f"settings of `opd data {name}`, as key=value or in a YAML file (--config):"]
     for key, field in section.model_fields.items():

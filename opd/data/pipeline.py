@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, create_model, model_validator
 from opd.data.engine.runner import Summary, run_stage
 from opd.data.engine.stage import Stage
 from opd.data.stages import STAGES, stage_class
-from opd.endpoint import Endpoint, Unavailable
+from opd.endpoint import Unavailable
 from opd.settings import Section, UserError
 
 
@@ -49,9 +49,8 @@ def run(recipe: Recipe, folder: Path, workers: int | None, say: Callable[[str], 
     for stage in recipe.stages:
         try:
             stage.check()
-            for value in dict(stage).values():
-                if isinstance(value, Endpoint):
-                    value.reach()
+            for endpoint in stage.endpoints.values():
+                endpoint.reach()
         except (UserError, Unavailable) as e:
             raise UserError(f"{stage.name}: {e}") from e
     source, limit, done = recipe.source, recipe.limit, []

@@ -278,8 +278,7 @@ def purity(corpus: list[Record]) -> float:
     """Share of the corpus whose skill is the commonest of its cluster, in the clusters of the first seed."""
     import numpy as np
 
-    from opd.data.select.clusters import cluster
-    from opd.data.select.command import Selection, question
+    from opd.data.select import Selection, cluster, question
 
     s = Selection(hours=HOURS)
     texts = [question(r) for r in corpus]

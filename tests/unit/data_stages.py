@@ -14,8 +14,7 @@ import numpy as np
 
 from opd import cli
 from opd.data import stages
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work
 from opd.endpoint import Failed, Unavailable
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.data.card.command import write_card
+from opd.data.card.page import write_card
 from opd.data.engine.runner import run_stage
 from opd.data.stages.benchmark import LoadBenchmark
 from opd.data.stages.natural import Natural

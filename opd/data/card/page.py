@@ -1,33 +1,33 @@
-"""The pages of `opd data card`: card.html, which loads nothing from anywhere, and the README.md of a data set."""
+"""`opd data card`: what is in manifests, in numbers: card.json, card.html and README.md, a dataset card of the Hub."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd.data.card.sheet import SHOWN, Sheet
+from opd.data.card.sheet import SHOWN, Asked, Sheet, in_several, leaks, sheet_of
 from opd.report.blocks import Block, Bullets, Details, Figure, Heading, Paragraph, Table, document, markdown
 from opd.report.figure import COLOURS, figure
+from opd.settings import UserError
+from opd.storage.json_lines import write_atomic
 
+NAMED = 5  # records in a message
 BINS = 40
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 Split = dict[str, Any]  # of card.json
 Cell = Callable[[Split], str]
 
 
-def _spread(of: dict[str, float] | None, digits: int, scale: float = 1.0) -> str:
+def _spread(of: dict[str, float] | None, digits: int) -> str:
     """Median, and the range that holds nine tenths."""
     if of is None:
         return "–"
-    low, half, high = (f"{scale * of[k]:.{digits}f}" for k in ("p5", "median", "p95"))
+    low, half, high = (f"{of[k]:.{digits}f}" for k in ("p5", "median", "p95"))
     return f"{half} ({low} to {high})"
-
-
-def _mean(of: dict[str, float] | None, digits: int, scale: float = 1.0) -> str:
-    return "–" if of is None else f"{scale * of['mean']:.{digits}f}"
 
 
 COLUMNS: dict[str, Cell] = {
@@ -40,7 +40,7 @@ COLUMNS: dict[str, Cell] = {
     "word tokens": lambda s: str(s["vocabulary"]["tokens"]),
     "speakers": lambda s: str(len(s["speakers"]) or "–"),
     "groups": lambda s: str(len(s["groups"]) or "–"),
-    "WER, mean %": lambda s: _mean(s["wer"], 1, 100),
+    "WER, mean %": lambda s: "–" if s["wer"] is None else f"{100 * s['wer']['mean']:.1f}",
 }
 TROUBLES: dict[str, Cell] = {
     "questions asked again": lambda s: _again(s["duplicates"]["same_question"]),
@@ -60,15 +60,61 @@ def _again(groups: list[list[str]]) -> str:
     return str(sum(len(names) - 1 for names in groups))
 
 
-# ---- card.html --------------------------------------------------------------------------------------------------
+def write_card(
+    manifests: Sequence[Path], out: Path, allow_leaks: bool = False, about: dict[str, str] | None = None
+) -> list[Path]:
+    """Write card.json, card.html and README.md of manifests to the folder `out`; returns their paths.
+
+    `about`: title, license, language, where known. Raises UserError for a manifest without a usable record, and, unless
+    allow_leaks, for two manifests that share a question, nearly the same one, or a clip.
+    """
+    names = split_names(manifests)
+    asked = Asked()
+    sheets = [sheet_of(path, name, asked) for path, name in zip(manifests, names, strict=True)]
+    shared = leaks(sheets)
+    if shared and not allow_leaks:
+        examples = "; ".join(f"the {s['what']} of {' = '.join(s['records'])}" for s in shared[:NAMED])
+        kinds = Counter(s["what"] for s in shared)
+        counts = " and ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in kinds.items())
+        told = f"splits leak into one another: they share {counts}: {examples}{'; …' if len(shared) > NAMED else ''}"
+        raise UserError(f"{told}; take them out of one manifest, or pass --allow-leaks")
+    content: dict[str, Any] = {
+        **({"title": out.resolve().name} | (about or {})),
+        "splits": {s.name: s.summary() for s in sheets},
+        "leaks": shared,
+        # and the splits that have them; many data sets mean it so: it is no leak
+        "shared_speakers": in_several([dict.fromkeys(s.speakers, s.name) for s in sheets]),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {
+            "card.json": json.dumps(content, indent=1, ensure_ascii=False),
+            "card.html": document(content["title"], _blocks(content, sheets)),
+            "README.md": readme(content, out),
+        }
+        for name, text in files.items():
+            write_atomic(out / name, text)
+    except OSError as e:
+        raise UserError(f"--out {out}: {e.strerror or e}") from e
+    return [out / name for name in files]
 
 
-def page(content: dict[str, Any], sheets: Sequence[Sheet]) -> str:
-    """One HTML document from the content of card.json and the lengths in the sheets."""
-    return document(content["title"], _blocks(content, sheets))
+def split_names(manifests: Sequence[Path]) -> list[str]:
+    """A name for each manifest that the Hub takes for a split. Raises UserError for a manifest that is there twice."""
+    files = [path.resolve() for path in manifests]
+    names: list[str] = []
+    for path in manifests:
+        if path.resolve() in files[: len(names)]:
+            raise UserError(f"{path}: is there twice")
+        name = re.sub(r"\W+", "_", path.stem).strip("_") or "data"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 def _blocks(content: dict[str, Any], sheets: Sequence[Sheet]) -> Iterator[Block]:
+    """card.html, which loads nothing from anywhere, from the content of card.json and the lengths in the sheets."""
     splits: dict[str, Split] = content["splits"]
     yield Heading(content["title"], 1)
     yield from _warnings(content)
@@ -124,15 +170,11 @@ def _counts(splits: dict[str, Split], what: str) -> Table:
     """A row for each of what there is most of, a column for each split."""
     total: Counter[str] = Counter()
     for split in splits.values():
-        total.update({name: _records(found) for name, found in split[what].items()})
+        total.update({n: f["records"] if isinstance(f, dict) else f for n, f in split[what].items()})
     rows = [[n, *(_count(split[what].get(n)) for split in splits.values())] for n, _ in total.most_common(SHOWN)]
     more = f" {len(total) - SHOWN} more are in card.json." if len(total) > SHOWN and what != "words" else ""
     unit = {"words": "Occurrences of the most frequent words.", "speakers": "Records, and hours in brackets."}
     return Table([what.removesuffix("s"), *splits], rows, unit.get(what, "Records.") + more)
-
-
-def _records(found: Any) -> int:
-    return found["records"] if isinstance(found, dict) else found
 
 
 def _count(found: Any) -> str:
@@ -201,7 +243,10 @@ def readme(content: dict[str, Any], out: Path) -> str:
         configs=[{"config_name": "default", "data_files": files}],
     )
     hours = sum(s["clips"]["hours"] for s in splits.values())
-    fields = dict.fromkeys(f for s in splits.values() for f in s["fields"])
+    fields = {
+        f: ", ".join(f"{s['fields'].get(f, 0)} of {s['records']} in {name}" for name, s in splits.items())
+        for f in dict.fromkeys(f for s in splits.values() for f in s["fields"])
+    }
     about = (
         f"{total} prompts with {hours:.2f} hours of speech. A record is one prompt: a chat in `messages`, whose audio "
         "parts carry `path`, relative to the manifest, and `transcript`."
@@ -213,7 +258,7 @@ def readme(content: dict[str, Any], out: Path) -> str:
         Heading("Splits"),
         _table(splits, COLUMNS, ABOUT),
         Heading("Fields"),
-        Bullets([_field(name, splits) for name in fields]),
+        Bullets([Paragraph(f"{name}: {counts}") for name, counts in fields.items()]),
         Heading("Duplicates and bad records"),
         _table(splits, TROUBLES, ABOUT_TROUBLES),
         Heading("How it was made"),
@@ -223,11 +268,6 @@ def readme(content: dict[str, Any], out: Path) -> str:
         Paragraph(content.get("license", "Not stated: those of the texts, the voices and the recordings apply.")),
     ]
     return f"---\n{front.to_yaml()}\n---\n\n{markdown(blocks)}"
-
-
-def _field(name: str, splits: dict[str, Split]) -> Paragraph:
-    counts = (f"{s['fields'].get(name, 0)} of {s['records']} in {split}" for split, s in splits.items())
-    return Paragraph(f"{name}: {', '.join(counts)}")
 
 
 def _steps(name: str, split: Split) -> Paragraph:

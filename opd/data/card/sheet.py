@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from opd.data.stages.near_duplicates import NearTexts, normal
+from opd.data.stages.prompts import NearTexts, normal
 from opd.prompts.manifest import parse_record, records
 from opd.settings import UserError, regular_file
 from opd.storage.digests import canonical, digest
@@ -109,8 +109,8 @@ class Sheet:
 
 def leaks(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
     """What more than one manifest has: {"what": question, near-identical question or clip, "records": [name, …]}."""
-    questions = _in_several([sheet.texts for sheet in sheets]).values()
-    clips = _in_several([sheet.clips for sheet in sheets]).values()
+    questions = in_several([sheet.texts for sheet in sheets]).values()
+    clips = in_several([sheet.clips for sheet in sheets]).values()
     return [
         *({"what": "question", "records": sum(names, [])} for names in questions),
         *({"what": "near-identical question", "records": near} for sheet in sheets for near in sheet.leaks),
@@ -118,12 +118,7 @@ def leaks(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
     ]
 
 
-def shared_speakers(sheets: Sequence[Sheet]) -> dict[str, list[str]]:
-    """Speakers that more than one split has, and those splits. Many data sets mean it so: it is no leak."""
-    return _in_several([dict.fromkeys(sheet.speakers, sheet.name) for sheet in sheets])
-
-
-def _in_several(tables: Sequence[Mapping[Any, Any]]) -> dict[Any, list[Any]]:
+def in_several(tables: Sequence[Mapping[Any, Any]]) -> dict[Any, list[Any]]:
     """Keys that more than one of the tables has, with their values."""
     where: dict[Any, list[Any]] = {}
     for table in tables:

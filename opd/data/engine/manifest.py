@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from opd.data.engine.stage import Record
 from opd.settings import UserError
@@ -28,7 +27,8 @@ def write(records: Iterable[Record], out: Path, aside: Path) -> int:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
             count += 1
-        _sync(f)
+        f.flush()
+        os.fsync(f.fileno())
     if count:
         if out.suffix == ".parquet":
             table = aside / out.name
@@ -54,7 +54,8 @@ def _to_parquet(lines: Path, table: Path, out: Path) -> None:
             with pq.ParquetWriter(f, schema) as writer:
                 for chunk in _chunks(lines, parts):
                     writer.write_table(pa.Table.from_pylist(chunk, schema))
-            _sync(f)
+            f.flush()
+            os.fsync(f.fileno())
     except (pa.ArrowException, OverflowError) as e:
         if isinstance(e, OSError):
             raise
@@ -69,11 +70,6 @@ def _chunks(lines: Path, parts: bool = False) -> Iterator[list[Record]]:
                 if isinstance(message["content"], str):
                     message["content"] = [{"type": "text", "text": message["content"]}]
             yield chunk
-
-
-def _sync(f: Any) -> None:
-    f.flush()
-    os.fsync(f.fileno())
 
 
 def count(source: str, limit: int | None = None) -> int | None:

@@ -8,15 +8,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Failed
 
 Outcome = tuple[str, Any]  # ("record", Record), ("drop", reason) or ("failed", reason)
@@ -30,7 +27,7 @@ class Pool:
         self._others = set(multiprocessing.active_children())
         self._executor: Executor
         self._do: Callable[[Record], Outcome]
-        if stage.pool() == "thread":
+        if stage.endpoints or stage.workers == "thread":
             self.count = count or THREADS
             self._do = partial(_outcome, stage.begin(store), store)
             self._executor = ThreadPoolExecutor(self.count)
@@ -42,8 +39,12 @@ class Pool:
 
     def submit(self, record: Record) -> Future[Outcome]:
         """Have a record made. The future raises what the stage raises besides Drop and Failed."""
-        with _without_interrupts():  # workers inherit that: Ctrl-C is for the parent, which ends them
+        # workers inherit this mask: Ctrl-C is for the parent, which ends them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             return self._executor.submit(self._do, record)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def end(self, flying: Collection[Future[Outcome]], patience: float | None = None) -> None:
         """Take back what has not begun, and wait for the rest, `patience` seconds at most; none: as long as it takes.
@@ -58,20 +59,11 @@ class Pool:
         self._executor.shutdown(wait=not late, cancel_futures=True)
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _outcome(work: Work, store: ClipStore, record: Record) -> Outcome:
     try:
         made = work(record)
         for part in audio_parts(made):
-            part["path"] = store.relative(store.adopt(Path(part["path"])))
+            part["path"] = store.adopt(part["path"])
         json.dumps(made, ensure_ascii=False).encode()
         return "record", made
     except Drop as e:

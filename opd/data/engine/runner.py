@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from opd.data.engine import manifest
-from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.pool import Outcome, Pool
-from opd.data.engine.stage import Record, Stage, audio_parts, content_id
+from opd.data.engine.stage import ClipStore, Record, Stage, audio_parts, content_id
 from opd.prompts.manifest import parse_record, records
 from opd.settings import UserError
 from opd.storage import run_folder
@@ -25,6 +24,7 @@ from opd.storage.json_lines import write_atomic
 
 MAX_FAILED = 0.01  # share of the records tried, and more than FEW of them
 FEW = 10
+Job = tuple[str, str | None]  # the key of what is made, and its id
 GRACE_S = 10.0  # after Ctrl-C, for records that are being made
 
 
@@ -95,13 +95,6 @@ def run_stage(
             shutil.rmtree(aside, ignore_errors=True)
 
 
-class Job(NamedTuple):
-    """What is being made."""
-
-    key: str
-    id: str | None
-
-
 @dataclass
 class _Run:
     stage: Stage
@@ -145,7 +138,7 @@ class _Run:
             for future, job in flying.items():
                 if future.done() and not future.cancelled() and future.exception() is None:
                     with contextlib.suppress(OSError, UserError):  # the one that is on its way says why
-                        self._keep(job, *future.result())
+                        self._keep(*job, *future.result())
 
     def _of(self, records: int | None) -> int | None:
         """How many of so many records are this shard's."""
@@ -158,16 +151,19 @@ class _Run:
             key, why = self._key(place, row)
             self.keys.append(key)
             mine = i % self.shard[1] == self.shard[0]
-            again = key in seen or (key in self.journal and self._whole(key))
+            again = key in seen
+            if not again and key in self.journal:  # and its clips are still there
+                record = self.journal[key].get("record", {})
+                again = all((self.store.root / part["path"]).is_file() for part in audio_parts(record))
             seen.add(key)
             if not mine or again:
                 self.ticker.there += mine
                 continue
-            job = Job(key, str(row["id"]) if isinstance(row, dict) and "id" in row else None)
+            name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
             if why is None:
-                yield job, row
+                yield (key, name), row
             else:
-                self._keep(job, "drop", f"not usable: {place}: {why}")
+                self._keep(key, name, "drop", f"not usable: {place}: {why}")
 
     def _key(self, place: str, row: Any) -> tuple[str, str | None]:
         """The key of a row, and what is wrong with it."""
@@ -179,29 +175,22 @@ class _Run:
                 why = "half a surrogate pair, which is no text"
         return self.stage.key({"place": ascii(place), "error": ascii(why)}), why
 
-    def _whole(self, key: str) -> bool:
-        """Whether the clips of a result are still there."""
-        record = self.journal[key].get("record", {})
-        return all((self.store.root / part["path"]).is_file() for part in audio_parts(record))
-
     def _collect(self, flying: dict[Future[Outcome], Job]) -> None:
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
         for future in [f for f in flying if f in done]:  # in their order
-            self._keep(flying.pop(future), *future.result())
+            self._keep(*flying.pop(future), *future.result())
 
-    def _keep(self, job: Job, kind: str, result: Any) -> None:
+    def _keep(self, key: str, name: str | None, kind: str, result: Any) -> None:
         if kind == "failed":
-            self.failed.add(job.key)
-            self.summary.failed[_reason(result)] += 1
+            self.failed.add(key)
+            self.summary.failed[result.partition(":")[0]] += 1
             self.ticker.tick(self.summary)
             failed, tried = self.summary.failed.total(), self.summary.made + self.summary.failed.total()
             if failed > FEW and failed > MAX_FAILED * tried:
-                raise UserError(
-                    f"{self.stage.name}: {failed} of {tried} records failed, the last one: {result}; what is done is "
-                    "kept, the same command goes on"
-                )
+                told = f"{failed} of {tried} records failed, the last one: {result}"
+                raise UserError(f"{self.stage.name}: {told}; what is done is kept, the same command goes on")
             return
-        self.journal.add(job.key, {kind: result} | ({"id": job.id} if kind == "drop" else {}))
+        self.journal.add(key, {kind: result} | ({"id": name} if kind == "drop" else {}))
         self.summary.made += 1
         self.ticker.tick(self.summary)
 
@@ -233,21 +222,19 @@ class _Run:
             if key not in self.journal:
                 continue
             result = self.journal[key]
-            record, name = result.get("record"), result.get("id")
+            record: Any = result.get("record")
+            why: Any = result.get("drop")
+            name = (record or result).get("id")
             if record is not None:
-                name = record.get("id")
                 why = "twice in the input" if key in written else None
                 why = why or (f"id used before: {name}" if name in ids else chosen(record))
-            else:
-                why = result["drop"]
             written.add(key)
-            if why is None and record is not None:
+            if why is None:
                 ids.add(name)
                 yield record
             else:
-                self.summary.dropped[_reason(str(why))] += 1
-                line = {"record": i + 1, "id": name, "reason": why}
-                dropped.append(json.dumps(line) + "\n")
+                self.summary.dropped[why.partition(":")[0]] += 1
+                dropped.append(json.dumps({"record": i + 1, "id": name, "reason": why}) + "\n")
 
 
 def read_source(source: str, stage: Stage | None = None, limit: int | None = None) -> Iterator[tuple[str, Any]]:
@@ -271,10 +258,6 @@ def _normal(row: Any, root: Path, place: str) -> Record:
     record = {k: v for k, v in row.items() if k not in ("audio", "transcript", "id")}
     record |= {"messages": json.loads(json.dumps(prompt.messages))}
     return {"id": prompt.id if "id" in row else content_id(record)} | record
-
-
-def _reason(message: str) -> str:
-    return message.partition(":")[0]
 
 
 class _Ticker:

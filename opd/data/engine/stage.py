@@ -1,27 +1,97 @@
-"""What a stage is: settings, the key under which its work is kept, and one function from record to record."""
+"""What a stage is: settings, the key of its work, one function from record to record, and a store of clips."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from opd.data.engine.clip_store import ClipStore
+import numpy as np
+
+from opd.endpoint import Endpoint
 from opd.prompts.manifest import records
 from opd.settings import Section
 from opd.storage.digests import canonical, digest, stats
+from opd.types import joined
 
 Record = dict[str, Any]
 Work = Callable[[Record], Record]
+FOLDER = "audio"  # beside a manifest
+
+
+class ClipStore:
+    """The folder `audio` beside a manifest; paths in manifests are relative to `root`, the manifest's own folder.
+
+    Clips are named by what made them: none is made twice, none is ever half written. They are written in the folder
+    `aside` of the same file system and moved once they are whole; who makes a store empties that folder of what an
+    earlier process left there.
+    """
+
+    def __init__(self, root: Path, aside: Path | None = None) -> None:
+        self.root = root.resolve()
+        self._aside_folder = aside or self.root / FOLDER
+
+    def make(self, key: str, wave: Callable[[], tuple[np.ndarray, int]]) -> Path:
+        """The clip of this key; unless it is there, what `wave` gives ([samples] in [-1, 1], Hz) as 16-bit FLAC."""
+        import soundfile
+
+        def write(aside: Path) -> None:
+            samples, rate = wave()
+            encoded = io.BytesIO()  # libsndfile would not tell of a disk that is full when it closes a file
+            soundfile.write(encoded, samples, rate, format="FLAC", subtype="PCM_16")
+            aside.write_bytes(encoded.getbuffer())
+
+        return self._kept(key, ".flac", write)
+
+    def put(self, content: bytes, suffix: str) -> Path:
+        """A clip that is encoded already, named by its bytes."""
+        return self._kept(hashlib.sha256(content).hexdigest()[:32], suffix, lambda aside: aside.write_bytes(content))
+
+    def adopt(self, clip: str) -> str:
+        """How a manifest names a clip: one that does not lie below `root` is linked or copied into the store first."""
+        path = Path(clip).resolve()
+        if path.is_relative_to(self.root):
+            return path.relative_to(self.root).as_posix()
+        with open(path, "rb") as f:
+            key = hashlib.file_digest(f, "sha256").hexdigest()[:32]
+
+        def write(aside: Path) -> None:
+            try:
+                os.link(path, aside)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, aside)
+
+        return self._kept(key, path.suffix, write).relative_to(self.root).as_posix()
+
+    def _kept(self, key: str, suffix: str, write: Callable[[Path], Any]) -> Path:
+        """The clip of this key; unless it is there, what `write` makes, which takes its name once it is on the disk."""
+        path = self.root / FOLDER / key[:2] / f"{key}{suffix}"
+        if path.is_file():
+            return path
+        for folder in (path.parent, self._aside_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        aside = self._aside_folder / f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
+        try:
+            write(aside)
+            with open(aside, "rb") as f:
+                os.fsync(f.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return path
 
 
 class Stage(Section):
     """One step of making data. Fields are its settings, and a record is made again when one of them changes.
 
-    A subclass says how many records are worked on at once, and by what: `process` for work of this machine's cores,
-    `thread` for what waits for an endpoint.
+    A subclass says what works on its records: `process` for work of this machine's cores, else `thread`, which a stage
+    with an endpoint has always.
     """
 
     name: ClassVar[str]
@@ -31,12 +101,15 @@ class Stage(Section):
     elsewhere: ClassVar[tuple[str, ...]] = ()  # settings that say where work is done, not what comes out
     files: ClassVar[tuple[str, ...]] = ()  # settings that may name a file or folder, whose content decides too
 
-    def pool(self) -> Literal["process", "thread"]:
-        """`workers`, where it does not depend on the settings."""
-        return self.workers
+    @property
+    def endpoints(self) -> dict[str, Endpoint]:
+        """The servers that the settings name, by setting."""
+        return {name: value for name, value in self if isinstance(value, Endpoint)}
 
     def check(self) -> None:
         """Look, before anything starts, at what the settings name outside of them. Raises UserError."""
+        for name, endpoint in self.endpoints.items():
+            endpoint.check(name)
 
     def rows(self, source: str) -> Iterator[tuple[str, Any]]:
         """(place, row) of what is read; a ValueError in the place of a row that cannot be. Raises UserError."""
@@ -47,6 +120,10 @@ class Stage(Section):
 
         It takes a record whose clips have absolute paths, and may change it. It raises Drop, Failed or Unavailable.
         """
+        return partial(self.one, store)
+
+    def one(self, store: ClipStore, record: Record) -> Record:
+        """Make one record: of a stage that has nothing to begin with."""
         raise NotImplementedError
 
     def advice(self, source: str, out: Path) -> list[str]:
@@ -90,6 +167,22 @@ def audio_parts(record: Record) -> Iterator[dict[str, Any]]:
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and part.get("type") == "audio":
                 yield part
+
+
+def last_question(record: Record) -> tuple[dict[str, Any], str]:
+    """The last user turn, which must be text: the message itself, to be changed in place, and its text.
+
+    Raises Drop where there is none, it is empty, or it holds audio.
+    """
+    message = next((m for m in reversed(record["messages"]) if m["role"] == "user"), None)
+    if message is None:
+        raise Drop("no user turn")
+    if any(part["type"] != "text" for part in message["content"] if isinstance(part, dict)):
+        raise Drop("spoken already")
+    text = joined(message)["content"].strip()
+    if not text:
+        raise Drop("empty")
+    return message, text
 
 
 def _without_paths(record: Record) -> Record:

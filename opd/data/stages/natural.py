@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,13 +14,13 @@ import soundfile
 from pydantic import Field, PositiveFloat, model_validator
 
 from opd import types
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, content_id
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, content_id
 from opd.data.stages import recordings
 from opd.prompts import audio
 from opd.storage.digests import digest
 
 SUFFIXES = {"WAV": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}  # what is kept as it is
+Clip = tuple[Path, float]  # and its seconds
 
 
 class Natural(Stage):
@@ -54,17 +53,11 @@ class Natural(Stage):
     def key(self, record: Record) -> str:
         """A recording is known by its bytes: where it lies does not matter."""
         known = {k: v for k, v in record.items() if k not in ("path", "bytes")}
-        if (content := record.get("bytes")) is not None:
-            known["sha256"] = hashlib.sha256(content).hexdigest()
-        elif "path" in record:
-            known["sha256"] = digest(record["path"])
-        return super().key(known)
+        there = record.get("bytes") is not None or "path" in record
+        return super().key(known | ({"sha256": content_digest(record)} if there else {}))
 
-    def begin(self, store: ClipStore) -> Work:
+    def one(self, store: ClipStore, row: Record) -> Record:
         """Recording -> {"id", "messages", "seconds", speaker, accent, group where known}."""
-        return partial(self._record, store)
-
-    def _record(self, store: ClipStore, row: Record) -> Record:
         text = row.get("transcript")
         if not isinstance(text, str | None):
             raise Drop(f"transcript: expected a string, found {type(text).__name__}")
@@ -82,24 +75,22 @@ class Natural(Stage):
         name = row.get("id")
         return {"id": content_id(record | {"clip": clip.stem}) if name in (None, "") else str(name)} | record
 
-    def whole(self, store: ClipStore, row: Record) -> tuple[Path, float]:
-        """The clip of a recording, byte by byte where training reads its format, and its seconds.
+    def whole(self, store: ClipStore, row: Record) -> Clip:
+        """The clip of a recording, byte by byte where training reads its format.
 
         Raises BadAudio, and Drop for one that is not there or too short.
         """
-        content = row.get("bytes")
-        path = None if content is not None else Path(row["path"])
-        name = str(path or row.get("id"))
+        path = None if row.get("bytes") is not None else Path(row["path"])
         if path is not None and not os.path.isfile(path):
             raise Drop(f"no audio: {path}")
-        about, rate, frames = _header(path or io.BytesIO(content or b""), name)
-        self._check(frames / rate, name)
+        about, rate, frames = _header(row)
+        self._check(frames / rate, _name(row))
         if about not in SUFFIXES:
-            return self._encoded(store, row, path or io.BytesIO(content or b""), 0, None, name)
+            return self._encoded(store, row)
         if path is not None and path.suffix.lower() == SUFFIXES[about]:
             clip = path
         else:
-            clip = store.put(path.read_bytes() if path else content or b"", SUFFIXES[about])
+            clip = store.put(path.read_bytes() if path else row["bytes"], SUFFIXES[about])
         try:
             audio.load(str(clip), rate, self.max_seconds)
         except types.BadAudio:
@@ -108,10 +99,10 @@ class Natural(Stage):
             raise
         return clip, frames / rate
 
-    def _piece(self, store: ClipStore, row: Record, piece: list[float]) -> tuple[Path, float]:
+    def _piece(self, store: ClipStore, row: Record, piece: list[float]) -> Clip:
         self._check(piece[1] - piece[0], f"{row['path']} from {piece[0]:.1f} s on")
-        _, rate, _ = _header(Path(row["path"]), row["path"])
-        return self._encoded(store, row, Path(row["path"]), int(piece[0] * rate), int(piece[1] * rate), row["path"])
+        _, rate, _ = _header(row)
+        return self._encoded(store, row, int(piece[0] * rate), int(piece[1] * rate))
 
     def _check(self, seconds: float, name: str) -> None:
         if seconds < self.min_seconds:
@@ -119,16 +110,14 @@ class Natural(Stage):
         if seconds > self.max_seconds:
             raise types.TooLong(f"{name}: {seconds:.1f} s, at most {self.max_seconds:g} s expected")
 
-    def _encoded(
-        self, store: ClipStore, row: Record, file: Any, start: int, stop: int | None, name: str
-    ) -> tuple[Path, float]:
+    def _encoded(self, store: ClipStore, row: Record, start: int = 0, stop: int | None = None) -> Clip:
         """Frames of a recording as a FLAC file of one channel."""
         try:
-            wave, rate = soundfile.read(file, start=start, stop=stop, dtype="float32", always_2d=True)
+            wave, rate = soundfile.read(_file(row), start=start, stop=stop, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as e:
-            raise types.BadAudio(f"{name}: not readable as audio") from e
+            raise types.BadAudio(f"{_name(row)}: not readable as audio") from e
         wave = wave.mean(axis=1)
-        audio.check(wave, rate, name)
+        audio.check(wave, rate, _name(row))
         return store.make(self.key(row), lambda: (wave, rate)), len(wave) / rate
 
 
@@ -143,10 +132,24 @@ def dropping_bad_audio(why_long: str = "") -> Iterator[None]:
         raise Drop(f"bad audio: {e}") from e
 
 
-def _header(file: Any, name: str) -> tuple[str, int, int]:
+def _header(row: Record) -> tuple[str, int, int]:
     """Format, Hz and frames of a recording. Raises BadAudio."""
     try:
-        found = soundfile.info(file)
+        found = soundfile.info(_file(row))
     except soundfile.LibsndfileError as e:
-        raise types.BadAudio(f"{name}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
+        raise types.BadAudio(f"{_name(row)}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
     return found.format, found.samplerate, found.frames
+
+
+def content_digest(row: Record) -> str:
+    """SHA-256 of a recording: of its `bytes`, else of the file at its `path`."""
+    content = row.get("bytes")
+    return digest(row["path"]) if content is None else hashlib.sha256(content).hexdigest()
+
+
+def _file(row: Record) -> Any:
+    return Path(row["path"]) if row.get("bytes") is None else io.BytesIO(row["bytes"])
+
+
+def _name(row: Record) -> str:
+    return str(row.get("path") or row.get("id"))

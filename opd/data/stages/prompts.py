@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, content_id
-from opd.data.stages.near_duplicates import NearTexts, normal
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, content_id
 from opd.settings import UserError, text_lines
 from opd.types import Message
 
@@ -28,6 +27,9 @@ class Columns(NamedTuple):
     id: str | None = None
 
 
+WORD = re.compile(r"\w+")
+PERMUTATIONS = 128
+RECALL = 0.995  # of the pairs that are just similar enough
 # Columns as the data sets' cards give them.
 MAPPINGS = {
     "chat": Columns(chat="messages", id="id"),
@@ -51,8 +53,7 @@ class Prompts(Stage):
         "chat", description="which columns hold what"
     )
     columns: dict[str, str] = Field(
-        {},
-        description="changes: {prompt|more|chat|system|response|answer|group|id: column}",
+        {}, description="changes: {prompt|more|chat|system|response|answer|group|id: column}"
     )
     turns: Literal["first", "all"] = Field("first", description="of a chat: its first question, or up to its last one")
     keep_response: bool = Field(True, description="the data set's own answer becomes `response`")
@@ -86,17 +87,9 @@ class Prompts(Stage):
             if unknown := [code for code in self.languages if code not in known]:
                 raise UserError(f"languages: cannot tell {unknown[0]!r}; known: {', '.join(known)}")
 
-    def begin(self, store: ClipStore) -> Work:
+    def one(self, store: ClipStore, row: Record) -> Record:
         """Row -> {"id", "messages", ...}."""
-        found = MAPPINGS[self.mapping]._replace(**self.columns)
-        language: Callable[[str], tuple[str, float]] | None = None
-        if self.languages:
-            import py3langid
-
-            language = py3langid.classify
-        return partial(self._record, found, language)
-
-    def _record(self, columns: Columns, language: Callable[[str], tuple[str, float]] | None, row: Record) -> Record:
+        columns = MAPPINGS[self.mapping]._replace(**self.columns)
         messages, response = _chat(row, columns, self.turns) if columns.chat else _single(row, columns)
         question = messages[-1]["content"]
         words = len(question.split())
@@ -104,14 +97,15 @@ class Prompts(Stage):
             raise Drop(f"too short: {words} words")
         if words > self.max_words:
             raise Drop(f"too long: {words} words")
-        if language is not None and (code := language(question)[0]) not in self.languages:
-            raise Drop(f"another language: {code}")
+        if self.languages:
+            import py3langid
+
+            if (code := py3langid.classify(question)[0]) not in self.languages:
+                raise Drop(f"another language: {code}")
         record: Record = {"messages": messages}
         if response and self.keep_response:
             record["response"] = response
-        for key in ("answer", "group"):
-            if value := _text(row, getattr(columns, key)):
-                record[key] = value
+        record |= {key: text for key in ("answer", "group") if (text := _text(row, getattr(columns, key)))}
         return {"id": _text(row, columns.id) or content_id(record)} | record
 
     def chosen(self) -> Callable[[Record], str | None]:
@@ -165,3 +159,58 @@ def _text(row: Record, column: str | None) -> str:
     if value is None or isinstance(value, bool | list | dict):
         return ""
     return str(value).strip()  # ids and answers are often numbers
+
+
+def normal(text: str) -> str:
+    """The words of a text in lower case, a space between them."""
+    return " ".join(WORD.findall(text.lower()))
+
+
+def similarity(one: str, other: str) -> float:
+    """Jaccard similarity of two normal texts: the share of their shingles that both have."""
+    a, b = _shingles(one), _shingles(other)
+    return len(a & b) / len(a | b)
+
+
+class NearTexts:
+    """Finds texts that ask nearly the same: taken before, and at least as similar as `least`, within (0, 1).
+
+    MinHash sketches (Broder 1997) in bands find candidates; whether they are similar is counted on the texts. A text
+    takes about 6 kB at 0.8.
+    """
+
+    def __init__(self, least: float) -> None:
+        from datasketch import MinHashLSH
+
+        self.least = least
+        self._index = MinHashLSH(num_perm=PERMUTATIONS, params=_bands(least))
+
+    def take(self, text: str, always: bool = False) -> list[str]:
+        """The normal texts near this one; it is taken too when there are none, or `always`. None is taken twice."""
+        from datasketch import MinHash
+
+        sketch = MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([s.encode(errors="surrogatepass") for s in _shingles(text)])
+        near = sorted(t for t in self._index.query(sketch) if similarity(t, text) >= self.least)
+        if (always or not near) and text not in self._index:
+            self._index.insert(text, sketch)
+        return near
+
+
+def _shingles(text: str) -> set[str]:
+    words = text.split()
+    return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def _bands(least: float) -> tuple[int, int]:
+    """How many bands of how many hashes: as few false candidates as RECALL at the threshold allows.
+
+    Texts of similarity s share a band of r hashes with chance s^r, one of b bands with 1 - (1 - s^r)^b (Leskovec et
+    al., Mining of Massive Datasets, 3.4).
+    """
+    best = PERMUTATIONS, 1
+    for rows in range(1, PERMUTATIONS + 1):
+        bands = math.ceil(math.log(1 - RECALL) / math.log1p(-(least**rows)))
+        if bands * rows <= PERMUTATIONS:
+            best = max(2, bands), rows
+    return best

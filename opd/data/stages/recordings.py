@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 
-from opd.data.stages import hub_audio
 from opd.prompts.manifest import datasets_records
 from opd.settings import UserError, open_text, read_text, regular_file, text_lines
 
+HUB = "hf://datasets/"
 AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".w64")
 TIMED = (".json", ".srt", ".vtt")  # transcripts with times: Whisper's JSON, subtitles
 COLUMNS = {  # what it is called, the first that is there
@@ -124,9 +124,8 @@ def _common_voice(file: Path) -> Rows:
         try:
             table = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
             if missing := {"path", "sentence"} - set(table.fieldnames or ()):
-                raise UserError(
-                    f"{file}: expected Common Voice's columns path and sentence, {min(missing)} is not there"
-                )
+                expected = "expected Common Voice's columns path and sentence"
+                raise UserError(f"{file}: {expected}, {min(missing)} is not there")
             for row in table:
                 name = row["path"] or ""
                 made: Row = {"id": Path(name).stem, "transcript": row["sentence"]}
@@ -151,21 +150,57 @@ def _columns(source: str, columns: dict[str, str]) -> Rows:
             if name is None and what in ("audio", "transcript") or name and name not in names:
                 raise ValueError(f"no column {name or what}, only {', '.join(names)}; say columns.{what}=NAME")
             found.update({what: name} if name else {})
-        return hub_audio.stored(data, found["audio"], list(found.values()))
+        return _stored(data, found["audio"], list(found.values()))
 
     for place, row in datasets_records(source, streaming=True, prepare=prepare):
         clip = row.get(found["audio"]) or {}
         made = {what: row.get(name) for what, name in found.items() if what != "audio"}
-        if clip.get("bytes") is not None:
-            yield place, made | {"bytes": clip["bytes"]}
-            continue
         try:
-            if source.startswith("hub:"):
-                yield place, made | {"bytes": hub_audio.read(clip.get("path"))}
+            if clip.get("bytes") is not None:
+                yield place, made | {"bytes": clip["bytes"]}
+            elif source.startswith("hub:"):
+                yield place, made | {"bytes": _hub_bytes(clip.get("path"))}
             else:
                 yield place, made | {"path": str(within(Path(source).resolve().parent, clip.get("path") or "none"))}
         except ValueError as e:
             yield place, e
+
+
+def _stored(data: Any, column: str, others: list[str]) -> Any:
+    """A streamed data set of that column, as {"path", "bytes"}, and the others; nothing is decoded."""
+    import datasets
+
+    class Stored(datasets.Audio):  # theirs asks for torchcodec even to pass a path on
+        def encode_example(self, value: Any) -> dict[str, Any]:
+            if isinstance(value, str | Path):
+                return {"bytes": None, "path": str(value)}
+            if isinstance(value, bytes):
+                return {"bytes": value, "path": None}
+            if not isinstance(value, dict):
+                raise ValueError(f"column {column}: expected a recording's path or bytes, found {str(value)[:60]!r}")
+            return {"bytes": value.get("bytes"), "path": value.get("path")}
+
+    names = list(dict.fromkeys([column, *others]))
+    return data.cast_column(column, Stored(decode=False)).select_columns(names)
+
+
+def _hub_bytes(path: str | None) -> bytes:
+    """A file that a data set of the Hub names: on the Hub, or in this machine's cache of it.
+
+    Raises ValueError for any other place, and for a file that cannot be read.
+    """
+    import datasets
+    from datasets.utils.file_utils import xopen
+
+    where = path or "none"
+    file, cache = where.split("::")[-1], Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
+    if not file.startswith(HUB) and not ("://" not in where and Path(where).resolve().is_relative_to(cache)):
+        raise ValueError(f"audio: expected the bytes of a recording or its place on the Hub, found {where[:200]!r}")
+    try:
+        with xopen(where, "rb") as f:
+            return f.read()
+    except (OSError, ValueError) as e:
+        raise ValueError(f"audio: {where}: cannot be read: {str(e)[:200] or type(e).__name__}") from e
 
 
 def _shard(file: Path) -> Rows:
@@ -176,7 +211,7 @@ def _shard(file: Path) -> Rows:
     try:
         with tarfile.open(file, "r|*") as tar:
             members = (m for m in tar if m.isfile() and not os.path.basename(m.name).startswith("."))
-            for name, group in itertools.groupby(members, _sample):
+            for name, group in itertools.groupby(members, lambda m: re.sub(r"\.[^/]*$", "", m.name)):
                 row: Row = {"id": name}
                 for member in group:
                     suffix = Path(member.name).suffix.lower()
@@ -195,11 +230,6 @@ def _shard(file: Path) -> Rows:
                 raise tarfile.ReadError("it has no end")  # which tarfile passes over where a header is cut off
     except (tarfile.TarError, EOFError, OSError) as e:
         raise UserError(f"{file}: not readable as a tar file: {e}") from e
-
-
-def _sample(member: tarfile.TarInfo) -> str:
-    folder, base = os.path.split(member.name)
-    return os.path.join(folder, base.split(".")[0])
 
 
 def _told(suffix: str, data: bytes) -> Row:
@@ -230,10 +260,9 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
             if seconds is None or seconds <= longest:
                 yield str(file), row | {"transcript": " ".join(s.text for s in segments)}
                 continue
-            for i, piece in enumerate(pieces(segments, seconds, longest, partial(_pause, file, pause))):
-                yield f"{file}:{i + 1}", row | {
-                    "id": f"{name}/{i + 1}", "piece": [piece.start, piece.end], "transcript": piece.text,
-                }  # fmt: skip
+            cuts = pieces(segments, seconds, longest, partial(_pause, file, pause))
+            for i, (start, end, text) in enumerate(cuts, 1):
+                yield f"{file}:{i}", row | {"id": f"{name}/{i}", "piece": [start, end], "transcript": text}
         except UnicodeDecodeError as e:
             yield str(file), ValueError(f"transcript: not valid UTF-8 at byte {e.start + 1}")
         except ValueError as e:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import hashlib
 import random
 import tempfile
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import soundfile
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, content_id, deciding
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, content_id, deciding, last_question
 from opd.data.stages import espeak
-from opd.data.stages.loudness import normalised
-from opd.data.stages.turns import last_question
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import check, load, resample, whole_frames
 from opd.settings import UserError
 from opd.storage.digests import canonical
 from opd.types import BadAudio, TooLong
 
+BLOCK_S = 0.4  # the gating block of EBU R128
+CEILING = -1.0  # dB true peak, the most that R128 permits
 SOUNDS = "m1", "m3", "m7", "f2", "f4", "f5"
 ESPEAK_VOICES = [f"{accent}+{sound}" for accent in ("en-us", "en-gb-x-rp") for sound in SOUNDS]
 Whole = Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -71,34 +69,27 @@ class Speak(Stage):
                 raise ValueError(f"{name}: expected [FROM, TO] within {least} and {most}, found [{low}, {high}]")
         return self
 
-    def pool(self) -> Literal["process", "thread"]:
-        return "thread" if self.endpoint else "process"
-
     def check(self) -> None:
         """Raises UserError for an endpoint that cannot be one, a voice that espeak-ng lacks, or a missing espeak-ng."""
+        super().check()
         if self.endpoint:
-            self.endpoint.check("endpoint")
             return
         with espeak.Synthesizer() as engine:
+            expected = "expected LANGUAGE or LANGUAGE+VARIANT, such as de or en-us+f2"
             if unknown := [voice for voice in self.voices or ESPEAK_VOICES if not engine.has(voice)]:
-                raise UserError(
-                    f"voices: espeak-ng has no voice {unknown[0]!r}; expected LANGUAGE or LANGUAGE+VARIANT, such as "
-                    "de or en-us+f2"
-                )
+                raise UserError(f"voices: espeak-ng has no voice {unknown[0]!r}; {expected}")
 
     def begin(self, store: ClipStore) -> Work:
         """Record whose last question is text -> the same, spoken, with `voice` and `seconds`."""
-        voices = self.voices or ESPEAK_VOICES
-        speak: Callable[[Said], np.ndarray] = self._ask if self.endpoint else self._synthesize
         settings = self._deciding()
 
         def work(record: Record) -> Record:
-            question = last_question(record)
-            said = self._draw(record, question.text, voices)
+            message, text = last_question(record)
+            said = self._draw(record, text)
             key = hashlib.sha256(canonical([settings, said])).hexdigest()[:32]
-            path = store.make(key, lambda: (self._made(speak, said), self.sample_rate))
+            path = store.make(key, lambda: (self._made(said), self.sample_rate))
             seconds = self._fitting(soundfile.info(path).duration)
-            question.message["content"] = [{"type": "audio", "path": str(path), "transcript": said.text}]
+            message["content"] = [{"type": "audio", "path": str(path), "transcript": said.text}]
             return record | {"voice": said.voice, "seconds": round(seconds, 3)}
 
         return work
@@ -109,18 +100,18 @@ class Speak(Stage):
         values = {k: v for k, v in deciding(self).items() if k in (*of_engine, "sample_rate", "lufs")}
         return values if self.endpoint else values | {"espeak": espeak.version()}
 
-    def _draw(self, record: Record, text: str, voices: list[str]) -> Said:
+    def _draw(self, record: Record, text: str) -> Said:
         """The voice by the record, all else by text and voice: one text in one voice is one clip."""
         of = content_id({"id": record["id"], "messages": record["messages"]})
-        voice = random.Random(f"{self.seed}/{of}").choice(voices)
+        voice = random.Random(f"{self.seed}/{of}").choice(self.voices or ESPEAK_VOICES)
         rng = random.Random(f"{self.seed}/{voice}/{text}")
         rate, pitch = rng.randint(*self.rate), rng.randint(*self.pitch)
         speed = round(rng.uniform(*self.speed), 2)
         return Said(text, voice, 0, 0, speed) if self.endpoint else Said(text, voice, rate, pitch, 1.0)
 
-    def _made(self, speak: Callable[[Said], np.ndarray], said: Said) -> np.ndarray:
+    def _made(self, said: Said) -> np.ndarray:
         try:
-            wave = speak(said)
+            wave = self._ask(said, self.endpoint) if self.endpoint else self._synthesize(said)
             self._fitting(len(wave) / self.sample_rate)
             return normalised(wave, self.sample_rate, self.lufs)
         except TooLong as e:
@@ -144,9 +135,7 @@ class Speak(Stage):
         check(wave, source_rate, "espeak-ng")
         return whole_frames(resample(wave, source_rate, self.sample_rate), self.sample_rate)
 
-    def _ask(self, said: Said) -> np.ndarray:
-        endpoint = self.endpoint
-        assert endpoint is not None
+    def _ask(self, said: Said, endpoint: Endpoint) -> np.ndarray:
         asked: dict[str, Any] = {"model": endpoint.model, "voice": said.voice, "input": said.text}
         asked |= {"response_format": self.format, "extra_body": self.extra}
         asked |= {} if said.speed == 1.0 else {"speed": said.speed}
@@ -158,3 +147,36 @@ class Speak(Stage):
                 return load(f.name, self.sample_rate, self.max_seconds)
             except BadAudio as e:
                 raise type(e)(str(e).replace(f.name, f"sent {sent[:20]!r}...")) from e
+
+
+def lufs(wave: np.ndarray, rate: int) -> float:
+    """Integrated loudness (EBU R128, ITU-R BS.1770) of [samples] at `rate` Hz in LUFS.
+
+    It is -inf where all is below the gate of -70 LUFS.
+    A clip shorter than one block is measured as if it were repeated until it fills one: silence behind it would make
+    it look softer than it sounds.
+    """
+    from pyloudnorm import Meter
+
+    block = int(np.ceil(BLOCK_S * rate))
+    return float(Meter(rate).integrated_loudness(np.resize(wave, max(len(wave), block)).astype(np.float64)))
+
+
+def true_peak(wave: np.ndarray) -> float:
+    """Peak of the continuous signal behind [samples], at four times their rate (BS.1770 Annex 2)."""
+    from scipy.signal import resample_poly
+
+    return float(max(np.abs(wave).max(), np.abs(resample_poly(wave.astype(np.float64), 4, 1)).max()))
+
+
+def normalised(wave: np.ndarray, rate: int, target: float) -> np.ndarray:
+    """[samples] float32 brought to `target` LUFS by one gain.
+
+    The gain is lower where the true peak would pass CEILING: the clip is then softer than the target, but nothing of it
+    is bent. Raises BadAudio when there is no loudness to measure.
+    """
+    loudness = lufs(wave, rate)
+    if not np.isfinite(loudness):
+        raise BadAudio("silent: nothing above -70 LUFS")
+    gain = min(10 ** ((target - loudness) / 20), 10 ** (CEILING / 20) / true_peak(wave))
+    return (wave * gain).astype(np.float32)

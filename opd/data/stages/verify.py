@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, NonNegativeFloat
 
-from opd.data.engine.clip_store import ClipStore
-from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
+from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import load
 from opd.settings import UserError, read_text
@@ -22,7 +21,6 @@ from opd.types import BadAudio
 RATE = 16000  # Hz
 WINDOW_S = 30  # of Whisper, which needs its own time stamps to go on behind it
 Hear = Callable[[str, np.ndarray], str]  # path and samples at RATE -> text
-Normalize = Callable[[str], str]
 
 
 class Verify(Stage):
@@ -47,26 +45,29 @@ class Verify(Stage):
 
     def check(self) -> None:
         """Raises UserError for an endpoint that cannot be one, a missing model, or an unreadable list of spellings."""
-        if isinstance(self.asr, Endpoint):
-            self.asr.check("asr")
-        elif self.extra:
-            raise UserError("extra: is a setting of an endpoint, asr names a model")
-        elif not Path(self.asr).is_dir() and (self.asr.startswith((".", "/")) or self.asr.count("/") != 1):
-            raise UserError(f"asr: expected {{url, model}}, a folder or OWNER/NAME on the Hub, found {self.asr!r}")
-        elif Path(self.asr, "config.json").is_file() and not list(Path(self.asr).glob("*.safetensors")):
-            raise UserError(
-                f"asr {self.asr}: expected weights as *.safetensors, found none; pickled ones are not loaded"
-            )
+        super().check()
+        if isinstance(self.asr, str):
+            folder, named = Path(self.asr), self.asr.count("/") == 1 and not self.asr.startswith((".", "/"))
+            if self.extra:
+                raise UserError("extra: is a setting of an endpoint, asr names a model")
+            if not folder.is_dir() and not named:
+                raise UserError(f"asr: expected {{url, model}}, a folder or OWNER/NAME on the Hub, found {self.asr!r}")
+            if (folder / "config.json").is_file() and not list(folder.glob("*.safetensors")):
+                told = "expected weights as *.safetensors, found none; pickled ones are not loaded"
+                raise UserError(f"asr {self.asr}: {told}")
         _spellings(self.spellings)
 
     def begin(self, store: ClipStore) -> Work:
         """Record -> the same with `wer`, `heard` (a line for each clip) and `weight`, 1 - WER."""
         import jiwer
+        from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-        hear, spellings = (
-            self._asked() if isinstance(self.asr, Endpoint) else _local(self.asr, self.device, self.language)
-        )
-        normalize = _normalizer(self.normalizer, _spellings(self.spellings) or spellings)
+        asr = self.asr
+        hear, spellings = self._asked(asr) if isinstance(asr, Endpoint) else _local(asr, self.device, self.language)
+        if self.normalizer == "english":
+            normalize = EnglishTextNormalizer(_spellings(self.spellings) or spellings)
+        else:
+            normalize = BasicTextNormalizer(split_letters=self.normalizer == "characters")
 
         def work(record: Record) -> Record:
             said, heard = [], []
@@ -79,19 +80,17 @@ class Verify(Stage):
                 heard.append(" ".join(hear(part["path"], wave).split()))
             if not said:
                 raise Drop("no audio")
-            words = [normalize(text) for text in said]
+            words = [normalize(text).strip() for text in said]
             if not all(words):
                 raise Drop(f"no words in the transcript: {said[words.index('')]!r}")
-            wer = float(jiwer.wer(words, [normalize(text) for text in heard]))
+            wer = float(jiwer.wer(words, [normalize(text).strip() for text in heard]))
             if wer > self.max_wer:
                 raise Drop(f"misheard: WER {wer:.2f}, {heard[0][:60]!r} for {said[0][:60]!r}")
             return record | {"wer": round(wer, 4), "heard": "\n".join(heard), "weight": round(max(0.0, 1 - wer), 4)}
 
         return work
 
-    def _asked(self) -> tuple[Hear, dict[str, str]]:
-        endpoint = self.asr
-        assert isinstance(endpoint, Endpoint)
+    def _asked(self, endpoint: Endpoint) -> tuple[Hear, dict[str, str]]:
         told: dict[str, Any] = {"model": endpoint.model, "response_format": "json", "temperature": 0.0}
         told |= {"extra_body": self.extra}
         told |= {"language": self.language} if self.language else {}
@@ -113,10 +112,8 @@ def _local(model: str, device: str | None, language: str | None) -> tuple[Hear, 
 
     try:
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        safe = {"use_safetensors": True}
-        recogniser = pipeline(
-            "automatic-speech-recognition", model=model, device=where, trust_remote_code=False, model_kwargs=safe
-        )
+        more: dict[str, Any] = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
+        recogniser = pipeline("automatic-speech-recognition", model=model, device=where, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise UserError(f"asr {model}: cannot be loaded as a speech recogniser: {reason[0][:300]}") from e
@@ -137,16 +134,6 @@ def _local(model: str, device: str | None, language: str | None) -> tuple[Hear, 
             return recogniser({"raw": wave, "sampling_rate": RATE}, **told, **more)["text"]
 
     return hear, getattr(recogniser.tokenizer, "english_spelling_normalizer", None) or {}
-
-
-def _normalizer(name: str, spellings: dict[str, str]) -> Normalize:
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
-
-    if name == "english":
-        normalize = EnglishTextNormalizer(spellings)
-    else:
-        normalize = BasicTextNormalizer(split_letters=name == "characters")
-    return lambda text: normalize(text).strip()
 
 
 def _spellings(path: str | None) -> dict[str, str]:

@@ -12,12 +12,12 @@ from fake_openai import tone
 
 from opd import cli
 from opd.data.engine.runner import Summary, run_stage
-from opd.data.stages.benchmark import LoadBenchmark
-from opd.data.stages.benchmarks import DOMAINS
+from opd.data.stages.benchmark import BENCHMARKS, LoadBenchmark
 from opd.prompts.manifest import read_manifest
 from opd.settings import UserError, validated
 from opd.types import Prompt, audio_paths, render
 
+DOMAINS = BENCHMARKS["voicebench"].parts["mmsu"].splits
 WAVES = [tone(0.2 + 0.1 * i, 8000, 1) for i in range(6)]
 
 
@@ -155,7 +155,11 @@ def test_long_clips_are_told(tmp_path: Path) -> None:
     [
         ("voicebench", {"subset": "bbh"}, [("hlt-lab/voicebench", "bbh", "test")]),
         ("voicebench", {"subset": "sd-qa", "split": "usa"}, [("hlt-lab/voicebench", "sd-qa", "usa")]),
-        ("voicebench", {"subset": "mmsu"}, [("hlt-lab/voicebench", "mmsu", s) for s in DOMAINS]),
+        (
+            "voicebench",
+            {"subset": "mmsu"},
+            [("hlt-lab/voicebench", "mmsu", s) for s in DOMAINS],
+        ),
         ("voicebench", {"subset": "bbh", "source": "hub:a/b:x"}, [("a/b", "bbh", "x")]),
         ("big_bench_audio", {}, [("fixie-ai/big_bench_audio", None, "train")]),
         ("mmau", {}, [("lmms-lab-audio/mmau", None, "test_mini")]),

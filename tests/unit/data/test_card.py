@@ -14,7 +14,7 @@ from data_stages import Ask
 from huggingface_hub import DatasetCard
 
 from opd import cli
-from opd.data.card.command import write_card
+from opd.data.card.page import write_card
 from opd.data.card.sheet import spread
 from opd.data.engine.runner import run_stage
 from opd.settings import UserError

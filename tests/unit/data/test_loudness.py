@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opd.data.stages.loudness import lufs, normalised, true_peak
+from opd.data.stages.speak import lufs, normalised, true_peak
 from opd.types import BadAudio
 
 RATE = 16000

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from opd.data.engine.runner import run_stage
-from opd.data.stages.near_duplicates import similarity
-from opd.data.stages.prompts import Prompts
+from opd.data.stages.prompts import Prompts, similarity
 from opd.settings import UserError, validated
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from opd.cli import main
-from opd.data.select.clusters import cluster, draw, embed, misalignment, weights
-from opd.data.select.command import question
+from opd.data.select import cluster, draw, embed, misalignment, question, weights
 from opd.settings import UserError
 
 TEACHER = str(Path(__file__).parents[3] / "recipes/tiny/teacher")

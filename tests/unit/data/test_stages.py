@@ -17,10 +17,9 @@ import soundfile
 from data_stages import Ask, Tone, made, questions
 
 from opd.data.engine import runner
-from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.pool import Pool
 from opd.data.engine.runner import run_stage
-from opd.data.engine.stage import content_id
+from opd.data.engine.stage import ClipStore, content_id
 from opd.prompts.manifest import read_manifest
 from opd.settings import UserError
 from opd.storage.journal import Journal
