@@ -32,10 +32,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional
 
 from opd.config.objective import ObjectiveConfig
-from opd.objectives.divergences import EXCLUDED
-from opd.objectives.losses import LOSSES, Tokens
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import TokenLoss, chunks, summed_loss
+from opd.objectives.losses import EXCLUDED, LOSSES, Tokens
+from opd.objectives.token_loss import MicroBatch, TokenLoss, chunks, summed_loss
 
 RESPONSE = 512  # tokens
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}

@@ -24,7 +24,7 @@ from opd.models.load import family_of
 from opd.models.lora import adapters
 from opd.models.sharding import all_reduce
 from opd.objectives.losses import xopd
-from opd.objectives.micro_batch import MicroBatch
+from opd.objectives.token_loss import MicroBatch
 from opd.prompts.clips import ClipLoader
 from opd.prompts.manifest import read_manifest
 from opd.storage.metrics import MetricsLog

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
-from pathlib import Path
 
 import numpy as np
 
 from opd import types
 from opd.config import resume
 from opd.config.load import resolve_model, unread
-from opd.config.needs import copies_start, needs_teacher, starts_student, teacher_servers
+from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.machine import memory, placement, versions
@@ -23,7 +23,6 @@ from opd.prompts.clips import check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
-from opd.teachers.routes import route_of
 from opd.types import audio_paths
 
 KEPT = 8  # training records that are kept with their clips for what comes after
@@ -181,11 +180,13 @@ def _read(facts: Facts, key: str, path: str) -> str:
     if config.teacher.kind == "routed" and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)
-    if gone := [(p.place, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]:
+    if gone := [(p.place, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]:
         fault = "{}: {}: no such audio file".format(*gone[0])
         _refuse(config, key, len(bad) + len(dict(gone)), records, fault)
     facts.prompts[key], facts.bad[key] = prompts, bad
-    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad"
+    numbered = [p for p in prompts if p.numbered]
+    note = f"; {len(numbered)} ids are numbers, taken as text, such as {numbered[0].id!r}" if numbered else ""
+    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad{note}"
 
 
 def _refuse(config: Config, key: str, bad: int, of: int, fault: str) -> None:

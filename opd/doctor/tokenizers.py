@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from opd.config.needs import needs_teacher
 from opd.doctor.checks import Facts, Warned
 from opd.settings import UserError
-from opd.teachers.tokenizers import TEXTS, check_byte_level, check_tokenizers, text_prompt_ids
-from opd.types import BadAudio, Message, Prompt, render
+from opd.teachers.tokenizers import TEXTS, check_byte_level, check_tokenizers
+from opd.types import BadAudio, Message, Prompt, joined, render
 
 FIRST = 64  # records of the manifest, whose texts are put into ids
 ASK: Message = {"role": "user", "content": [{"type": "text", "text": "What is 12 plus 3?"}]}
@@ -95,7 +94,10 @@ def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:
     family = facts.family
     found: list[tuple[str, Any, IdsOf]] = [("student", family.tokenizer, lambda chat: family.prompt_ids(chat, []))]
     if needs_teacher(facts.config):
-        theirs: IdsOf = partial(text_prompt_ids, family, facts.tokenizer)
+
+        def theirs(chat: list[Message]) -> list[int]:
+            return family.text_ids(facts.tokenizer, [joined(m) for m in chat])
+
         found.append(("teacher", facts.tokenizer, found[0][2] if facts.config.teacher.kind == "self" else theirs))
     return found
 

@@ -13,7 +13,7 @@ from opd.config.schema import LoraConfig
 from opd.models.base import Family
 from opd.models.lora import adapters, inject
 from opd.models.sharding import inside
-from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import EXCLUDED
 from opd.objectives.token_loss import TokenLoss, summed_loss
 
 Task = Literal["encode", "response_logits", "response_loss", "states", "generate", "at_output_layer"]
@@ -76,7 +76,7 @@ class SpeechLM(nn.Module):
     def response_logits(self, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
         """Logits [B, T, V] of the response tokens in float32, banned ids at EXCLUDED.
 
-        row [B], positions [B, T]: see opd.objectives.micro_batch.MicroBatch; the others as in `hidden`.
+        row [B], positions [B, T]: see opd.objectives.token_loss.MicroBatch; the others as in `hidden`.
         """
         hidden = self.hidden(**inputs)[row[:, None], positions]
         head: Any = self.hf.lm_head
@@ -136,7 +136,7 @@ class SpeechLM(nn.Module):
     ) -> Tensor:
         """Last hidden states [R, L, H].
 
-        ids, position_ids [R, L]; attends [R, 1, L, L]: see opd.objectives.micro_batch.MicroBatch.
+        ids, position_ids [R, L]; attends [R, 1, L, L]: see opd.objectives.token_loss.MicroBatch.
         audio: what `encode` gave for the clips of `ids` in the order of their placeholders; or, with a trained tower,
         `features` of the clips, `audio` None. In training a micro-batch without any clip passes a dummy one, so that
         every rank runs the same modules; it then counts for nothing.
@@ -170,7 +170,7 @@ def at_responses(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
 def places(row: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Where the logits of a micro-batch's response tokens are read, one response after another: [N, 2].
 
-    row [B], positions [B, T], mask [B, T]: see opd.objectives.micro_batch.MicroBatch.
+    row [B], positions [B, T], mask [B, T]: see opd.objectives.token_loss.MicroBatch.
     """
     real = mask.bool()
     return torch.stack([row[:, None].expand_as(real)[real], positions[real]], 1)

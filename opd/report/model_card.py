@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.config.objective import METHODS
+from opd.config.objective import OBJECTIVES, Objective
 from opd.report.runs import Run, section, student_of
 from opd.storage import checkpoints as saved
 
@@ -201,7 +201,7 @@ def _objective(run: Run, default: str = NOT_RECORDED) -> str:
 
 def _stage(about: Exported, run: Run) -> dict[str, str]:
     """How a run trained: its name, method, paper, data, and settings in one line."""
-    words, paper = METHODS.get(_objective(run), (_objective(run), ""))
+    objective = OBJECTIVES.get(_objective(run), Objective(_objective(run)))
     lora = _get(run, "student", "lora", None)
     sampled = _get(run, "rollout", "source", "") in ("student", "mix")
     facts = {
@@ -219,8 +219,8 @@ def _stage(about: Exported, run: Run) -> dict[str, str]:
     }
     return {
         "name": _get(run, "run", "stage", run.name),
-        "method": words,
-        "paper": paper,
+        "method": objective.method,
+        "paper": objective.paper,
         "data": label(str(_get(run, "data", "train", NOT_RECORDED))),
         "facts": "; ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, "")),
     }

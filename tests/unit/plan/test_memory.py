@@ -20,8 +20,7 @@ from opd.config.schema import Config
 from opd.models import sharding
 from opd.models.registry import FAMILIES
 from opd.objectives import token_loss
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import TokenLoss
+from opd.objectives.token_loss import MicroBatch, TokenLoss
 from opd.plan import learner_memory as memory
 from opd.plan import server_memory, shapes, step_time
 from opd.plan.learner_memory import Zero
@@ -212,7 +211,7 @@ def test_peak_of_a_real_pass(
     from opd.models.load import family_of
     from opd.models.speech_lm import SpeechLM
 
-    monkeypatch.setattr("opd.config.limits.ELEMENTS", elements)
+    monkeypatch.setattr("opd.config.needs.ELEMENTS", elements)
     settings = [f"student.dtype={dtype}", f"train.gradient_checkpointing={checkpointing}", "teacher.kind=local"]
     c = config(f"objective.name={objective}", *settings, *MORE[objective])
     family = family_of(STUDENT)
@@ -290,7 +289,7 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         mb = MicroBatch(samples=[], targets=ids[..., 0], mask=one, weights=one, **of_rows, **logp, **best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
         made.teacher = made.teacher if c.objective.reads_logits else None
-        made.importance = torch.ones(n)
+        made.tokens["importance"] = torch.ones(n)
         banned = torch.zeros(vocab).bool()
         with LiveMemory() as live:
             finish = partial(torch.masked_fill, mask=banned, value=-1e9)
