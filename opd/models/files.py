@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,22 @@ def buffers(hf: Any) -> dict[str, torch.Tensor]:
     """What a state dict holds besides parameters, such as the statistics of batch norms."""
     parameters = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
     return {n: b.detach().cpu() for n, b in hf.state_dict().items() if n not in parameters}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers prints of its own; what is wrong, it raises."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def whole_weights(path: str, key: str) -> None:

@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.card.sheet import SHOWN, Sheet
-from opd.report.blocks import Block, Bullets, Details, Figure, Heading, Paragraph, Table, document, markdown
-from opd.report.figure import COLOURS, figure
+from opd.report.blocks import (
+    COLOURS,
+    Block,
+    Bullets,
+    Details,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    document,
+    figure,
+    markdown,
+)
 
 BINS = 40
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))

@@ -19,8 +19,7 @@ from opd.data.engine.stage import Drop, Record, audio_parts
 from opd.data.select import clusters
 from opd.data.stages.turns import last_question
 from opd.evaluate.records import read_records
-from opd.report.blocks import Heading, Paragraph, Table, document
-from opd.report.figure import BLUE, figure
+from opd.report.blocks import BLUE, Heading, Paragraph, Table, document, figure
 from opd.settings import Section, UserError
 from opd.storage.json_lines import write_atomic
 
