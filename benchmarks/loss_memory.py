@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional
 
 from opd.config.objective import ObjectiveConfig
-from opd.objectives.divergences import EXCLUDED
-from opd.objectives.losses import LOSSES, Tokens
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import TokenLoss, chunks, summed_loss
+from opd.objectives.losses import EXCLUDED, LOSSES, Tokens
+from opd.objectives.token_loss import MicroBatch, TokenLoss, chunks, summed_loss
 
 RESPONSE = 512  # tokens
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
@@ -49,7 +47,8 @@ def mb_of(a: argparse.Namespace, tokens: int) -> MicroBatch:
     logp = -5.0 - torch.rand(b, t)
     ids = torch.randint(0, a.vocab // 2, (b, t, a.top_k))
     many = (targets, mask, mask / tokens, logp, logp.clone(), torch.ones(b).bool(), ids, torch.full(ids.shape, -6.0))
-    return MicroBatch([], none, none, none, none, none, *many)
+    values: list[Any] = [[], none, none, none, none, none, *many]
+    return MicroBatch(**{f.name: value for f, value in zip(fields(MicroBatch), values, strict=True)})
 
 
 @dataclass
@@ -102,9 +101,10 @@ class Inputs:
 
         loss = self.loss(o)
         if loss.previews:
-            loss.importance = torch.ones(self.mb.mask.bool().sum())
+            loss.tokens["importance"] = torch.ones(self.mb.mask.bool().sum())
         for name, value in vars(loss).items():
             setattr(loss, name, shape_of(value))
+        loss.tokens = {name: shape_of(value) for name, value in loss.tokens.items()}
         self.ready = [loss]
         return self
 
@@ -121,9 +121,8 @@ def ours(x: Inputs, o: ObjectiveConfig) -> Tensor:
 def plain(x: Inputs, o: ObjectiveConfig) -> Tensor:
     """Whole logits and autograd, without the metrics that ours computes beside."""
     loss, every = x.loss(o), slice(None)
-    tokens = Tokens(x.finished(x.head(x.hidden)), loss.targets, loss.sampler_logp, 1.0, teacher_logp=loss.teacher_logp)
+    tokens = Tokens(logits=x.finished(x.head(x.hidden)), temperature=1.0, **loss.tokens | {"sampled": None})
     tokens.teacher_logits = x.rows(every) if o.reads_logits else None
-    tokens.top_ids, tokens.top_logp = loss.top_ids, loss.top_logp
     if o.name == "cord":
         tokens.importance = torch.ones(len(x.hidden), device=x.hidden.device)
     return (LOSSES[o.name](tokens, o).loss * loss.weights).sum()
@@ -144,13 +143,13 @@ def trl_logprob(x: Inputs, o: ObjectiveConfig) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     loss = x.loss(o)
-    args = (x.hidden, x.head.weight, None, loss.targets, 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ("entropy",))
+    args = (x.hidden, x.head.weight, None, loss.tokens["targets"], 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ("entropy",))
     logp = ChunkedLogProbFunction.apply(*args)[0]
     if o.name == "sft":
         return -(logp * loss.weights).sum()
-    ratio = (logp - loss.sampler_logp).detach().exp().clamp(max=o.ratio_max)
+    ratio = (logp - loss.tokens["sampler_logp"]).detach().exp().clamp(max=o.ratio_max)
     score = 1.0 + logp - logp.detach()
-    return -(ratio * (loss.teacher_logp - logp).detach() * score * loss.weights).sum()
+    return -(ratio * (loss.tokens["teacher_logp"] - logp).detach() * score * loss.weights).sum()
 
 
 def liger_jsd(x: Inputs, o: ObjectiveConfig) -> Tensor:

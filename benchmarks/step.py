@@ -73,10 +73,9 @@ def reference(recipe: str, student: str, steps: int) -> list[float]:
     from transformers import AutoModelForCausalLM, Qwen2AudioForConditionalGeneration
 
     from opd.config.load import load_config
-    from opd.models.load import family_of
+    from opd.models.base import family_of
     from opd.prompts.clips import ClipLoader
-    from opd.prompts.manifest import read_manifest
-    from opd.prompts.stream import PromptStream
+    from opd.prompts.manifest import PromptStream, read_manifest
     from opd.types import audio_paths, render
 
     config = load_config(recipe, [f"student.path={student}"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opd import __version__
 from opd.config.load import load_config
-from opd.data.arguments import add_data
+from opd.data.command import add_data
 from opd.settings import RunFailed, UserError
 
 # libraries that are not of the core, and the extra that brings them

@@ -13,7 +13,7 @@ from opd.config.load import compared, dump_config, load_config, resolve_model
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
 from opd.doctor import preflight
-from opd.inference.transfer_folder import sweep
+from opd.inference.host import sweep
 from opd.processes.cluster import Alone, Cluster, End
 from opd.processes.commands import Command, learner, servers
 from opd.processes.layout import Layout, layout

@@ -1,22 +1,79 @@
-"""Strict settings: pydantic sections, YAML files, messages that name the key. Imports no torch."""
+"""What users write: text files, YAML, strict settings, messages that name file and key. Imports no torch."""
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TextIO, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: printed as one line, exit code 2."""
 
 
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}  # else a device
+
+
+def regular_file(path: str | Path, kind: str) -> Path:
+    """The path, where it leads to a stored file: reading a device or a pipe may never end, and is no second time alike.
+    `kind`: what is looked for, in messages. Raises UserError for anything else, and where there is nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f"{path}: no such {kind}") from e
+    except (OSError, ValueError) as e:  # a ValueError is a zero byte in the path
+        raise UserError(f"{path}: no {kind}: {getattr(e, 'strerror', e)}") from e
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: no {kind} but {KINDS.get(stat.S_IFMT(mode), 'a device')}")
+    if os.path.realpath(path).startswith(("/proc/", "/sys/")):
+        raise UserError(f"{path}: no {kind} but what the system makes up when it is read")
+    return Path(path)
+
+
+def open_text(path: str | Path, kind: str = "text file", newline: str | None = None) -> TextIO:
+    """A user's text file, in UTF-8; the byte-order mark that Windows tools write is no part of it.
+    Raises UserError as `regular_file` does, and for a file that cannot be opened."""
+    try:
+        return open(regular_file(path, kind), encoding="utf-8-sig", newline=newline)
+    except OSError as e:
+        raise UserError(f"{path}: no {kind} that can be read: {e.strerror or e}") from e
+
+
+def read_text(path: str | Path, kind: str = "text file") -> str:
+    """All of a user's text file. Raises UserError as `open_text` does, and UnicodeDecodeError."""
+    with open_text(path, kind) as f:
+        return f.read()
+
+
+def text_lines(path: str | Path, kind: str = "text file") -> Iterator[tuple[str, str | ValueError]]:
+    """(place, line) of a user's text file but for blank ones; a ValueError in the place of one that is no UTF-8.
+    Raises UserError as `open_text` does."""
+    with open_text(path, kind) as f:
+        for number, line in enumerate(f.buffer, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as e:
+                yield f"{path}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
+                continue
+            if text:
+                yield f"{path}:{number}", text
+
+
 class RunFailed(RuntimeError):
     """A server, the learner or a worker ended badly: the message names it, the cause and the log; exit code 1."""
+
+
+def first_line(e: Exception) -> str:
+    """What a library's error says first, which is mostly what matters."""
+    return str(e).strip().partition("\n")[0] or type(e).__name__
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,6 +102,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any, info: ValidationInfo) -> Any:
+        """What need not be there is not there when it is written as `""`, as `null`, or as the override `key=`."""
+        default = cls.model_fields[info.field_name or ""].default
+        return default if value in (None, "") and default in (None, "") else value
+
     def changed(self, values: dict[str, Any]) -> Self:
         """A copy with other values, by dotted key such as `rollout.sleep`; what was validated stays as it is."""
         out = self
@@ -57,9 +121,7 @@ class Section(BaseModel):
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises UserError that names it."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as e:
-        raise UserError(f"{path}: expected a YAML file: {e.strerror or e}") from e
+        raw = yaml.load(read_text(path, "YAML file"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
@@ -108,8 +170,6 @@ def _explain(error: Any, section: type[Section]) -> str:
 
 
 def _suggest(loc: tuple[Any, ...], section: type[Section]) -> str:
-    import difflib
-
     model: Any = section
     for name in loc[:-1]:
         model = model.model_fields[name].annotation if name in getattr(model, "model_fields", {}) else None

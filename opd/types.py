@@ -7,8 +7,9 @@ Shape legend, used in every file:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ Match = Literal[
 ]  # fmt: skip
 VIEWS: tuple[View, View] = ("speech", "text")
 Message = dict[str, Any]
+Clips = dict[str, np.ndarray]  # audio path -> mono float32 waveform at the family's sampling rate
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Prompt:
     numbers: dict[str, float] = field(default_factory=dict)  # and numbers
     choices: tuple[str, ...] = ()  # options of a multiple choice, A first
     tolerance: float | None = None  # of a number that is compared
+    numbered: bool = False  # the manifest has a number for its id, which is taken as text
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Batch:
     """What one rank feeds its learner in one step."""
 
     samples: list[Sample]
-    clips: dict[str, np.ndarray]  # key -> mono float32 waveform at the family's sampling rate
+    clips: Clips
     micro_batches: list[list[Sample]] = field(default_factory=list)  # same count on every rank
     tokens: int = 0  # supervised tokens over all ranks
     responses: int = 0  # responses over all ranks
@@ -104,49 +108,51 @@ class TooLong(BadAudio):
     """A clip, or a prompt with its clips, that is longer than the recipe has room for."""
 
 
+def packed(items: Iterable[T], fits: Callable[[list[T], T], bool]) -> list[list[T]]:
+    """Items in their order, in runs: each joins the run before it if it `fits` there, else begins the next."""
+    runs: list[list[T]] = []
+    for item in items:
+        if runs and fits(runs[-1], item):
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    return runs
+
+
 def render(prompt: Prompt, view: View) -> list[Message]:
     """Chat messages of one view.
-
     The speech view keeps every audio part (without its transcript: the student must hear it, not read it); the text
-    view puts a text part with the transcript in its place. Everything else is identical.
-    """
-    return [{**m, "content": _content(m["content"], view)} for m in prompt.messages]
+    view puts a text part with the transcript in its place. Everything else is identical."""
+
+    def shown(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "audio":
+            return part
+        found = {"type": "audio", "path": part["path"]}
+        return found if view == "speech" else {"type": "text", "text": part["transcript"]}
+
+    return with_parts(prompt.messages, shown)
 
 
-def audio_paths(prompt: Prompt) -> list[str]:
-    """Paths of a prompt's audio parts, in the order in which they are heard."""
-    return [part["path"] for part in _audio_parts(prompt)]
+def with_parts(messages: Iterable[Message], change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Message]:
+    """The same messages with every part of their contents changed; a content that is a string stays."""
+    return [
+        {**m, "content": m["content"] if isinstance(m["content"], str) else list(map(change, m["content"]))}
+        for m in messages
+    ]
+
+
+def audio_paths(prompt: Prompt, view: View = "speech") -> list[str]:
+    """Paths of a prompt's audio parts that a view holds, in the order in which they are heard."""
+    contents = [m["content"] for m in prompt.messages if not isinstance(m["content"], str) and view == "speech"]
+    return [part["path"] for content in contents for part in content if part["type"] == "audio"]
 
 
 def transcript(prompt: Prompt) -> str:
     """The whole prompt as readable text, for logs and samples."""
-    lines = []
-    for m in render(prompt, "text"):
-        text = m["content"] if isinstance(m["content"], str) else "".join(p["text"] for p in m["content"])
-        lines.append(f"{m['role']}: {text}")
-    return "\n".join(lines)
+    return "\n".join(f"{m['role']}: {joined(m)['content']}" for m in render(prompt, "text"))
 
 
 def joined(message: Message) -> Message:
     """Text templates of many LLMs take strings only: join the text parts."""
     content = message["content"]
     return message if isinstance(content, str) else {**message, "content": "".join(p["text"] for p in content)}
-
-
-def _audio_parts(prompt: Prompt) -> list[dict[str, Any]]:
-    contents = [m["content"] for m in prompt.messages if not isinstance(m["content"], str)]
-    return [part for content in contents for part in content if part["type"] == "audio"]
-
-
-def _content(content: Any, view: View) -> Any:
-    if isinstance(content, str):
-        return content
-    return [_part(part, view) for part in content]
-
-
-def _part(part: dict[str, Any], view: View) -> dict[str, Any]:
-    if part["type"] != "audio":
-        return part
-    if view == "speech":
-        return {"type": "audio", "path": part["path"]}
-    return {"type": "text", "text": part["transcript"]}

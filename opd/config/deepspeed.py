@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from opd.config.schema import Config
-from opd.settings import UserError
+from opd.settings import UserError, read_text
 
 RECIPE_OWNS = {
     "train_batch_size": "train.prompts_per_step",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
-    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "train.micro_batch_tokens"),
     "gradient_clipping": "optim.grad_clip",
-    "bf16": "student.dtype",
-    "fp16": "student.dtype",
-    "amp": "student.dtype",
-    "torch_autocast": "student.dtype",
-    "data_types": "student.dtype",
+    **dict.fromkeys(("bf16", "fp16", "amp", "torch_autocast", "data_types"), "student.dtype"),
     "communication_data_type": "student.dtype",
     "optimizer": "optim.lr",
     "scheduler": "optim.schedule",
@@ -30,16 +24,14 @@ DEEPSPEED_OWNS = ("zero_optimization", "aio", "comms_logger", "flops_profiler", 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """The DeepSpeed config: ZeRO from the JSON file, everything else from the recipe.
-
     An accelerate config's `deepspeed_config_file` (in the environment that `accelerate launch` sets) comes first.
-    Raises UserError when the file sets what the recipe owns, naming both.
-    """
+    Raises UserError when the file sets what the recipe owns, naming both."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or config.train.deepspeed
-    if not Path(path).is_file():
-        raise UserError(f"train.deepspeed: {path}: no such file")
     try:
-        settings: dict[str, Any] = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e:
+        settings: dict[str, Any] = json.loads(read_text(path, "file"))
+    except UserError as e:
+        raise UserError(f"train.deepspeed: {e}") from e
+    except ValueError as e:
         raise UserError(f"train.deepspeed: {path}: not valid JSON: {e}") from e
     if not isinstance(settings, dict):
         raise UserError(f"train.deepspeed: {path}: expected an object, found {type(settings).__name__}")

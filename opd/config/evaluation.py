@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
@@ -10,19 +10,10 @@ from opd.scoring.scorer import ScoringConfig
 from opd.settings import Section
 
 # Metrics by which checkpoints can be told apart: +1 where higher is better, -1 where lower is.
-BETTER = {
-    **dict.fromkeys(("accuracy/speech", "accuracy/text", "retention"), 1),
-    **dict.fromkeys(("misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text"), -1),
-}
-Metric = Literal[
-    "accuracy/speech",
-    "accuracy/text",
-    "retention",
-    "misalignment",
-    "forgetting",
-    "reverse_kl/speech",
-    "reverse_kl/text",
-]
+Higher = Literal["accuracy/speech", "accuracy/text", "retention"]
+Lower = Literal["misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text"]
+Metric = Literal[Higher, Lower]
+BETTER = dict.fromkeys(get_args(Higher), 1) | dict.fromkeys(get_args(Lower), -1)
 
 
 class WarnConfig(Section):

@@ -11,16 +11,14 @@ from typing import Any
 from opd.config.needs import asks_teacher
 from opd.config.placement import Placement, _devices, placement_of
 from opd.config.schema import Config, TeacherConfig
-from opd.settings import Section, UserError, override, read_yaml, validated
+from opd.settings import Section, UserError, first_line, override, read_yaml, validated
 from opd.storage import checkpoints as saved
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), teacher: bool = True) -> Config:
     """Read a YAML recipe and apply dotted overrides such as `optim.lr=1e-4`.
-
     What the recipe leaves open is filled in. `teacher`: False where nothing asks it. Raises UserError that names the
-    file and key, what was expected and what was found.
-    """
+    file and key, what was expected and what was found."""
     path = Path(recipe)
     if not path.is_file():
         found = "expected a recipe file, found none" if path.exists() else "no such recipe file"
@@ -29,8 +27,8 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (),
     for item in overrides:
         override(raw, item)
     config = placed(validated(Config, raw, recipe), teacher)
-    config = _with(config, "run", stage=config.run.stage or config.objective.name)
-    return _with(config, "run", dir=config.run.dir or _run_dir(path, config))
+    config = config.changed({"run.stage": config.run.stage or config.objective.name})
+    return config.changed({"run.dir": config.run.dir or _run_dir(path, config)})
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -61,17 +59,14 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _run_dir(recipe: Path, config: Config) -> str:
     """A folder for this recipe under these settings: the same command finds it again, another one does not."""
-    content = json.dumps(compared(dump_config(config)), sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    return f"runs/{recipe.resolve().parent.name}-{recipe.stem}-{digest}"
+    content = json.dumps(compared(dump_config(config)), sort_keys=True).encode()
+    return f"runs/{recipe.resolve().parent.name}-{recipe.stem}-{hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def resolve_model(path: str, key: str) -> str:
     """A checkpoint folder as it is; RUN, RUN:best or RUN:40 become `model/` of that checkpoint; else a hub id.
-
     Raises UserError, naming the setting `key`, when a run folder holds no such checkpoint, a local-looking path does
-    not exist, or the hub has no model of a name without owner.
-    """
+    not exist, or the hub has no model of a name without owner."""
     run, which = saved.split(path)
     if (run / "checkpoints").is_dir():
         return str(saved.find(run, which, f"{key} {path}") / "model")
@@ -92,16 +87,14 @@ SECONDS = 5.0  # for an answer
 @cache
 def refused(name: str) -> str:
     """Why the hub has no model of this name for us, asked once and without retries; empty: it has, or its cache here.
-
-    A model's id is owner/name; a few old ones, such as gpt2, have no owner, and a mistyped folder looks like them.
-    """
+    A model's id is owner/name; a few old ones, such as gpt2, have no owner, and a mistyped folder looks like them."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=SECONDS)
     except Exception as e:  # no such model, no such name, no network: it cannot be loaded in any case
-        return str(e).strip().partition("\n")[0] or type(e).__name__
+        return first_line(e)
     return ""
 
 
@@ -113,10 +106,10 @@ def placed(config: Config, teacher: bool = True) -> Config:
     Raises UserError where the two contradict each other.
     """
     placement, r, processes = placement_of(config), config.rollout, config.launch.processes
-    config = config.model_copy(update={"teacher": _with_kinds(config, placement)})
+    config = config.changed({"teacher": _with_kinds(config, placement)})
     _check_teachers(config, asks_teacher(config) if teacher else "")
     sleep = placement.shared if r.sleep is None else r.sleep
-    config = _with(config, "rollout", transport=r.transport or placement.transport, sleep=sleep)
+    config = config.changed({"rollout.transport": r.transport or placement.transport, "rollout.sleep": sleep})
     _check_devices(config, placement)
     if processes not in (None, placement.ranks):
         raise UserError(f"launch.processes {processes}: {config.launch.placement} has {placement.ranks} learner ranks")
@@ -125,22 +118,14 @@ def placed(config: Config, teacher: bool = True) -> Config:
             f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
             f"launch.processes ({placement.ranks}): every learner process needs a prompt"
         )
-    return _with(config, "launch", processes=placement.ranks)
-
-
-def _with(config: Config, section: str, **values: Any) -> Config:
-    """The same recipe with other values in one of its sections."""
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+    return config.changed({"launch.processes": placement.ranks})
 
 
 def _with_kinds(config: Config, placement: Placement) -> TeacherConfig:
     t = config.teacher
     serves = bool(placement.teacher or t.urls) and not config.objective.reads_logits
-    routes = {
-        key: one.model_copy(update={"kind": one.kind or ("server" if one.urls else "local")})
-        for key, one in t.routes.items()
-    }
-    return t.model_copy(update={"kind": t.kind or ("server" if serves else "local"), "routes": routes})
+    routes = {k: one.changed({"kind": one.kind or ("server" if one.urls else "local")}) for k, one in t.routes.items()}
+    return t.changed({"kind": t.kind or ("server" if serves else "local"), "routes": routes})
 
 
 def _check_teachers(config: Config, asked: str) -> None:
@@ -184,9 +169,7 @@ def _check_devices(config: Config, placement: Placement) -> None:
 
 def unread(config: Config) -> list[str]:
     """Settings that are not at their defaults and that nothing in this recipe reads: which, and by what, in words.
-
-    They are allowed: a study's rows share overrides.
-    """
+    They are allowed: a study's rows share overrides."""
     o, t, r, idle = config.objective, config.teacher, config.rollout, config.objective.idle()
     found = [f"objective.{k} is not read by {idle[k]}" for k in _changed(o) if k in idle]
     if t.kind != "routed" and "field" in _changed(t):

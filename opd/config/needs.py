@@ -1,9 +1,15 @@
-"""What a run needs, from its recipe alone: which servers, which teacher, which copies. Imports no torch."""
+"""What a run needs, from its recipe alone: servers, teachers, copies, how much at a time. Imports no torch."""
 
 from __future__ import annotations
 
 from opd.config.placement import placement_of
-from opd.config.schema import Config
+from opd.config.schema import Config, TeacherConfig
+from opd.settings import UserError
+from opd.types import Prompt
+
+# How much is in memory at a time: read by what works in such parts, and by `opd plan`.
+CLIPS_PER_CALL = 8  # of the frozen tower
+ELEMENTS = 1 << 26  # of a chunk's logits: 256 MiB in float32, times the few that an objective needs
 
 
 def evaluates(config: Config) -> bool:
@@ -57,10 +63,8 @@ def uses_start(config: Config) -> bool:
 
 def copies_start(config: Config) -> bool:
     """Whether that takes a second copy of the student.
-
-    With student.lora the learner's own weights without adapters are the start, unless the reference hears and
-    something of the audio path is trained in full.
-    """
+    With student.lora the learner's own weights without adapters are the start, unless the reference hears and something
+    of the audio path is trained in full."""
     if not uses_start(config) or config.student.lora is None:
         return uses_start(config)
     moved = list(config.student.train) != ["llm"]
@@ -75,3 +79,23 @@ def shards_start(config: Config) -> bool:
 def starts_teacher(config: Config) -> bool:
     """Whether the launcher starts teacher servers: they are asked, and the recipe names no running ones."""
     return not config.teacher.urls and asks_teacher_servers(config)
+
+
+def route_of(teacher: TeacherConfig, prompt: Prompt) -> str:
+    """Which of teacher.routes reads a prompt. Raises UserError, naming the record, when none does."""
+    value = prompt.group if teacher.field == "group" else prompt.other.get(teacher.field, "")
+    found = next((name for name in (value, "*") if name in teacher.routes), None)
+    if found is None:
+        has = f"{teacher.field} {value!r}" if value else f"no {teacher.field}"
+        known = ", ".join(teacher.routes)
+        raise UserError(
+            f"{prompt.place or prompt.id}: has {has}, which is no route of teacher.routes ({known}); "
+            'name it there, or "*" for all others'
+        )
+    return found
+
+
+def scored_tokens(config: Config) -> int:
+    """Tokens of one forward pass of a teacher's server: prompt log-probs hold [tokens, V] in memory."""
+    s = config.rollout.server
+    return max(2048, s.max_model_len, s.max_num_seqs)

@@ -19,13 +19,13 @@ class Objective:
 
     method: str  # in words, for a model card
     paper: str = ""  # where that is from
+    settings: tuple[str, ...] = ()  # of `objective`, that not every objective reads
     sources: tuple[str, ...] = ("student",)  # rollout.source: where its responses may come from
     reads: Literal["logits", "scores", "nothing"] = "logits"  # of the teacher: its full vocabulary, or what it samples
     weight: str = ""  # setting that weighs these logits: at 0 it reads nothing of the teacher
     top_of: Literal["student", "teacher"] | None = None  # with objective.top_k: whose best ids, by scores instead
     other_tokenizer: bool = False  # its teacher, one local model, has another one; it needs whole responses, no chunks
     previews: bool = False  # it sees all tokens of a response before it weighs the first
-    settings: tuple[str, ...] = ()  # of `objective`, that not every objective reads
     needs: dict[str, str] = field(default_factory=dict)  # one of them -> another, without which it is not read
     # For opd/plan/learner_memory.py, which a test holds to the real ones:
     tensors: int = 8  # [n, V] of a chunk alive at once, where it reads the teacher's logits
@@ -40,69 +40,57 @@ OBJECTIVES: dict[str, Objective] = {
     "kd": Objective(
         "cross-entropy and forward KL on the teacher's responses, in both views",
         WARM_START,
+        ("mu", "tau"),
         sources=("teacher", "dataset"),
         weight="mu",
-        settings=("mu", "tau"),
         needs={"tau": "mu"},
         tensors=9,
     ),
     "xopd": Objective(
         "cross-modal on-policy distillation, X-OPD",
         X_OPD,
+        ("advantage_clip", "ratio_max", "ratio_above"),
         reads="scores",
-        settings=("advantage_clip", "ratio_max", "ratio_above"),
         tempered=1,
     ),
     "reverse_kl": Objective(
-        "reverse KL on the student's own responses, the dense form of X-OPD",
-        X_OPD,
-        top_of="student",
-        settings=("top_k",),
+        "reverse KL on the student's own responses, the dense form of X-OPD", X_OPD, ("top_k",), top_of="student"
     ),
-    "forward_kl": Objective(
-        "forward KL to the teacher", GKD, sources=ANY_SOURCE, top_of="teacher", settings=("top_k",)
-    ),
+    "forward_kl": Objective("forward KL to the teacher", GKD, ("top_k",), sources=ANY_SOURCE, top_of="teacher"),
     "jsd": Objective(
         "generalised Jensen-Shannon divergence to the teacher, GKD",
         GKD,
+        ("beta", "top_k"),
         sources=ANY_SOURCE,
         top_of="teacher",
-        settings=("beta", "top_k"),
         mixture=4,
     ),
     "entropy_aware": Objective(
-        "reverse KL, and forward KL where the teacher is unsure",
-        "arXiv 2603.07079",
-        settings=("entropy_threshold",),
-        tensors=10,
+        "reverse KL, and forward KL where the teacher is unsure", "arXiv 2603.07079", ("entropy_threshold",), tensors=10
     ),
     "cord": Objective(
         "reverse KL with weights on important and early tokens, CORD",
         "arXiv 2601.16547",
+        ("cord_share", "cord_importance", "cord_decay"),
         previews=True,
-        settings=("cord_share", "cord_importance", "cord_decay"),
     ),
     "salad": Objective(
         "forward KL and cross-entropy on given responses, SALAD",
         "arXiv 2510.13632",
+        ("alpha",),
         sources=("dataset",),
         weight="alpha",
-        settings=("alpha",),
     ),
     "uld": Objective(
         "universal logit distillation from a teacher with another tokenizer",
         "arXiv 2402.12030",
+        ("hybrid", "beta"),
         sources=ANY_SOURCE,
         other_tokenizer=True,
-        settings=("hybrid", "beta"),
         needs={"beta": "hybrid"},
         tensors=14,
     ),
 }
-
-
-# What a model card says of it: in words, and where that is from.
-METHODS = {name: (o.method, o.paper) for name, o in OBJECTIVES.items()}
 
 
 class ObjectiveConfig(Section):

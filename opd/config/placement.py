@@ -6,13 +6,12 @@ A placement is a YAML file (recipes/placements/) that knows nothing of models; a
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from opd.config.schema import Config
-from opd.settings import Section, UserError, read_yaml, validated
+from opd.settings import Section, UserError, read_yaml, regular_file, validated
 
 
 class Group(Section):
@@ -101,9 +100,7 @@ def _devices(groups: list[Servers] | list[Group]) -> set[tuple[int, int]]:
 
 def load_placement(path: str) -> Placement:
     """Read a placement. Raises UserError that names the file and key."""
-    if not Path(path).is_file():
-        raise UserError(f"launch.placement {path}: no such file")
-    return validated(Placement, read_yaml(Path(path)), path)
+    return validated(Placement, read_yaml(regular_file(path, "placement")), path)
 
 
 def placement_of(config: Config) -> Placement:

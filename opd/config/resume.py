@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -14,7 +12,7 @@ from opd.config.load import compared, dump_config
 from opd.config.schema import Config
 from opd.settings import UserError
 from opd.storage.checkpoints import checkpoints
-from opd.storage.run_folder import git_commit, package_versions
+from opd.storage.run_folder import git_commit, package_versions, status_of
 
 # What a run makes once its config.yaml is there.
 MADE = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "launches.jsonl", "checkpoints")
@@ -26,10 +24,8 @@ class Taken(UserError):
 
 def check(config: Config) -> str:
     """What starting this recipe in its run folder would do: "new", "resume" or "finished".
-
-    Raises Taken when the folder holds a run of another configuration, naming the keys that differ, or files that
-    a new run would delete though no run wrote them.
-    """
+    Raises Taken when the folder holds a run of another configuration, naming the keys that differ, or files that a new
+    run would delete though no run wrote them."""
     folder = Path(config.run.dir)
     stored = folder / "config.yaml"
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -61,7 +57,7 @@ def check(config: Config) -> str:
             f"run.dir {folder}: holds a run of another configuration: {shown}; "
             "choose another run.dir, or set run.overwrite=true to delete that run"
         )
-    if _status(folder).get("phase") == "finished":
+    if status_of(folder).get("phase") == "finished":
         return "finished"
     return "resume" if checkpoints(folder) else "new"
 
@@ -78,11 +74,3 @@ def prepare(config: Config) -> None:
         aside = folder / "config.yaml.new"
         aside.write_text(yaml.safe_dump(content, sort_keys=False))
         aside.replace(folder / "config.yaml")
-
-
-def _status(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from opd.config.augment import AugmentConfig
 from opd.config.evaluation import EvalConfig
@@ -21,11 +21,6 @@ class RunConfig(Section):
     stage: str = Field("", description="name of what this run makes, in evaluations and reports; none: objective.name")
     seed: NonNegativeInt = 0
     overwrite: bool = Field(False, description="delete whatever run the folder holds and start anew")
-
-    @field_validator("stage", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return "" if value is None else value  # as an override says it: run.stage=
 
 
 class LoraConfig(Section):
@@ -70,11 +65,6 @@ class TeacherConfig(Section):
     def each(self) -> dict[str, TeacherConfig]:
         """The teachers that it stands for, by route: itself, unless it is routed."""
         return self.routes if self.kind == "routed" else {"": self}
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return "" if value is None else value  # as an override says it: teacher.path=
 
 
 class DataConfig(Section):

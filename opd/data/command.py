@@ -1,9 +1,8 @@
-"""The command `opd data`."""
+"""The command `opd data`. Stages, and what is heavy, are imported when they are asked for."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import threading
 from collections.abc import Iterator
@@ -14,25 +13,82 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from opd.data.engine.runner import run_stage
-from opd.data.engine.stage import Stage
-from opd.settings import S, Section, UserError, override, read_yaml, validated
+from opd.data.stages import STAGES, stage_class
+from opd.settings import S, UserError, override, read_yaml, validated
 
-STAGES = {
-    "prompts": "opd.data.stages.prompts:Prompts",
-    "natural": "opd.data.stages.natural:Natural",
-    "rewrite": "opd.data.stages.rewrite:Rewrite",
-    "speak": "opd.data.stages.speak:Speak",
-    "verify": "opd.data.stages.verify:Verify",
-    "respond": "opd.data.stages.respond:Respond",
-    "benchmark": "opd.data.stages.benchmark:LoadBenchmark",
-}
 say = partial(print, flush=True)
 
 
-def stage_class(name: str) -> type[Stage]:
-    """The class of a stage, imported when it is asked for."""
-    module, _, attribute = STAGES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def add_data(commands) -> None:
+    """Add `opd data` and its stages to the subcommands of `opd`."""
+    text = "make manifests of spoken prompts, stage by stage"
+    stages = commands.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="STAGE")
+
+    def command(name: str, text: str, run: Any, own_help: bool = False) -> argparse.ArgumentParser:
+        parser = stages.add_parser(name, help=text, description=text, add_help=not own_help)
+        parser.set_defaults(run=run)
+        return parser
+
+    def overrides(parser: argparse.ArgumentParser, example: str) -> None:
+        parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=example)
+
+    def written(parser: argparse.ArgumentParser, help: str, metavar: str | None = None) -> None:
+        parser.add_argument("--out", type=Path, required=True, metavar=metavar, help=help)
+
+    manifest, config = "manifest to write, .jsonl or .parquet", "YAML file with settings"
+    for name, (_, text, _) in STAGES.items():
+        stage = command(name, text, _stage, own_help=True)
+        if name == "benchmark":
+            named = "voicebench, big_bench_audio, mmar, mmau or audio_multichallenge"
+            stage.add_argument("source", metavar="NAME", help=named)
+        else:
+            stage.add_argument("source", help="manifest, data file, folder or hub:owner/name[/config][:split]")
+        overrides(stage, "a setting of the stage")
+        written(stage, manifest)
+        stage.add_argument("--config", type=Path, metavar="FILE", help=config)
+        stage.add_argument("--shard", metavar="I/N", help="do every N-th record from the I-th on, in this process")
+        stage.add_argument("--workers", type=int, metavar="N", help="records worked on at a time")
+        stage.add_argument("--limit", type=int, metavar="N", help="read no more records")
+        stage.add_argument("-h", "--help", action=_StageHelp)
+        stage.set_defaults(stage=name)
+    pipeline = command("run", "the stages that a recipe names, one after another", _pipeline)
+    pipeline.add_argument("recipe", type=Path, help="YAML file, such as recipes/data/spoken_questions.yaml")
+    overrides(pipeline, "such as source=mine.jsonl or speak.sample_rate=24000")
+    written(pipeline, "for STAGE.jsonl and audio/", "FOLDER")
+    pipeline.add_argument("--workers", type=int, metavar="N", help="records worked on at a time")
+    listen = command("listen", "a page with players: clips as a recipe's training hears them", _listen)
+    listen.add_argument("recipe", help="YAML file")
+    overrides(listen, "such as data.augment.noise.share=1")
+    written(listen, "HTML file to write", "FILE")
+    listen.add_argument("--records", type=int, default=12, metavar="N", help="default: 12")
+    listen.add_argument("--epochs", type=int, default=3, metavar="N", help="of each record (default: 3)")
+    text = "choose the texts to speak where a student hears badly, within a budget of hours"
+    chooser = command("select", text, _select, own_help=True)
+    chooser.add_argument("source", help="manifest of texts")
+    overrides(chooser, "a setting, such as hours=10")
+    probe = "folder of `opd eval`, of the student on a few spoken texts; repeatable"
+    chooser.add_argument("--probe", type=Path, action="append", required=True, metavar="FOLDER", help=probe)
+    written(chooser, manifest)
+    chooser.add_argument("--config", type=Path, metavar="FILE", help=config)
+    chooser.add_argument("-h", "--help", action=_StageHelp)
+    card = command("card", "what is in manifests, in numbers; refuses splits that leak into one another", _card)
+    card.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="one for each split")
+    written(card, "for card.json, card.html, README.md", "FOLDER")
+    card.add_argument("--allow-leaks", action="store_true", help="list what splits share, and go on")
+    card.add_argument("--title", help="of the data set (default: the folder's name)")
+    card.add_argument("--license", metavar="ID", help="as the Hub names it, such as cc-by-4.0")
+    card.add_argument("--language", metavar="CODE", help="ISO 639-1, such as en")
+
+
+class _StageHelp(argparse.Action):
+    """`--help` that also lists the settings of the stage, which only then is imported."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show this")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"{parser.format_help()}\n{describe(parser.prog.split()[-1])}")
+        parser.exit()
 
 
 def settings_of(section: type[S], config: Path | None, overrides: list[str], command: str) -> S:
@@ -43,7 +99,7 @@ def settings_of(section: type[S], config: Path | None, overrides: list[str], com
     return validated(section, raw, str(config or command))
 
 
-def main(args: argparse.Namespace) -> int:
+def _stage(args: argparse.Namespace) -> int:
     """Run one stage, or this process's shard of it: 0 done, 1 when records failed and may be tried again."""
     stage = settings_of(stage_class(args.stage), args.config, args.overrides, f"opd data {args.stage}")
     first, _, of = (args.shard or "0/1").partition("/")
@@ -60,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
-def pipeline(args: argparse.Namespace) -> int:
+def _pipeline(args: argparse.Namespace) -> int:
     """Run the stages of a recipe: 0 done, 1 when records failed and may be tried again."""
     from opd.data.pipeline import Pipeline, run
 
@@ -69,6 +125,31 @@ def pipeline(args: argparse.Namespace) -> int:
     with _ending_at_once():
         done = run(recipe, args.out, args.workers, say)
     return 1 if any(summary.failed for summary in done) else 0
+
+
+def _listen(args: argparse.Namespace) -> int:
+    from opd.data import listen
+
+    _check_counts(args, "records", "epochs")
+    return listen.main(args.recipe, args.overrides, args.out, args.records, args.epochs)
+
+
+def _select(args: argparse.Namespace) -> int:
+    from opd.data.select.command import Selection, select
+
+    settings = settings_of(Selection, args.config, args.overrides, "opd data select")
+    for path in select(args.source, args.probe, args.out, settings):
+        print(f"wrote {path}")
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from opd.data.card.command import write_card
+
+    about = {k: v for k in ("title", "license", "language") if (v := getattr(args, k))}
+    for path in write_card(args.manifests, args.out, args.allow_leaks, about):
+        print(f"wrote {path}")
+    return 0
 
 
 def _check_counts(args: argparse.Namespace, *options: str) -> None:
@@ -90,18 +171,14 @@ def _ending_at_once() -> Iterator[None]:
 
 def describe(name: str) -> str:
     """The settings of a stage, or of `select`, a line each."""
-    section = stage_class(name) if name in STAGES else _selection()
+    if name not in STAGES:
+        from opd.data.select.command import Selection
+    section = stage_class(name) if name in STAGES else Selection
     lines = [f"settings of `opd data {name}`, as key=value or in a YAML file (--config):"]
     for key, field in section.model_fields.items():
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
         lines.append(f"  {key:<16} {field.description or ''} ({_kind(field.annotation)}; {default})")
     return "\n".join(lines)
-
-
-def _selection() -> type[Section]:
-    from opd.data.select.command import Selection
-
-    return Selection
 
 
 def _kind(annotation: Any) -> str:

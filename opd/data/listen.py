@@ -13,8 +13,7 @@ from opd.config.load import load_config
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
 from opd.prompts.clips import ClipLoader
-from opd.prompts.manifest import read_manifest
-from opd.prompts.stream import PromptStream
+from opd.prompts.manifest import PromptStream, read_manifest
 from opd.report.blocks import Block, Figure, Heading, Paragraph, document
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic

@@ -4,49 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, create_model, model_validator
 
 from opd.data.engine.runner import Summary, run_stage
 from opd.data.engine.stage import Stage
-from opd.data.stages.natural import Natural
-from opd.data.stages.prompts import Prompts
-from opd.data.stages.respond import Respond
-from opd.data.stages.rewrite import Rewrite
-from opd.data.stages.speak import Speak
-from opd.data.stages.verify import Verify
+from opd.data.stages import STAGES, stage_class
 from opd.endpoint import Endpoint, Unavailable
 from opd.settings import Section, UserError
 
 
-class Pipeline(Section):
-    """A recipe of `opd data run`. Stages run in this order; one that is not named, or is null, does not."""
+class Recipe(Section):
+    """A recipe of `opd data run`; `Pipeline` has a section for every stage too. One that is not named, or is null,
+    does not run."""
 
     source: str = Field(description="what the first stage reads: hub:owner/name[/config][:split], a file, a folder")
     limit: PositiveInt | None = Field(None, description="records of the source to read")
-    prompts: Prompts | None = None
-    natural: Natural | None = None
-    rewrite: Rewrite | None = None
-    speak: Speak | None = None
-    verify: Verify | None = None
-    respond: Respond | None = None
 
     @model_validator(mode="after")
-    def _in_order(self) -> Pipeline:
-        if not self.stages:
+    def _in_order(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if not names:
             raise ValueError("expected stages, such as prompts: {} and speak: {}; found none")
-        if self.natural and (other := next((s for s in (self.prompts, self.rewrite, self.speak) if s), None)):
-            raise ValueError(f"natural: recordings are spoken already, found {other.name} beside it")
+        if "natural" in names and names[0] != "natural":
+            raise ValueError(f"natural: recordings are spoken already, found {names[0]} beside it")
         return self
 
     @property
     def stages(self) -> list[Stage]:
         """Those that run, in order."""
-        found = (self.prompts, self.natural, self.rewrite, self.speak, self.verify, self.respond)
-        return [s for s in found if s is not None]
+        return [stage for name in STAGES if (stage := getattr(self, name, None)) is not None]
 
 
-def run(recipe: Pipeline, folder: Path, workers: int | None, say: Callable[[str], None]) -> list[Summary]:
+_sections: dict[str, Any] = {n: (stage_class(n) | None, None) for n, stage in STAGES.items() if stage.in_recipes}
+Pipeline = create_model("Pipeline", __base__=Recipe, **_sections)
+
+
+def run(recipe: Recipe, folder: Path, workers: int | None, say: Callable[[str], None]) -> list[Summary]:
     """Run the stages; each writes `folder`/STAGE.jsonl, clips go to `folder`/audio. The same call goes on.
 
     What the settings name is looked at before the first stage starts. Raises UserError as `run_stage` does.

@@ -19,14 +19,12 @@ from opd.config.schema import Config
 from opd.doctor.families import LORA, PUSHES
 from opd.doctor.probe import PlainStudent, Probe, chosen
 from opd.inference.weight_sync import WeightSync
-from opd.models.base import Family
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.models.lora import adapters
 from opd.models.sharding import all_reduce
 from opd.objectives.losses import xopd
-from opd.objectives.micro_batch import MicroBatch
-from opd.prompts.clips import ClipLoader
+from opd.objectives.token_loss import MicroBatch
+from opd.prompts.clips import ClipLoader, ContextLimit
 from opd.prompts.manifest import read_manifest
 from opd.storage.metrics import MetricsLog
 from opd.train import checkpoint, extensions

@@ -18,7 +18,7 @@ from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.families import AGREE, DIFFER
 from opd.doctor.probe import Mismatch, PlainStudent
-from opd.inference.ports import LOOPBACK, free_port
+from opd.inference.host import LOOPBACK, free_port
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family
 from opd.processes.commands import Command, student_server, teacher_server

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import random
-from pathlib import Path
 
 import numpy as np
 
 from opd import types
 from opd.config import resume
 from opd.config.load import resolve_model, unread
-from opd.config.needs import copies_start, needs_teacher, starts_student, starts_teacher, teacher_servers
+from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, starts_teacher, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.devices import memory, placement
 from opd.inference.client import Server, check_model
-from opd.models.context_limit import ContextLimit
-from opd.models.files import whole_weights
+from opd.models.registry import whole_weights
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
-from opd.prompts.clips import check_share
+from opd.prompts.clips import ContextLimit, check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
-from opd.teachers.routes import route_of
 from opd.types import Prompt, audio_paths
 
 KEPT = 8  # training records that are kept with their clips for what comes after
@@ -84,7 +82,7 @@ def deepspeed(facts: Facts) -> str:
 
 def student(facts: Facts) -> str:
     """The student is a whole checkpoint of a known family."""
-    from opd.models.load import family_of
+    from opd.models.base import family_of
     from opd.models.lora import targets
 
     s = facts.config.student
@@ -220,12 +218,14 @@ def _read(facts: Facts, key: str, path: str) -> str:
     if config.teacher.kind == "routed" and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)
-    gone = [(p, a) for p in prompts for a in audio_paths(p) if not Path(a).is_file()]
+    gone = [(p, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]
     if gone:
         fault = f"{gone[0][0].place}: {gone[0][1]}: no such audio file"
         _refuse(config, key, len(bad) + len({p.place for p, _ in gone}), records, fault)
     facts.prompts[key], facts.bad[key] = prompts, bad
-    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad"
+    numbered = [p for p in prompts if p.numbered]
+    note = f"; {len(numbered)} ids are numbers, taken as text, such as {numbered[0].id!r}" if numbered else ""
+    return f"{key} {path}: {len(prompts)} records, {len(bad)} bad{note}"
 
 
 def _weighed(config: Config, p: Prompt) -> None:

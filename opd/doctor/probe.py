@@ -24,7 +24,7 @@ from opd.models.base import Family
 from opd.models.lora import pieces
 from opd.models.sharding import DTYPES, all_reduce
 from opd.models.speech_lm import SpeechLM
-from opd.objectives.micro_batch import MicroBatch
+from opd.objectives.token_loss import MicroBatch
 from opd.rollout.sampler import VllmSampler
 from opd.train.batch import collate, make_samples
 from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View

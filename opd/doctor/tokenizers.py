@@ -9,8 +9,8 @@ from typing import Any
 from opd.config.needs import needs_teacher
 from opd.doctor.checks import Facts, Warned
 from opd.settings import UserError
-from opd.teachers.tokenizers import TEXTS, check_tokenizers, text_prompt_ids
-from opd.types import BadAudio, Message, Prompt, render
+from opd.teachers.tokenizers import TEXTS, check_tokenizers
+from opd.types import BadAudio, Message, Prompt, joined, render
 
 FIRST = 64  # records of the manifest, whose texts are put into ids
 ASK: Message = {"role": "user", "content": [{"type": "text", "text": "What is 12 plus 3?"}]}
@@ -87,7 +87,7 @@ def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:
         return family.prompt_ids(chat, [])
 
     def theirs(chat: list[Message]) -> list[int]:
-        return text_prompt_ids(family, facts.tokenizer, chat)
+        return family.text_ids(facts.tokenizer, [joined(m) for m in chat])
 
     student: tuple[str, Any, IdsOf] = ("student", family.tokenizer, ours)
     if not needs_teacher(facts.config):

@@ -5,25 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opd.config.schema import Config
-from opd.evaluate import page, results
-from opd.evaluate.records import (
-    RECORDS,
-    SETTINGS,
-    Item,
-    claim,
-    eval_config,
-    fields,
-    line,
-    read_items,
-    settings,
-    write_records,
-)
+from opd.evaluate import page, records, results
+from opd.evaluate.records import Item, fields
 from opd.processes.with_servers import ask
 from opd.settings import RunFailed, UserError
 from opd.storage import run_folder
@@ -36,16 +26,17 @@ def main(recipe: str, overrides: list[str], out: Path, teacher: bool = True, pla
 
     Raises UserError for what the user can mend, and RunFailed for all else that ends a server or the measuring.
     """
-    config = eval_config(recipe, overrides, out, teacher)
+    config = records.eval_config(recipe, overrides, out, teacher)
     began = time.monotonic()
     with run_folder.lock(out, of="--out", by="opd eval"):
-        found = settings(config)
-        items = read_items(config)
+        found = records.settings(config)
+        items = records.read_items(config)
         prompts = [i.prompt for i in items if i.part == "test"]
         known = {"seconds"} | {f for p in prompts for f in (*fields(p), *p.numbers)}
         results.check_fields(config.eval.groups, config.eval.bins, known)
-        claim(out, found)
-        if missing := sum(i.key not in _measured(out, items) for i in items):
+        records.claim(out, found)
+        done = _measured(out, items)
+        if missing := sum(i.key not in done for i in items):
             print(f"{missing} of {len(items)} records to measure", flush=True)
             given = {"recipe": recipe, "overrides": overrides, "teacher": teacher}
             if code := ask(config, "evaluation", "opd.evaluate.worker:run", given, plain):
@@ -56,11 +47,8 @@ def main(recipe: str, overrides: list[str], out: Path, teacher: bool = True, pla
 
 def _measured(out: Path, items: list[Item]) -> dict[str, dict[str, Any]]:
     """What is measured of the items, by key."""
-    journal = Journal(out / "measured", 0)
-    try:
+    with closing(Journal(out / "measured", 0)) as journal:
         return {i.key: results.renamed(journal[i.key]["record"]) for i in items if i.key in journal}
-    finally:
-        journal.close()
 
 
 def write(config: Config, out: Path, items: list[Item], found: dict[str, Any], seconds: float) -> None:
@@ -68,17 +56,17 @@ def write(config: Config, out: Path, items: list[Item], found: dict[str, Any], s
     measured = _measured(out, items)
     if missing := [i.prompt.place for i in items if i.key not in measured]:
         raise RunFailed(f"{out}: {len(missing)} records are not measured, such as {missing[0]}; see {out}/logs")
-    lines = [line(i, measured[i.key]) for i in items]
-    content = summary(lines, config.eval.groups, config.eval.bins)
-    about = yaml.safe_load((out / SETTINGS).read_text())
-    content = {"settings": found, **{k: about[k] for k in ("versions", "git_commit")}, **content}
+    lines = [records.line(i, measured[i.key]) for i in items]
+    about = yaml.safe_load((out / records.SETTINGS).read_text())
+    content = {"settings": found, **{k: about[k] for k in ("versions", "git_commit")}}
+    content |= summary(lines, config.eval.groups, config.eval.bins)
     evaluation = {"stage": "eval", "step": 0, "seconds": round(seconds, 1)}
     evaluation |= content["metrics"] | {k: content[k] for k in ("parts", "groups", "counts")}
-    held = (out / RECORDS).read_bytes().count(b"\n") if (out / RECORDS).is_file() else 0
+    held = (out / records.RECORDS).read_bytes().count(b"\n") if (out / records.RECORDS).is_file() else 0
     if held > len(lines):
         print(f"{out}: told of {held} records until now, of {len(lines)} from here; all that is measured is kept")
     try:
-        write_records(out, lines)
+        records.write_records(out, lines)
         write_atomic(out / "eval.jsonl", json.dumps(evaluation, ensure_ascii=False) + "\n")
         write_atomic(out / "eval.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         write_atomic(out / "eval.html", page.eval_page(content))
@@ -96,6 +84,6 @@ def summary(lines: list[dict[str, Any]], named: list[str] | None, bins: dict[str
         "parts": results.parts(lines),
         "counts": results.counts(lines),
         "groups": results.groups(lines, named, bins),
-        "failures": results.failures(lines),
+        "failures": len(results.examples(lines, len(lines))),
         "examples": results.examples(lines),
     }

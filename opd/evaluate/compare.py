@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from opd.evaluate import page
-from opd.evaluate.bootstrap import RESAMPLES, paired
 from opd.evaluate.records import RECORDS, SETTINGS, differing, read_records, stored
-from opd.evaluate.results import METRICS, Record, metrics, sampled, term
+from opd.evaluate.results import METRICS, Record, Term, metrics, sampled, term
 from opd.report.runs import read_run, section
-from opd.scoring.statistics import Estimate
+from opd.scoring.statistics import LEVEL, Estimate
 from opd.settings import UserError
 from opd.storage.json_lines import finite, write_atomic
 from opd.storage.metrics import EVAL_METRICS
 
+RESAMPLES = 10_000
+BLOCK = 4_000_000  # counts of questions in memory at a time
 MEASURED = {  # settings of an evaluation that say how it measures, not what; by their names in a recipe
     "match": "eval.match",
     "tolerance": "eval.tolerance",
@@ -75,24 +79,16 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
     if runs and evaluations:
         notes.append("Between runs and evaluations no difference is tested: what a run measured is not kept by record.")
     first = columns[0]
-    differences = {}
+    differences = {c.name: _differences(first, c, seed) for c in evaluations[1:] if first.records}
     if first.records:
-        for c in evaluations[1:]:
-            differences[c.name] = _differences(first, c, seed)
-        notes.append(
-            f"Differences to {first.name}: paired bootstrap over questions, {RESAMPLES} resamples, seed {seed}, with "
-            "95 % intervals; p is two-sided and of each difference by itself."
-        )
+        how = f"paired bootstrap over questions, {RESAMPLES} resamples, seed {seed}, with 95 % intervals"
+        notes.append(f"Differences to {first.name}: {how}; p is two-sided and of each difference by itself.")
     return {
         "columns": [{"name": c.name, "folder": str(c.folder), "metrics": c.metrics} for c in columns],
-        "names": [n for n in _order() if any(n in c.metrics for c in columns)],
+        "names": [n for name in EVAL_METRICS for n in (name, sampled(name)) if any(n in c.metrics for c in columns)],
         "differences": differences,
         "notes": notes,
     }
-
-
-def _order() -> list[str]:
-    return [m for n in EVAL_METRICS for m in (n, sampled(n))]
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -105,16 +101,13 @@ def _names(folders: list[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Column:
     if (folder / RECORDS).is_file():
         records = read_records(folder)
-        settings = stored(folder)
-        if settings is None:
+        if (settings := stored(folder)) is None:
             raise UserError(f"{folder}: expected {SETTINGS} of an evaluation beside {RECORDS}, found none")
         how = {recipe: settings.get(k) for k, recipe in MEASURED.items()} | {"version": settings.get("version")}
-        column = Column(name, folder, {}, {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
-        column.metrics = metrics(records)
-        return column
+        return Column(name, folder, metrics(records), {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
     if not (folder / "config.yaml").is_file():
-        there = "nothing" if not folder.exists() else "neither"
         wanted = f"a run (config.yaml) or a finished evaluation ({RECORDS})"
+        there = "neither" if folder.exists() else "nothing"
         raise UserError(f"{folder}: expected the folder of {wanted}, found {there}")
     run = read_run(folder, name)
     if not run.evaluations:
@@ -131,12 +124,11 @@ def _measured_alike(columns: list[Column], unlike: bool) -> list[str]:
     for c in columns[1:]:
         if other := differing(columns[0].how, c.how):
             told = "; ".join(f"{k} {old} and {new}" for k, (old, new) in other.items())
+            told = f"were measured under other settings: {told}"
             if not unlike:
-                raise UserError(
-                    f"{columns[0].folder} and {c.folder} were measured under other settings: {told}; measure both "
-                    "alike, or take --unlike, which compares them all the same"
-                )
-            notes.append(f"{columns[0].name} and {c.name} were measured under other settings: {told}.")
+                remedy = "measure both alike, or take --unlike, which compares them all the same"
+                raise UserError(f"{columns[0].folder} and {c.folder} {told}; {remedy}")
+            notes.append(f"{columns[0].name} and {c.name} {told}.")
     return notes
 
 
@@ -146,11 +138,10 @@ def _same_records(evaluations: list[Column], common: bool) -> list[str]:
     shared = set.intersection(*(set(c.records) for c in evaluations))
     for c in evaluations:
         if set(c.records) != set(first.records) and not common:
-            raise UserError(
-                f"{c.folder}: {len(c.records)} records, {len(first.records)} in {first.folder}, of which "
-                f"{len(set(c.records) & set(first.records))} are the same; evaluate the same manifest, or take "
-                "--common, which restricts all to what they share"
-            )
+            same = len(set(c.records) & set(first.records))
+            told = f"{len(c.records)} records, {len(first.records)} in {first.folder}, of which {same} are the same"
+            remedy = "evaluate the same manifest, or take --common, which restricts all to what they share"
+            raise UserError(f"{c.folder}: {told}; {remedy}")
     if not shared:
         raise UserError(f"{first.folder}: shares no record with all others: there is nothing to compare")
     if all(len(shared) == len(c.records) for c in evaluations):
@@ -170,9 +161,42 @@ def _differences(first: Column, other: Column, seed: int) -> dict[str, Any]:
             for key, r in first.records.items()
             if (a := term(name, r)) is not None and (b := term(name, other.records[key])) is not None
         ]
-        if not pairs:
-            continue
-        ours, theirs, asked = [a for a, _, _ in pairs], [b for _, b, _ in pairs], [q for _, _, q in pairs]
-        if found := paired(name, ours, theirs, asked, seed):
+        ours, theirs, asked = zip(*pairs, strict=True) if pairs else ((), (), ())
+        if pairs and (found := paired(name, ours, theirs, asked, seed)):
             out[name] = found
     return out
+
+
+def paired(
+    name: str, first: Sequence[Term], other: Sequence[Term], asked: Sequence[str], seed: int = 0, n: int = RESAMPLES
+) -> dict[str, Any] | None:
+    """Paired bootstrap over questions (Efron and Tibshirani, An Introduction to the Bootstrap, 1993).
+
+    Difference other - first of a metric over the same records, whose terms these are, with interval and p.
+    Whole questions, all their recordings together, are drawn with replacement, the same for both. The interval is of
+    percentiles, LEVEL of the resamples; p = 2 min(share of resamples with a difference <= 0, with one >= 0), each
+    counted with one more resample that has it, at most 1. Resamples in which a denominator is 0 are left out.
+
+    Returns {"difference", "low", "high", "p", "records", "questions"}; None where the metric has no value.
+    """
+    index = {q: i for i, q in enumerate(dict.fromkeys(asked))}
+    sums, g = np.zeros((len(index), 4)), len(index)
+    np.add.at(sums, [index[q] for q in asked], np.hstack([first, other]))
+    whole = _ratios(name, sums.sum(0)[None])
+    if not len(whole):
+        return None
+    rng, block = np.random.default_rng(seed), max(1, BLOCK // g)
+    sizes = [min(block, n - start) for start in range(0, n, block)]
+    found = np.concatenate([_ratios(name, rng.multinomial(g, np.full(g, 1 / g), size) @ sums) for size in sizes])
+    tail = 100 * (1 - LEVEL) / 2
+    sides = [(np.sum(side) + 1) / (len(found) + 1) for side in (found <= 0, found >= 0)]
+    low, high, p = (*np.percentile(found, [tail, 100 - tail]), min(1.0, 2 * min(sides))) if g > 1 else [np.nan] * 3
+    about = {"records": len(asked), "questions": g}
+    return {"difference": float(whole[0]), "low": float(low), "high": float(high), "p": float(p)} | about
+
+
+def _ratios(name: str, totals: np.ndarray) -> np.ndarray:
+    """[n] differences of totals [n, 4], those with a denominator of 0 left out."""
+    kept = totals[(totals[:, 1] != 0) & (totals[:, 3] != 0)]
+    ratios = kept[:, 2] / kept[:, 3] - kept[:, 0] / kept[:, 1]
+    return -100.0 * ratios if name.startswith("drop/") else ratios

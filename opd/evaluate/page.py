@@ -1,8 +1,9 @@
-"""What `opd eval` and `opd compare` show: tables of a terminal, and pages that load nothing from anywhere."""
+"""What `opd eval`, `opd compare` and `opd benchmark` show: tables, and pages that load nothing from anywhere."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, document
@@ -40,7 +41,8 @@ def number(metric: str, value: float | None, sign: bool = False) -> str:
     """A metric's value, or a difference of two; n/a for none."""
     if value is None or value != value:
         return "n/a"
-    scale, digits = (100.0, 1) if _is_share(metric) else (1.0, 1 if metric.startswith(("drop/", "length/")) else 3)
+    scale = 100.0 if metric.startswith(("accuracy/", "retention")) else 1.0
+    digits = 1 if scale > 1 or metric.startswith(("drop/", "length/")) else 3
     return f"{scale * value:{'+' if sign else ''}.{digits}f}"
 
 
@@ -51,21 +53,14 @@ def cell(metric: str, e: Estimate | None) -> str:
     return f"{number(metric, e['mean'])} ± {number(metric, e.get('stderr'))}"
 
 
-def _is_share(metric: str) -> bool:
-    return metric.startswith(("accuracy/", "retention"))
-
-
 def against(metric: str, d: dict[str, Any] | None) -> str:
     """A difference with its interval and p."""
     if d is None:
         return "–"
-    low, high = (number(metric, d[k], True) for k in ("low", "high"))
-    return f"{number(metric, d['difference'], True)} [{low}, {high}], p {shown_p(d['p'])}"
-
-
-def shown_p(p: float) -> str:
-    """Of 10,000 resamples no p below 2e-4 can come."""
-    return "n/a" if p != p else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+    mean, low, high = (number(metric, d[k], True) for k in ("difference", "low", "high"))
+    p = d["p"]  # of 10,000 resamples none below 2e-4 can come
+    shown = "n/a" if p != p else f"{p:.{4 if p < 0.01 else 2}f}"
+    return f"{mean} [{low}, {high}], p {shown}"
 
 
 # ---- opd eval -------------------------------------------------------------------------------------------------------
@@ -87,13 +82,11 @@ def eval_page(content: dict[str, Any]) -> str:
     blocks: list[Block] = [Heading("opd eval", 1), Paragraph(who), metrics]
     for table in tables:
         blocks += [Heading(table.heads[0].capitalize()), table]
-    blocks.append(Heading("Wrong when heard, right when read"))
-    if shown := content["examples"]:
-        rows = [[e["id"], e["question"], e["answer"] or "–", e["speech"], e["text"]] for e in shown]
-        about = f"{len(shown)} of {content['failures']}, in turn from every group."
-        blocks.append(Table(["record", "question", "expected", "heard", "read"], rows, about, "text"))
-    else:
-        blocks.append(Paragraph("None."))
+    shown = content["examples"]
+    rows = [[e["id"], e["question"], e["answer"] or "–", e["speech"], e["text"]] for e in shown]
+    about = f"{len(shown)} of {content['failures']}, in turn from every group."
+    examples = Table(["record", "question", "expected", "heard", "read"], rows, about, "text")
+    blocks += [Heading("Wrong when heard, right when read"), examples if shown else Paragraph("None.")]
     settings = {k: content[k] for k in ("settings", "versions", "git_commit", "counts") if k in content}
     return document("opd eval", [*blocks, Details("settings", [json.dumps(settings, indent=2)])], "wide")
 
@@ -108,13 +101,12 @@ def _eval_tables(content: dict[str, Any]) -> list[Table]:
         tables.append(Table([RULE, *views], rows, ERRORS))
     for field, groups in content["groups"].items():
         names = list(dict.fromkeys(n for m in groups.values() for n in m))
-        rows = [[group, *(cell(n, m.get(n)) for n in names), _count(m)] for group, m in groups.items()]
+        rows = []
+        for group, m in groups.items():
+            count = next((e["n"] for e in m.values() if e.get("n") is not None), 0)
+            rows.append([group, *(cell(n, m.get(n)) for n in names), str(count)])
         tables.append(Table([f"by {field}", *map(title, names), "records"], rows, ERRORS))
     return tables
-
-
-def _count(m: dict[str, Estimate]) -> str:
-    return str(next((e["n"] for e in m.values() if e.get("n") is not None), 0))
 
 
 def notes(content: dict[str, Any]) -> list[str]:
@@ -165,12 +157,23 @@ def _compare_tables(content: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def _columns(table: Table) -> str:
+# ---- opd benchmark --------------------------------------------------------------------------------------------------
+
+
+def benchmark_text(content: dict[str, Any]) -> str:
+    """The table of benchmark.json and its notes, for a terminal."""
+    rows = []
+    for r in content["results"]:
+        error = "" if r["stderr"] is None else f" ± {r['stderr']:.3f}"
+        counts = [str(r[k]) for k in ("n", "guessed", "cut_off")]
+        rows.append([r["task"], r["metric"], f"{r['value']:.3f}{error}", *counts])
+    heads = ["task", "metric", "value", "records", "guessed", "cut off"]
+    return "\n".join([_columns(Table(heads, rows), str.ljust), *content["notes"]])
+
+
+def _columns(table: Table, aligned: Callable[[str, int], str] = str.rjust) -> str:
     """A table in aligned columns, the first to the left."""
     rows = [table.heads, *table.rows]
     widths = [max(map(len, some)) for some in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    lines = [[row[0].ljust(widths[0]), *map(aligned, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

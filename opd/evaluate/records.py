@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from os.path import commonprefix
+from os.path import commonprefix, isfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,21 +62,18 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
     if e.test is None and e.retention is None:
         raise UserError(f"{recipe}: nothing to evaluate: expected eval.test or eval.retention, found neither")
     if teacher and (t.kind in ("self", "routed") or not t.path):
-        raise UserError(
-            f"{recipe}: expected one teacher with a path of its own, found teacher.kind {t.kind}; name it by "
-            "teacher.kind=server teacher.path=..., or go without it: --no-teacher"
-        )
+        told = f"expected one teacher with a path of its own, found teacher.kind {t.kind}"
+        remedy = "name it by teacher.kind=server teacher.path=..., or go without it: --no-teacher"
+        raise UserError(f"{recipe}: {told}; {remedy}")
     return served(config, out, teacher)
 
 
 def settings(config: Config) -> dict[str, Any]:
     """All that a measurement depends on beside the record itself."""
     e, judge = config.eval, config.eval.judge
-    models: dict[str, Any] = {"student": model(config.student.path, config.student.dtype)}
-    if config.teacher.kind == "server":
-        models["teacher"] = model(config.teacher.path, config.teacher.dtype)
+    models = {"student": config.student} | ({"teacher": config.teacher} if config.teacher.kind == "server" else {})
     return {
-        **models,
+        **{name: model(m.path, m.dtype) for name, m in models.items()},
         "family": config.student.family,
         "max_tokens": config.rollout.max_tokens,
         "max_audio_seconds": config.data.max_audio_seconds,
@@ -163,12 +160,11 @@ def read_items(config: Config) -> list[Item]:
             continue
         prompts, bad = read_manifest(path, config.eval.limit)
         if bad:
-            raise UserError(
-                f"{name}: {bad[0]['place']}: {bad[0]['reason']}; mend or remove it: every record must be good"
-            )
+            told = "mend or remove it: every record must be good"
+            raise UserError(f"{name}: {bad[0]['place']}: {bad[0]['reason']}; {told}")
         scorer.check(prompts, name)
         for i, prompt in enumerate(prompts):
-            if gone := [p for p in audio_paths(prompt) if not Path(p).is_file()]:
+            if gone := [p for p in audio_paths(prompt) if not isfile(p)]:
                 raise UserError(f"{name}: {prompt.place}: {gone[0]}: no such audio file; mend or remove the record")
             divergences = part == "test" and i < config.eval.kl_limit
             record = _digest(prompt, config.eval.match or prompt.match)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from statistics import quantiles
 from typing import Any
@@ -30,10 +31,7 @@ def sampled(name: str) -> str:
 
 DIVERGENCES = tuple(map(sampled, OF_LOGITS))
 METRICS = tuple(sampled(n) if n in OF_LOGITS else n for n in EVAL_METRICS)  # of an evaluation by `opd eval`
-GROUPED = (
-    *("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech"),
-    *(sampled("misalignment"), sampled("forgetting")),
-)
+GROUPED = ("accuracy/speech", "accuracy/text", "accuracy/teacher", "drop/speech", *DIVERGENCES[:2])
 
 
 def renamed(r: Record) -> Record:
@@ -48,17 +46,14 @@ def term(name: str, r: Record) -> Term | None:
     """
     if (name == "retention") != (r["part"] == "retention"):
         return None
-    views = r["views"]
-    if name == "retention":
-        return _score(views["speech"]), 1.0
     kind, _, view = name.partition("/")
+    answer, teacher = (r["views"].get(v) for v in (view or "speech", "teacher"))
     if kind == "drop":
-        both = view in views and "teacher" in views
-        return (_score(views[view]), _score(views["teacher"])) if both else None
-    if kind in ("accuracy", "length"):
-        if view not in views:
-            return None
-        return _score(views[view]) if kind == "accuracy" else float(views[view]["tokens"]), 1.0
+        return (_score(answer), _score(teacher)) if answer and teacher else None
+    if kind == "length":
+        return (float(answer["tokens"]), 1.0) if answer else None
+    if kind in ("accuracy", "retention"):
+        return (_score(answer), 1.0) if answer else None
     found = r.get(name)
     return (found["nats"], float(found["tokens"])) if found else None
 
@@ -70,29 +65,22 @@ def _score(answer: dict[str, Any]) -> float:
 
 def parts(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
     """Further numbers of the rules that graded the test records: name -> view -> ratio of sums."""
-    found: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
+    found: dict[str, dict[str, list[tuple[float, float, str]]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
         for view, answer in r["views"].items() if r["part"] == "test" else ():
             for name, (top, bottom) in answer.get("parts", {}).items():
-                found.setdefault(name, {}).setdefault(view, []).append((top, bottom, r["question"]))
+                found[name][view].append((top, bottom, r["question"]))
     return {n: {v: ratio_stderr(*zip(*terms, strict=True)) for v, terms in by.items()} for n, by in found.items()}
 
 
-def estimate(name: str, records: Sequence[Record]) -> Estimate | None:
-    """A metric with its standard error over questions; None when no record has it."""
-    found = [(t, r["question"]) for r in records if (t := term(name, r)) is not None]
-    if not found:
-        return None
-    terms, asked = zip(*found, strict=True)
-    tops, bottoms = zip(*terms, strict=True)
-    if name.startswith("drop/"):
-        return drop(tops, bottoms, asked) | {"n": len(found)}
-    return ratio_stderr(tops, bottoms, asked)
-
-
 def metrics(records: Sequence[Record], names: Sequence[str] = METRICS) -> dict[str, Estimate]:
-    """All metrics that the records have, by the names of an evaluation."""
-    return {n: e for n in names if (e := estimate(n, records)) is not None}
+    """All metrics that the records have, with standard errors over questions, by the names of an evaluation."""
+    out = {}
+    for name in names:
+        if found := [(*t, r["question"]) for r in records if (t := term(name, r)) is not None]:
+            terms = zip(*found, strict=True)
+            out[name] = drop(*terms) | {"n": len(found)} if name.startswith("drop/") else ratio_stderr(*terms)
+    return out
 
 
 def counts(records: Sequence[Record]) -> dict[str, Any]:
@@ -124,13 +112,12 @@ def groups(
     default = [f for f, n in strings.items() if 2 <= n <= FEW] + [f for f in ("seconds", *bins) if f in numbers]
     out = {}
     for field in dict.fromkeys(default if named is None else named):
-        label = _ranges(field, tests, bins.get(field)) if field in numbers else _value(field)
-        parts: dict[str, list[Record]] = {}
-        for r in tests:
-            parts.setdefault(label(r), []).append(r)
-        order = sorted(parts, key=lambda k: (k == NONE, _start(k), k) if field in numbers else (k == NONE, 0.0, k))
-        if len(order) > 1 or named is not None:
-            out[field] = {k: metrics(parts[k], GROUPED) for k in order}
+        label = _range(field, tests, bins.get(field)) if field in numbers else partial(_value, field)
+        parts: dict[str, list[Record]] = defaultdict(list)
+        for r in sorted(tests, key=label):
+            parts[label(r)[1]].append(r)
+        if len(parts) > 1 or named is not None:
+            out[field] = {k: metrics(some, GROUPED) for k, some in parts.items()}
     return out
 
 
@@ -141,12 +128,14 @@ def check_fields(named: list[str] | None, bins: dict[str, list[float]], known: s
         raise UserError(f"eval.groups, eval.bins: no record of eval.test has a field {unknown[0]!r}; they have {there}")
 
 
-def _value(field: str) -> Callable[[Record], str]:
-    return lambda r: r["fields"].get(field) or NONE
+def _value(field: str, r: Record) -> tuple[int, str]:
+    """A record's value of a field, behind its place in the order of the values, where NONE is the last."""
+    value = r["fields"].get(field) or NONE
+    return int(value == NONE), value
 
 
-def _ranges(field: str, records: Sequence[Record], edges: list[float] | None) -> Callable[[Record], str]:
-    """The range of a record's number, from one edge up to below the next; edges: quartiles where none are given."""
+def _range(field: str, records: Sequence[Record], edges: list[float] | None) -> Callable[[Record], tuple[int, str]]:
+    """As `_value`, the range of a number, from one edge up to below the next; edges: quartiles where none are given."""
     values = [r["numbers"][field] for r in records if field in r["numbers"]]
     if edges is None:
         edges = [round(q, 2) for q in quantiles(values, n=4)] if len(values) > 1 else []
@@ -154,15 +143,11 @@ def _ranges(field: str, records: Sequence[Record], edges: list[float] | None) ->
     names = [f"{a:g} to {b:g}" for a, b in zip(cuts, cuts[1:], strict=False)]
     names = [f"below {cuts[0]:g}", *names, f"{cuts[-1]:g} and more"] if cuts else ["all"]
 
-    def label(r: Record) -> str:
-        return names[bisect_right(cuts, r["numbers"][field])] if field in r["numbers"] else NONE
+    def label(r: Record) -> tuple[int, str]:
+        place = bisect_right(cuts, r["numbers"][field]) if field in r["numbers"] else len(names)
+        return place, [*names, NONE][place]
 
     return label
-
-
-def _start(name: str) -> float:
-    first = name.split(" ")[0]
-    return float("-inf") if first in ("below", "all", NONE) else float(first)
 
 
 def examples(records: Sequence[Record], limit: int = EXAMPLES) -> list[dict[str, Any]]:
@@ -170,16 +155,10 @@ def examples(records: Sequence[Record], limit: int = EXAMPLES) -> list[dict[str,
 
     Of scores between right and wrong: that are worse by WORSE or more when heard.
     """
-    tests = [r for r in records if r["part"] == "test"]
-    found = [r for r in tests if _score(r["views"]["text"]) - _score(r["views"]["speech"]) >= WORSE]
-    by_group: dict[str, list[Record]] = {}
-    for r in found:
-        by_group.setdefault(r["fields"].get("group", ""), []).append(r)
+    by_group: dict[str, list[Record]] = defaultdict(list)
+    for r in records:
+        if r["part"] == "test" and _score(r["views"]["text"]) - _score(r["views"]["speech"]) >= WORSE:
+            by_group[r["fields"].get("group", "")].append(r)
     turns = [r for place in zip_longest(*(some for _, some in sorted(by_group.items()))) for r in place if r]
     keys = ("id", "question", "answer")
     return [{k: r[k] for k in keys} | {v: a["text"] for v, a in r["views"].items()} for r in turns[:limit]]
-
-
-def failures(records: Sequence[Record]) -> int:
-    """How many test records are answered right when read and wrong when heard."""
-    return len(examples(records, len(records)))

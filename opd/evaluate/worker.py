@@ -20,8 +20,8 @@ from opd.doctor.checks import Facts
 from opd.evaluate.records import Item, eval_config, read_items
 from opd.evaluate.results import sampled
 from opd.models.base import Family
-from opd.models.context_limit import ContextLimit
 from opd.prompts import audio
+from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.scoring.scorer import Scorer
@@ -31,6 +31,7 @@ from opd.storage.metrics import MetricsLog
 from opd.teachers.server import ServerTeacher
 from opd.types import VIEWS, Prompt, Rollout, View, audio_paths
 
+Answer = tuple[Prompt, tuple[int, ...], bool]  # ids, and whether the length limit cut them off
 CHUNK = 32  # records whose clips are in memory at a time, and that an interruption costs
 
 
@@ -48,10 +49,8 @@ class Gap:
     def measure(self, items: list[Item]) -> list[dict[str, Any]]:
         """Of each record: answers by view, and for those that ask for it the divergences; `seconds` of its clips."""
         clips = {path: self._load(i.prompt, path) for i in items for path in audio_paths(i.prompt)}
-        rate = self.family.sampling_rate
-        out: list[dict[str, Any]] = [
-            {"seconds": sum(len(clips[p]) for p in audio_paths(i.prompt)) / rate, "views": {}} for i in items
-        ]
+        seconds = [sum(len(clips[p]) for p in audio_paths(i.prompt)) / self.family.sampling_rate for i in items]
+        out: list[dict[str, Any]] = [{"seconds": s, "views": {}} for s in seconds]
         clips = {path: self.limit.filled(clip) for path, clip in clips.items()}
         tests = [i for i, item in enumerate(items) if item.part == "test"]
         asked: dict[View, list[int]] = {"speech": list(range(len(items))), "text": tests}
@@ -74,9 +73,7 @@ class Gap:
         except types.BadAudio as e:
             raise UserError(f"{prompt.place}: a held-out record is bad: {e}; mend or remove it") from e
 
-    def _answered(
-        self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[tuple[Prompt, tuple[int, ...], bool]]
-    ) -> None:
+    def _answered(self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[Answer]) -> None:
         texts = [decode(self.family, ids) for _, ids, _ in replies]
         scores = self.scorer.grade([(p, text, cut) for (p, _, cut), text in zip(replies, texts, strict=True)])
         for i, (_, ids, cut), text, score in zip(at, replies, texts, scores, strict=True):
@@ -92,49 +89,42 @@ class Gap:
 
         None where the server has other ids for a response after audio.
         """
+        found: list[dict[str, Any]] = [{} for _ in prompts]
+
+        def keep(name: str, logprobs: list[np.ndarray | None], others: list[np.ndarray | None]) -> None:
+            for one, a, b in zip(found, logprobs, others, strict=True):
+                one[sampled(name)] = None
+                if a is not None and b is not None:
+                    one[sampled(name)] = {"nats": float(np.sum(a.astype(np.float64) - b)), "tokens": len(a)}
+
         if not prompts:
-            return []
-        own = {v: self._sampled(prompts, v, clips) for v in VIEWS}
-        written = [_cut(r, self.max_tokens) for r in own["text"]]
-        by_text = self.sampler.score(written, clips)
-        by_speech = self.sampler.score([replace(r, view="speech") for r in written], clips)
-        found = [{sampled("misalignment"): _difference(a, b)} for a, b in zip(by_text, by_speech, strict=True)]
+            return found
+        own: dict[View, list[Rollout]] = {}
+        for view in VIEWS:
+            jobs = [(p, view, f"divergence/{p.id}") for p in prompts]
+            own[view] = [self._cut(r) for r in self.sampler.sample(jobs, clips, 1, 1.0, check=False)]
+        by_text = self.sampler.score(own["text"], clips)
+        keep("misalignment", by_text, self.sampler.score([replace(r, view="speech") for r in own["text"]], clips))
         if self.teacher is None:
             return found
         seeds = [zlib.crc32(f"{self.config.run.seed}/teacher/{p.id}".encode()) & 0x7FFFFFF for p in prompts]
         replies = self.teacher.sample(prompts, self.max_tokens, seeds)
-        replied = [
-            _cut(Rollout(p, "text", ids, None, -1, cut), self.max_tokens)
-            for p, (ids, cut) in zip(prompts, replies, strict=True)
-        ]
+        both = zip(prompts, replies, strict=True)
+        replied = [self._cut(Rollout(p, "text", ids, None, -1, truncated)) for p, (ids, truncated) in both]
         wrote = [s.teacher_logprobs for s in self.teacher.score(replied)]
-        for one, a, b in zip(found, wrote, self.sampler.score(replied, clips), strict=True):
-            one[sampled("forgetting")] = _difference(a, b)
-        for view in VIEWS:
-            rollouts = [_cut(r, self.max_tokens) for r in own[view]]
+        keep("forgetting", wrote, self.sampler.score(replied, clips))
+        for view, rollouts in own.items():
             theirs = [s.teacher_logprobs for s in self.teacher.score(rollouts)]
-            for one, r, b in zip(found, rollouts, theirs, strict=True):
-                one[sampled(f"reverse_kl/{view}")] = _difference(r.logprobs, b)
+            keep(f"reverse_kl/{view}", [r.logprobs for r in rollouts], theirs)
         return found
 
-    def _sampled(self, prompts: list[Prompt], view: View, clips: dict[str, np.ndarray]) -> list[Rollout]:
-        jobs = [(p, view, f"divergence/{p.id}") for p in prompts]
-        return self.sampler.sample(jobs, clips, 1, 1.0, check=False)
-
-
-def _cut(r: Rollout, limit: int) -> Rollout:
-    """A response that leaves room for the one token that a server must write when it scores."""
-    if len(r.token_ids) < limit or limit == 1:
-        return r
-    logprobs = None if r.logprobs is None else r.logprobs[: limit - 1]
-    return replace(r, token_ids=r.token_ids[: limit - 1], logprobs=logprobs, truncated=True)
-
-
-def _difference(a: np.ndarray | None, b: np.ndarray | None) -> dict[str, float] | None:
-    """Nats and tokens of log-probs [T] of the same tokens."""
-    if a is None or b is None:
-        return None
-    return {"nats": float(np.sum(a.astype(np.float64) - b)), "tokens": len(a)}
+    def _cut(self, r: Rollout) -> Rollout:
+        """A response that leaves room for the one token that a server must write when it scores."""
+        room = self.max_tokens - 1
+        if len(r.token_ids) <= room or room == 0:
+            return r
+        logprobs = None if r.logprobs is None else r.logprobs[:room]
+        return replace(r, token_ids=r.token_ids[:room], logprobs=logprobs, truncated=True)
 
 
 def run(log: MetricsLog, recipe: str, overrides: list[str], teacher: bool) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -43,10 +43,7 @@ class Server:
         return self._ask("POST", path, json=body)
 
     def model(self) -> tuple[str, int]:
-        """Path or hub id of the model that the server holds, and how many ids it takes.
-
-        Raises UserError when it cannot be reached.
-        """
+        """Path or hub id of the model that it holds, and how many ids it takes. UserError when it is out of reach."""
         try:
             answer = self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s))
             found = parse(answer, self.url)["data"][0]
@@ -148,34 +145,30 @@ def post_all(
     Each goes, when its turn comes, to the server with the fewest outstanding tokens; of equals `first` begins. The
     first failure cancels the rest and travels as ServerError.
     """
-    return asyncio.run(_post_all(urls, requests, concurrency, timeout_s, first))
+    load, limits = Load(len(urls), first), httpx.Limits(max_connections=concurrency)
 
+    async def one(request: Request, client: httpx.AsyncClient, gate: asyncio.Semaphore) -> Answer:
+        async with gate:
+            server = load.take(request.tokens)
+            where = urls[server].rstrip("/") + request.path
+            try:
+                return Answer(urls[server], parse(await client.post(where, json=request.body), where))
+            except httpx.HTTPError as e:
+                raise _failed(where, e, timeout_s) from e
+            finally:
+                load.give_back(server, request.tokens)
 
-async def _post_all(
-    urls: Sequence[str], requests: Sequence[Request], concurrency: int, timeout_s: float, first: int
-) -> list[Answer]:
-    gate, load = asyncio.Semaphore(concurrency), Load(len(urls), first)
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    transport = httpx.AsyncHTTPTransport(limits=limits, **REACH)
-    async with httpx.AsyncClient(timeout=timeout_s, transport=transport, trust_env=False) as client:
+    async def run() -> list[Answer]:
+        gate, transport = asyncio.Semaphore(concurrency), httpx.AsyncHTTPTransport(limits=limits, **REACH)
+        async with httpx.AsyncClient(timeout=timeout_s, transport=transport, trust_env=False) as client:
+            calls = [asyncio.ensure_future(one(r, client, gate)) for r in requests]
+            try:
+                return await asyncio.gather(*calls)
+            finally:
+                for c in calls:
+                    c.cancel()
 
-        async def one(request: Request) -> Answer:
-            async with gate:
-                server = load.take(request.tokens)
-                where = urls[server].rstrip("/") + request.path
-                try:
-                    return Answer(urls[server], parse(await client.post(where, json=request.body), where))
-                except httpx.HTTPError as e:
-                    raise _failed(where, e, timeout_s) from e
-                finally:
-                    load.give_back(server, request.tokens)
-
-        calls: list[Awaitable[Answer]] = [asyncio.ensure_future(one(r)) for r in requests]
-        try:
-            return list(await asyncio.gather(*calls))
-        finally:
-            for c in calls:
-                c.cancel()  # type: ignore[attr-defined]
+    return asyncio.run(run())
 
 
 T = TypeVar("T")
@@ -189,23 +182,20 @@ def together(calls: Sequence[Callable[[], T]]) -> list[T]:
     """
     if len(calls) == 1:
         return [calls[0]()]
-    ended: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
+    results: list[Future[T]] = [Future() for _ in calls]
 
-    def run(i: int) -> None:
+    def run(call: Callable[[], T], result: Future[T]) -> None:
         try:
-            ended.put((i, calls[i](), None))
+            result.set_result(call())
         except BaseException as e:  # noqa: BLE001 - raised again below
-            ended.put((i, None, e))
+            result.set_exception(e)
 
-    for i in range(len(calls)):
-        threading.Thread(target=run, args=(i,), daemon=True).start()
-    results: dict[int, Any] = {}
-    while len(results) < len(calls):
-        i, result, error = ended.get()
-        if error is not None:
-            raise error
-        results[i] = result
-    return [results[i] for i in range(len(calls))]
+    for pair in zip(calls, results, strict=True):
+        threading.Thread(target=run, args=pair, daemon=True).start()  # an executor's threads would be waited for
+    ended, _ = wait(results, return_when=FIRST_EXCEPTION)
+    for result in ended:
+        result.result()  # raises what failed
+    return [result.result() for result in results]
 
 
 def on_each(servers: Sequence[Server], action: Callable[[Server], T]) -> list[T]:
@@ -218,8 +208,8 @@ BAN = -100.0  # the strongest logit bias that the API allows
 
 def given(entries: list[dict[str, Any] | None] | None, ids: list[int], last: int, who: str) -> np.ndarray:
     """[T] log-probs of the `last` T of a prompt's ids, from a server's prompt log-probs. Raises ServerError."""
-    if len(entries or []) != len(ids):
-        raise ServerError(f"{who}: expected {len(ids)} prompt log-probs, found {len(entries or [])}")
-    assert entries is not None
-    told = zip(entries[len(entries) - last :], ids[len(ids) - last :], strict=True)
+    found = entries or []
+    if len(found) != len(ids):
+        raise ServerError(f"{who}: expected {len(ids)} prompt log-probs, found {len(found)}")
+    told = list(zip(found, ids, strict=True))[len(ids) - last :]
     return np.array([(e or {})[str(y)]["logprob"] for e, y in told], np.float32)

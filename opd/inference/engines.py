@@ -1,4 +1,4 @@
-"""What receives weights inside vLLM's workers: from files, by NCCL, by CUDA IPC. Loaded by vllm_plugin.py's names."""
+"""What receives weights inside vLLM's workers: from files, by NCCL, by CUDA IPC. Loaded by plugin.py's names."""
 
 from __future__ import annotations
 

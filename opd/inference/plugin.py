@@ -1,7 +1,7 @@
 """Loaded by vLLM in each of its processes (entry point `vllm.general_plugins`): registers what is ours.
 
-The weight transports of rollout.transport: vLLM imports their engines (vllm_engines.py) by name when it uses one.
-With OPD_TRIM_AUDIO=1 in the environment, models of vllm_models.py stand in for vLLM's.
+The weight transports of rollout.transport: vLLM imports their engines (engines.py) by name when it uses one.
+With OPD_TRIM_AUDIO=1 in the environment, models of trimmed_models.py stand in for vLLM's.
 """
 
 from __future__ import annotations

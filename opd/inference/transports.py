@@ -8,22 +8,24 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from opd.config.schema import RolloutConfig
+from opd.inference import ipc_handle
 from opd.inference.client import Server, on_each, together
-from opd.inference.ports import free_port
-from opd.inference.transfer_folder import TRANSFER_PREFIX, sweep
+from opd.inference.host import TRANSFER_PREFIX, free_port, sweep
 from opd.settings import UserError
 
 FILE_BYTES = 1 << 30
-NCCL_BYTES = 1 << 30
-IPC_BYTES = 1 << 28  # of the one device that learner and server share
+INIT = "/init_weight_transfer_engine"
 Named = tuple[str, Tensor]  # under the name that vLLM's loader knows
 
 
@@ -34,18 +36,15 @@ class WeightTransport(Protocol):
 
     def connect(self, servers: list[Server]) -> None:
         """Make every server ready to receive; again when one of them was restarted."""
-        ...
 
     def send(self, tensors: Iterable[Named], servers: list[Server], version: int) -> None:
         """Load tensors into every server and name the result `version`. Holds few of them at a time.
 
         Raises ServerError, naming the server, as soon as one fails.
         """
-        ...
 
     def close(self) -> None:
         """Leave nothing behind."""
-        ...
 
 
 def chunks(tensors: Iterable[Named], limit: int) -> Iterator[list[Named]]:
@@ -65,40 +64,35 @@ def chunks(tensors: Iterable[Named], limit: int) -> Iterator[list[Named]]:
 class FileTransport:
     """Chunks of safetensors in a folder that learner and servers share (/dev/shm on one machine)."""
 
+    device = torch.device("cpu")
+
     def __init__(self, config: RolloutConfig) -> None:
-        self.device = torch.device("cpu")
         sweep(config.transfer_dir)
         self.folder = tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=config.transfer_dir)
-        self._count = 0
+        self._numbers = count()  # of files, none used twice: a server may cache by name
 
     def connect(self, servers: list[Server]) -> None:
-        body = {"init_info": {"folder": self.folder}}
-        on_each(servers, lambda server: server.post("/init_weight_transfer_engine", body))
+        on_each(servers, lambda server: server.post(INIT, {"init_info": {"folder": self.folder}}))
 
     def send(self, tensors: Iterable[Named], servers: list[Server], version: int) -> None:
         # every chunk is on disk before the first server starts: an update that fails half-way kills the engine
-        names = [self._write(chunk) for chunk in chunks(tensors, FILE_BYTES)]
+        paths: list[Path] = []
+        for chunk in chunks(tensors, FILE_BYTES):
+            paths.append(Path(self.folder, f"{next(self._numbers):06d}.safetensors"))
+            save_file(dict(chunk), paths[-1])
 
         def update(server: Server) -> None:
             server.post("/start_weight_update")
-            for name in names:
-                server.post("/update_weights", {"update_info": {"name": name}})
+            for path in paths:
+                server.post("/update_weights", {"update_info": {"name": path.name}})
             server.post("/finish_weight_update", {"weight_version": str(version)})
 
         on_each(servers, update)
-        for name in names:
-            os.remove(os.path.join(self.folder, name))
+        for path in paths:
+            path.unlink()
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _write(self, chunk: list[Named]) -> str:
-        from safetensors.torch import save_file
-
-        name = f"{self._count:06d}.safetensors"  # never used twice: a server may cache by name
-        save_file(dict(chunk), os.path.join(self.folder, name))
-        self._count += 1
-        return name
 
 
 class _Streaming(ABC):
@@ -107,7 +101,7 @@ class _Streaming(ABC):
     So no names or shapes are needed before the weights are gathered, and one chunk at a time is whole.
     """
 
-    limit: int
+    limit: int  # bytes of a chunk
 
     def __init__(self, config: RolloutConfig) -> None:
         if not torch.cuda.is_available():
@@ -134,39 +128,37 @@ class _Streaming(ABC):
 class NcclTransport(_Streaming):
     """vLLM's packed NCCL broadcast: rank 0 of the learner and all workers of all servers are one group."""
 
-    limit = NCCL_BYTES
+    limit = 1 << 30
     group: Any = None
 
     def connect(self, servers: list[Server]) -> None:
-        self._leave(servers)
-        sizes = on_each(servers, lambda server: int(server.get("/get_world_size")["world_size"]))
+        if self.group is not None:
+            on_each(servers, lambda server: server.post("/shutdown_weight_transfer_engine"))
+            self.group.destroy()
+            self.group = None
+        sizes = on_each(servers, workers)
         *offsets, world = accumulate(sizes, initial=1)  # the learner is rank 0 of the group
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         _check_reachable(address, servers)
         info = {"master_address": address, "master_port": free_port(), "world_size": world}
         info |= {"packed": True, "packed_buffer_size_bytes": self.limit, "packed_num_buffers": 2}
         # each joins by a blocking call that ends when all have come
-        joins: list[Callable[[], Any]] = [partial(join_group, info, self.device)]
-        for server, offset in zip(servers, offsets, strict=True):
-            body = {"init_info": info | {"rank_offset": offset}}
-            joins.append(partial(server.post, "/init_weight_transfer_engine", body))
-        self.group = together(joins)[0]
+        bodies = ({"init_info": info | {"rank_offset": offset}} for offset in offsets)
+        joins = [partial(s.post, INIT, body) for s, body in zip(servers, bodies, strict=True)]
+        self.group = together([partial(join_group, info, self.device), *joins])[0]
 
     def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:
-        calls: list[Callable[[], Any]] = [partial(broadcast, self.group, chunk, self.device, self.limit)]
-        calls += [partial(server.post, "/update_weights", {"update_info": about}) for server in servers]
-        together(calls)
-
-    def _leave(self, servers: list[Server]) -> None:
-        if self.group is None:
-            return
-        on_each(servers, lambda server: server.post("/shutdown_weight_transfer_engine"))
-        self.group.destroy()
-        self.group = None
+        receive = [partial(server.post, "/update_weights", {"update_info": about}) for server in servers]
+        together([partial(broadcast, self.group, chunk, self.device, self.limit), *receive])
 
     def close(self) -> None:
         if self.group is not None:
             self.group.destroy()
+
+
+def workers(server: Server) -> int:
+    """How many GPUs a server has."""
+    return int(server.get("/get_world_size")["world_size"])
 
 
 def join_group(info: dict[str, Any], device: torch.device) -> Any:
@@ -199,16 +191,16 @@ def _check_reachable(address: str, servers: list[Server]) -> None:
 class IpcTransport(_Streaming):
     """CUDA IPC: one server maps the memory of the learner rank whose GPU it shares. Handles travel as plain JSON."""
 
-    limit = IPC_BYTES
+    limit = 1 << 28  # of the one device that learner and server share
 
     def connect(self, servers: list[Server]) -> None:
-        workers = sum(on_each(servers, lambda server: int(server.get("/get_world_size")["world_size"])))
-        if workers > 1:
+        gpus = sum(on_each(servers, workers))
+        if gpus > 1:
             raise UserError(
                 f"rollout.transport ipc: expected one server on the learner's GPU, found {len(servers)} with "
-                f"{workers} GPUs together; take nccl or file"
+                f"{gpus} GPUs together; take nccl or file"
             )
-        servers[0].post("/init_weight_transfer_engine", {"init_info": {"packed": True}})
+        servers[0].post(INIT, {"init_info": {"packed": True}})
 
     def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:
         flat = torch.cat([tensor.view(-1).view(torch.uint8) for _, tensor in chunk])
@@ -221,17 +213,10 @@ class IpcTransport(_Streaming):
 
 def export(flat: Tensor) -> dict[str, Any]:
     """{UUID of its GPU: handle} by which another process maps a tensor; the tensor must live until it has."""
-    from torch.multiprocessing.reductions import reduce_tensor
-
-    from opd.inference.ipc_handle import encode
-
     torch.cuda.synchronize(flat.device)
     uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
-    return {uuid: encode(reduce_tensor(flat)[1])}
+    return {uuid: ipc_handle.encode(reduce_tensor(flat)[1])}
 
 
-TRANSPORTS: dict[str, Callable[[RolloutConfig], WeightTransport]] = {
-    "file": FileTransport,
-    "nccl": NcclTransport,
-    "ipc": IpcTransport,
-}
+Make = Callable[[RolloutConfig], WeightTransport]
+TRANSPORTS: dict[str, Make] = {"file": FileTransport, "nccl": NcclTransport, "ipc": IpcTransport}

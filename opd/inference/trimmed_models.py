@@ -1,6 +1,6 @@
 """vLLM's models with their audio tower run over the clips alone: no window around them, no other clip beside them.
 
-vllm_plugin.py registers them in servers that the launcher starts (`rollout.server.trim_audio`).
+plugin.py registers them in servers that the launcher starts (`rollout.server.trim_audio`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.model_executor.models.granite_speech import GraniteSpeechForConditionalGeneration
 from vllm.model_executor.models.qwen2_audio import Qwen2AudioForConditionalGeneration
 
-from opd.models.qwen2_audio import trimmed_tower
+from opd.models.whisper import trimmed_tower
 
 
 class TrimmedQwen2Audio(Qwen2AudioForConditionalGeneration):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opd.config.schema import Config
 from opd.inference.client import Server, on_each
@@ -40,12 +39,13 @@ class WeightSync:
         if self.asleep:
             self._wake("weights")
         if self.transport is None:
-            for _ in learner.gathered():
-                pass
+            deque(learner.gathered(), maxlen=0)
         else:
             if self.version is None or not self._hold(self.version):
                 self.transport.connect(self.servers)
-            self.transport.send(self._published(learner), self.servers, version)
+            gathered = learner.gathered(device=self.transport.device)
+            published = (named for name, tensor in gathered for named in self.family.published(name, tensor))
+            self.transport.send(published, self.servers, version)
         if self.asleep:  # keys and values get their memory only now: the weights on their way needed some, too
             self._wake("kv_cache")
         if self.rank == 0:
@@ -71,11 +71,6 @@ class WeightSync:
         """Leave nothing of the transport behind."""
         if self.transport is not None:
             self.transport.close()
-
-    def _published(self, learner: Any) -> Iterator[tuple[str, Tensor]]:
-        assert self.transport is not None
-        for name, tensor in learner.gathered(device=self.transport.device):
-            yield from self.family.published(name, tensor)
 
     def _hold(self, version: int) -> bool:
         """Whether every server has the weights that it was last sent."""

@@ -1,3 +1,1 @@
 """Speech LLM families. opd/models/registry.py says which there are, without importing torch."""
-
-from __future__ import annotations

@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import transformers
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from opd.models.registry import Entry
+from opd.models.registry import Entry, family_entry
 from opd.settings import UserError
 from opd.types import BadAudio, Message
 
@@ -38,6 +40,7 @@ class Family(ABC):
         "model.": "",
     }
     language_model: ClassVar[str] = "model.language_model"
+    projection: ClassVar[str] = "model.multi_modal_projector"  # where the adapter begins
     audio_marks: ClassVar[tuple[str, ...]] = ()  # further tokens that only a prompt may hold
 
     entry: Entry  # how it is known and served
@@ -51,12 +54,10 @@ class Family(ABC):
 
     def __init__(self, path: str) -> None:
         """Read config, tokenizer and processor of the checkpoint; no weights."""
-        from transformers import AutoConfig, AutoProcessor
-
         self.path = path
-        self.full_config = AutoConfig.from_pretrained(path)
+        self.full_config = transformers.AutoConfig.from_pretrained(path)
         self.config = self.model_config(self.full_config)
-        self.processor = AutoProcessor.from_pretrained(path)
+        self.processor = transformers.AutoProcessor.from_pretrained(path)
         self.tokenizer = self.processor.tokenizer
         self.extractor = self.feature_extractor()
         self.sampling_rate = self.extractor.sampling_rate
@@ -88,13 +89,11 @@ class Family(ABC):
 
     def end_of_turn(self) -> list[int]:
         """Ids that end a response, from generation_config.json, else the tokenizer's."""
-        from transformers import GenerationConfig
-
         try:
-            eos: Any = GenerationConfig.from_pretrained(self.path).eos_token_id
+            eos: Any = transformers.GenerationConfig.from_pretrained(self.path).eos_token_id
         except OSError:
             eos = None
-        eos = eos if eos is not None else self.tokenizer.eos_token_id
+        eos = self.tokenizer.eos_token_id if eos is None else eos
         return sorted(set(eos if isinstance(eos, list) else [eos]))
 
     @cached_property
@@ -112,9 +111,7 @@ class Family(ABC):
 
     def text_tokenizer(self, path: str) -> Any:
         """The tokenizer of a text teacher. Raises OSError or ValueError when there is none."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
     def text_ids(self, tokenizer: Any, messages: list[Message]) -> list[int]:
         """Token ids of a chat of plain strings with the generation prompt, for a text teacher."""
@@ -123,22 +120,28 @@ class Family(ABC):
 
     def load(self, dtype: torch.dtype, attention: str) -> nn.Module:
         """The Hugging Face model of this checkpoint."""
-        import transformers
-
         return getattr(transformers, self.model_class).from_pretrained(
             self.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
         )
 
     def outline(self) -> nn.Module:
         """The Hugging Face model without weights, on torch's meta device."""
-        import transformers
-
         with torch.device("meta"):
             return getattr(transformers, self.model_class)(self.config)
 
     def published_config(self) -> Any:
         """The config of our checkpoints: that of the one which was read, in most families."""
         return self.full_config
+
+    def save(self, hf: Any, parameters: dict[str, Tensor], folder: Path) -> None:
+        """Write a model as files: `parameters` by their names in memory, without adapters, and the buffers of `hf`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_extras(hf, folder)
+        own = {name for name, _ in hf.named_parameters(remove_duplicate=False)}  # others: such as of batch norms
+        state = parameters | {n: b.detach().cpu() for n, b in hf.state_dict().items() if n not in own}
+        published = {n: v for name, tensor in state.items() for n, v in self.published(name, tensor)}
+        save_torch_state_dict(published, folder)
+        self.save_other_weights(state, folder)
 
     def save_extras(self, hf: Any, folder: Path) -> None:
         """Everything of a checkpoint but the weights: config, generation config, processor."""
@@ -186,7 +189,7 @@ class Family(ABC):
 
     def adapter(self, hf: Any) -> Any:
         """The module between tower and LLM, when it works on one embedding at a time."""
-        return hf.model.multi_modal_projector
+        return hf.get_submodule(self.projection)
 
     def run_llm(self, hf: Any, embeds: Tensor, position_ids: Tensor, bias: Tensor) -> Tensor:
         """Embeddings [R, L, H], positions [R, L], additive attention bias [R, 1, L, L] -> last hidden states."""
@@ -198,19 +201,35 @@ class Family(ABC):
         """What the model does to the output layer's logits [..., V]: nothing, in most families."""
         return logits
 
+    def chat_ids(self, messages: list[Message]) -> list[int]:
+        """Token ids of a chat with the generation prompt, one audio placeholder per clip."""
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
     def prompt_ids(self, messages: list[Message], clip_samples: list[int]) -> list[int]:
         """Token ids of a chat with the generation prompt, every audio placeholder expanded to its S ids.
 
         Raises BadAudio when a text of the chat spells the placeholder itself.
         """
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if ids.count(self.audio_id) > len(clip_samples):
+        ids = self.chat_ids(messages)
+        placeholders = ids.count(self.audio_id)
+        if placeholders > len(clip_samples):
             token = self.tokenizer.convert_ids_to_tokens(self.audio_id)
             raise BadAudio(f"its text or transcript contains {token}, which stands for a clip; take it out")
-        lengths = iter([self.audio_tokens(n) for n in clip_samples])
-        expanded: list[int] = []
-        for i in ids:
-            expanded += [i] * (next(lengths) if i == self.audio_id else 1)
-        assert next(lengths, None) is None, "the chat template dropped an audio part"
-        return expanded
+        assert placeholders == len(clip_samples), "the chat template dropped an audio part"
+        lengths = map(self.audio_tokens, clip_samples)
+        return [i for token in ids for i in [token] * (next(lengths) if token == self.audio_id else 1)]
+
+
+def family_of(path: str, name: str | None = None) -> Family:
+    """The family of a checkpoint, by its name, else by the `model_type` of its config.
+
+    Raises UserError when it is not one of ours.
+    """
+    entry = family_entry(path, name)
+    try:
+        family: Family = entry.load_class()(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"student.path {path}: not a loadable {entry.name} checkpoint: {str(e).splitlines()[0]}") from e
+    family.entry = entry
+    return family

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from opd.models.base import Family
 from opd.models.omni import pad_mels
+from opd.models.sharding import all_reduce
 from opd.settings import UserError
 
 
@@ -65,10 +67,6 @@ def one_by_one(module: Any, inputs: list[Tensor], run: Callable[[Tensor], Tensor
 
     What a rank runs besides its own counts for nothing.
     """
-    import torch
-
-    from opd.models.sharding import all_reduce
-
     most = len(inputs)
     if any(hasattr(p, "ds_id") for p in module.parameters()):
         most = int(all_reduce(torch.tensor(float(most)), "max"))

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opd.config.schema import LoraConfig
+from opd.models.base import Family
 from opd.settings import UserError
-
-if TYPE_CHECKING:
-    from opd.models.base import Family
 
 ADAPTER = "default"  # PEFT's name for the only one
 BASE = ".base_layer."  # in names of what an adapter sits on
@@ -64,14 +63,10 @@ def inject(hf: Any, family: Family, lora: LoraConfig, seed: int) -> None:
     import peft
 
     wanted = targets(hf, family, lora)
-    settings = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=wanted,
-        base_model_name_or_path=family.path,
-        auto_mapping={"base_model_class": type(hf).__name__, "parent_library": type(hf).__module__},
-    )
+    sizes = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    model = {"base_model_class": type(hf).__name__, "parent_library": type(hf).__module__}
+    about = {"base_model_name_or_path": family.path, "auto_mapping": model}
+    settings = peft.LoraConfig(**sizes, **about, target_modules=wanted)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # ZeRO-3 takes each rank's share from what that rank drew: all must draw the same
         peft.inject_adapter_in_model(settings, hf, ADAPTER)
@@ -160,13 +155,11 @@ def save_adapter(hf: Any, state: dict[str, Tensor], folder: Path) -> None:
 
     state: what `adapters` names, whole.
     """
-    import copy
-
     from peft import get_peft_model_state_dict
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
 
-    settings = copy.copy(hf.peft_config[ADAPTER])
+    settings = copy(hf.peft_config[ADAPTER])
     settings.inference_mode = True
     folder.mkdir(parents=True)
     settings.save_pretrained(str(folder))

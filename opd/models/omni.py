@@ -1,7 +1,7 @@
 """The thinkers of Qwen2.5-Omni (arXiv 2503.20215) and Qwen3-Omni (arXiv 2509.17765): audio and text in, text out.
 
 The tower's last projections play the adapter's part. Vision stays as it is; talker and vocoder are left out of our
-checkpoints, whose config is still the full Omni one, as vLLM expects.
+checkpoints, whose config is still the full Omni one, as vLLM expects. And Qwen3-ASR, with the tower of Qwen3-Omni.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from opd.models.base import Family
-from opd.models.qwen2_audio import lengths, log_mel
+from opd.models.whisper import lengths, log_mel
+from opd.settings import UserError
 
 
 class Omni(Family):
     """What both thinkers share."""
 
     language_model = "model"
+    parts = {"audio_tower.": "tower", "visual.": "fixed"}  # a thinker names its adapter before them
     names = {"": "thinker."}
 
     def model_config(self, config: Any) -> Any:
@@ -33,13 +36,10 @@ class Omni(Family):
         return [getattr(self.processor, f"{name}_token") for name in names]
 
     def published_config(self) -> Any:
-        from transformers import AutoConfig
-
-        if hasattr(self.full_config, "thinker_config"):
-            config = copy.deepcopy(self.full_config)
-        else:  # vLLM knows the composite config alone
-            kind = self.config.model_type.removesuffix("_thinker")
-            config = AutoConfig.for_model(kind, thinker_config=self.config.to_dict())
+        config = copy.deepcopy(self.full_config)
+        if not hasattr(config, "thinker_config"):  # vLLM knows the composite config alone
+            kind = config.model_type.removesuffix("_thinker")
+            config = AutoConfig.for_model(kind, thinker_config=config.to_dict())
         for switch in ("enable_talker", "enable_audio_output"):
             if hasattr(config, switch):
                 setattr(config, switch, False)
@@ -49,16 +49,12 @@ class Omni(Family):
         frames = features["frames"]
         valid = torch.arange(features["mel"].shape[-1], device=frames.device) < frames[:, None]
         packed = features["mel"].permute(0, 2, 1)[valid].permute(1, 0)  # [bins, frames of all clips]
-        hidden = before(self.first_projection(hf), lambda: self.call_tower(hf.audio_tower, packed, frames))
+        hidden = before(hf.get_submodule(self.projection), lambda: self.call_tower(hf.audio_tower, packed, frames))
         return list(hidden.split([int(self.embeddings(int(f))) for f in frames]))
 
-    @abstractmethod
-    def first_projection(self, hf: Any) -> Any:
-        """Where the adapter starts."""
-
-    @abstractmethod
     def call_tower(self, tower: Any, packed: Tensor, frames: Tensor) -> Any:
         """Run the tower on frames of all clips one behind the other [bins, sum of F]."""
+        return tower(packed, feature_lens=frames)
 
     @abstractmethod
     def embeddings(self, frames: int) -> int:
@@ -72,7 +68,8 @@ class Qwen25Omni(Omni):
     """The thinker of Qwen2.5-Omni; text teacher: Qwen2.5-Instruct."""
 
     model_class = "Qwen2_5OmniThinkerForConditionalGeneration"
-    parts = {"audio_tower.proj.": "adapter", "audio_tower.": "tower", "visual.": "fixed"}
+    projection = "audio_tower.proj"
+    parts = {"audio_tower.proj.": "adapter", **Omni.parts}
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         return log_mel(self.extractor, clips)
@@ -83,38 +80,24 @@ class Qwen25Omni(Omni):
     def audio_tokens(self, samples: int) -> int:
         return super().audio_tokens(min(samples, self.extractor.n_samples))
 
-    def first_projection(self, hf: Any) -> Any:
-        return hf.audio_tower.proj
-
     def call_tower(self, tower: Any, packed: Tensor, frames: Tensor) -> Any:
         return tower(packed, feature_lens=frames, aftercnn_lens=lengths(frames)[0])
-
-    def adapter(self, hf: Any) -> Any:
-        return hf.audio_tower.proj
 
 
 class Qwen3OmniMoe(Omni):
     """The thinker of Qwen3-Omni, a mixture of experts; text teacher: Qwen3-30B-A3B-Instruct."""
 
     model_class = "Qwen3OmniMoeThinkerForConditionalGeneration"
-    parts = {
-        "audio_tower.proj1.": "adapter",
-        "audio_tower.proj2.": "adapter",
-        "audio_tower.": "tower",
-        "visual.": "fixed",
-    }
+    projection = "audio_tower.proj1"
+    parts = {"audio_tower.proj1.": "adapter", "audio_tower.proj2.": "adapter", **Omni.parts}
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
-        return pad_mels([mel_of(self.extractor, clip) for clip in clips])
+        options = {"sampling_rate": self.sampling_rate, "padding": True, "truncation": False, "return_tensors": "pt"}
+        filled = [np.pad(clip, (0, -len(clip) % self.extractor.hop_length)) for clip in clips]  # no further, as in vLLM
+        return pad_mels([self.extractor(clip, **options)["input_features"][0] for clip in filled])
 
     def embeddings(self, frames: int) -> int:
         return convolved(frames, self.config.audio_config.n_window)
-
-    def first_projection(self, hf: Any) -> Any:
-        return hf.audio_tower.proj1
-
-    def call_tower(self, tower: Any, packed: Tensor, frames: Tensor) -> Any:
-        return tower(packed, feature_lens=frames)
 
     def adapter(self, hf: Any) -> Any:
         tower = hf.audio_tower
@@ -134,12 +117,38 @@ class Qwen3OmniMoe(Omni):
                 yield f"{prefix}.{e}.{last}.weight", expert.clone()
 
 
-def mel_of(extractor: Any, clip: np.ndarray) -> Tensor:
-    """Log-mel spectrogram [bins, F] of one clip, filled up to whole frames and no further, as vLLM makes it."""
-    filled = np.pad(clip, (0, -len(clip) % extractor.hop_length))
-    rate = extractor.sampling_rate
-    out = extractor(filled, sampling_rate=rate, padding=True, truncation=False, return_tensors="pt")
-    return out["input_features"][0]
+class Qwen3Asr(Family):
+    """Qwen3-ASR: the tower of Qwen3-Omni, two-layer projector, Qwen3 LLM (arXiv 2601.21337).
+
+    Text teacher: Qwen3 of the same size.
+    """
+
+    model_class = "Qwen3ASRForConditionalGeneration"
+    names = {}
+
+    def check(self) -> None:
+        super().check()
+        if not (self.config.get_text_config().tie_word_embeddings or self.config.tie_word_embeddings):
+            raise UserError(
+                f"student.path {self.path}: tie_word_embeddings is false: transformers and vLLM name an output layer "
+                "of its own differently; published checkpoints share it with the embeddings"
+            )
+
+    def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
+        options = {"sampling_rate": self.sampling_rate, "return_attention_mask": True, "return_tensors": "pt"}
+        outs = [self.extractor(c, **options) for c in clips]
+        mels = [out["input_features"][0, :, : int(out["attention_mask"].sum())] for out in outs]
+        return pad_mels(mels, 2 * self.config.audio_config.n_window)
+
+    def audio_tokens(self, samples: int) -> int:
+        frames = max(samples, self.extractor.min_length) // self.extractor.hop_length
+        return convolved(frames, self.config.audio_config.n_window)
+
+    def run_tower(self, hf: Any, features: dict[str, Tensor]) -> list[Tensor]:
+        mel, frames, tower = features["mel"], features["frames"], hf.model.audio_tower
+        mask = (torch.arange(mel.shape[-1], device=mel.device) < frames[:, None]).long()
+        hidden = tower(mel.to(tower.conv2d1.weight.dtype), input_features_mask=mask).last_hidden_state
+        return list(hidden.split([convolved(int(f), self.config.audio_config.n_window) for f in frames]))
 
 
 def pad_mels(mels: list[Tensor], multiple: int = 1) -> dict[str, Tensor]:

@@ -6,8 +6,12 @@ A new family is one file in opd/models/ and one entry here: docs/families.md.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from opd.settings import UserError
 
@@ -17,7 +21,7 @@ class Entry:
     """One family: its class, and how vLLM serves it."""
 
     name: str
-    family: str  # module:class
+    family: str  # module of opd.models:class
     teacher: str  # the text LLM whose tokenizer it has
     _: KW_ONLY
     also: tuple[str, ...] = ()  # what config.json may call it beside its name
@@ -32,32 +36,30 @@ class Entry:
         """Of config.json."""
         return (self.name, *self.also)
 
+    def load_class(self) -> Any:
+        """Its subclass of opd.models.base.Family."""
+        module, _, name = self.family.partition(":")
+        return getattr(import_module(f"opd.models.{module}"), name)
 
-_SEES = ("audio", "image", "video")
+
+_SEES: dict[str, Any] = {"modalities": ("audio", "image", "video")}
+_QWEN3_TOWER: dict[str, Any] = {"shortest_s": 1.0, "tail_s": 0.02}
 _MISTRAL = ("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral")
 _ENTRIES = (
-    Entry("qwen2_audio", "opd.models.qwen2_audio:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
-    Entry(
-        "qwen2_5_omni",
-        "opd.models.omni:Qwen25Omni",
-        "Qwen/Qwen2.5-7B-Instruct",
-        also=("qwen2_5_omni_thinker",),
-        modalities=_SEES,
-    ),
+    Entry("qwen2_audio", "whisper:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
+    Entry("qwen2_5_omni", "omni:Qwen25Omni", "Qwen/Qwen2.5-7B-Instruct", also=("qwen2_5_omni_thinker",), **_SEES),
     Entry(
         "qwen3_omni_moe",
-        "opd.models.omni:Qwen3OmniMoe",
+        "omni:Qwen3OmniMoe",
         "Qwen/Qwen3-30B-A3B-Instruct-2507",
         also=("qwen3_omni_moe_thinker",),
-        modalities=_SEES,
-        shortest_s=1.0,
-        tail_s=0.02,
+        **(_SEES | _QWEN3_TOWER),
     ),
-    Entry("voxtral", "opd.models.voxtral:Voxtral", "mistralai/Ministral-8B-Instruct-2410", server=_MISTRAL, clips=5),
-    Entry("audioflamingo3", "opd.models.whisper:AudioFlamingo3", "Qwen/Qwen2.5-7B-Instruct", clips=1),
-    Entry("glmasr", "opd.models.whisper:GlmAsr", "zai-org/GLM-Edge-1.5B-Chat", clips=1),
-    Entry("granite_speech", "opd.models.granite_speech:GraniteSpeech", "ibm-granite/granite-3.3-2b-instruct", clips=1),
-    Entry("qwen3_asr", "opd.models.qwen3_asr:Qwen3Asr", "Qwen/Qwen3-1.7B", shortest_s=1.0, tail_s=0.02),
+    Entry("voxtral", "voxtral:Voxtral", "mistralai/Ministral-8B-Instruct-2410", server=_MISTRAL, clips=5),
+    Entry("audioflamingo3", "whisper:AudioFlamingo3", "Qwen/Qwen2.5-7B-Instruct", clips=1),
+    Entry("glmasr", "whisper:GlmAsr", "zai-org/GLM-Edge-1.5B-Chat", clips=1),
+    Entry("granite_speech", "granite_speech:GraniteSpeech", "ibm-granite/granite-3.3-2b-instruct", clips=1),
+    Entry("qwen3_asr", "omni:Qwen3Asr", "Qwen/Qwen3-1.7B", **_QWEN3_TOWER),
 )
 FAMILIES = {entry.name: entry for entry in _ENTRIES}
 
@@ -91,10 +93,47 @@ def _config(path: str) -> dict[str, object]:
             file = Path(hf_hub_download(path, "config.json"))
         config = json.loads(file.read_text())
     except (OSError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(
-            f"student.path {path}: no loadable config ({reason}); name its family: student.family=..."
-        ) from e
+        remedy = f"({str(e).splitlines()[0]}); name its family: student.family=..."
+        raise UserError(f"student.path {path}: no loadable config {remedy}") from e
     if not isinstance(config, dict):
         raise UserError(f"student.path {path}: no loadable config: {file} holds no object")
     return config
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers prints of its own; what is wrong, it raises."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def whole_weights(path: str, key: str) -> None:
+    """Raise UserError unless every safetensors file of a checkpoint folder is there and whole, by its header.
+
+    A hub id is not looked at.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for name in sorted(names):
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{key} {path}: expected {name}, found none; weights must be safetensors")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as e:
+            raise UserError(f"{key} {path}: {name} is damaged: {e}") from e

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import GenerationConfig
 
 from opd.config.schema import LoraConfig
 from opd.models.base import Family
 from opd.models.lora import adapters, inject
 from opd.models.sharding import inside
-from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import EXCLUDED
 from opd.objectives.token_loss import TokenLoss, summed_loss
 
+# Methods of SpeechLM that `forward` dispatches to.
 Task = Literal["encode", "response_logits", "response_loss", "states", "generate", "at_output_layer"]
 
 
@@ -25,6 +27,9 @@ class SpeechLM(nn.Module):
     Whatever part of the audio path is frozen runs once per clip (`encode`) and is handed back in; the rest runs in
     the training pass.
     """
+
+    hf: Any
+    banned: Tensor
 
     def __init__(
         self, hf: nn.Module, family: Family, train: list[str], lora: LoraConfig | None = None, seed: int = 0
@@ -57,15 +62,8 @@ class SpeechLM(nn.Module):
 
     def forward(self, task: Task, **inputs: Any) -> Any:
         """Do one of these tasks: all that may be asked of a module whose parameters ZeRO-3 shards."""
-        tasks: dict[Task, Callable[..., Any]] = {
-            "encode": self.encode,
-            "response_logits": self.response_logits,
-            "response_loss": self.response_loss,
-            "states": self.states,
-            "generate": self.generate,
-            "at_output_layer": self.at_output_layer,
-        }
-        return tasks[task](**inputs)
+        assert task in get_args(Task), task
+        return getattr(self, task)(**inputs)
 
     def encode(self, features: dict[str, Tensor]) -> list[Tensor]:
         """What is frozen of the audio path, per clip: [S, H], or [S, tower width] when the adapter is trained."""
@@ -76,28 +74,23 @@ class SpeechLM(nn.Module):
     def response_logits(self, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
         """Logits [B, T, V] of the response tokens in float32, banned ids at EXCLUDED.
 
-        row [B], positions [B, T]: see opd.objectives.micro_batch.MicroBatch; the others as in `hidden`.
+        row [B], positions [B, T]: see opd.objectives.token_loss.MicroBatch; the others as in `hidden`.
         """
-        hidden = self.hidden(**inputs)[row[:, None], positions]
-        head: Any = self.hf.lm_head
-        return self.finished(head(hidden))
+        return self.finished(self.hf.lm_head(self.hidden(**inputs)[row[:, None], positions]))
 
     def states(self, at: Tensor, whole: bool = False, **inputs: Any) -> Tensor:
         """Hidden states [N, H] at the places `at` [N, 2] (row, position); `whole`: their logits [N, V], `finished`."""
         found = self.hidden(**inputs)[at[:, 0], at[:, 1]]
-        head: Any = self.hf.lm_head
-        return self.finished(head(found)) if whole else found
+        return self.finished(self.hf.lm_head(found)) if whole else found
 
     def project(self, states: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, H], `finished`; the output layer must be whole here."""
-        head: Any = self.hf.lm_head
-        return self.finished(linear(states, head.weight, head.bias))
+        return self.finished(linear(states, self.hf.lm_head.weight, self.hf.lm_head.bias))
 
     def response_loss(self, loss: TokenLoss, mask: Tensor, *, row: Tensor, positions: Tensor, **inputs: Any) -> Tensor:
         """`loss` of the response tokens where `mask` [B, T] is 1, a scalar, without their logits as a whole."""
         at = self.states(places(row, positions, mask), **inputs)
-        head: Any = self.hf.lm_head
-        parts = loss.parts(self.family.vocab_size)
+        head, parts = self.hf.lm_head, loss.parts(self.family.vocab_size)
 
         def run(at: Tensor) -> Tensor:
             if loss.previews:
@@ -113,18 +106,15 @@ class SpeechLM(nn.Module):
 
     def generate(self, **arguments: Any) -> Tensor:
         """Tokens of transformers' `generate` under these arguments alone."""
-        from transformers import GenerationConfig
-
-        hf: Any = self.hf
-        own, hf.generation_config = hf.generation_config, GenerationConfig()  # it would fill in what is not said
+        own, self.hf.generation_config = self.hf.generation_config, GenerationConfig()  # it would fill in the rest
         try:
-            return hf.generate(**arguments)
+            return self.hf.generate(**arguments)
         finally:
-            hf.generation_config = own
+            self.hf.generation_config = own
 
     def finished(self, logits: Tensor) -> Tensor:
         """Output layer's logits [..., V] -> the model's own in float32, banned ids at EXCLUDED."""
-        return self.family.scaled(logits).float().masked_fill(self.banned, EXCLUDED)  # type: ignore[arg-type]
+        return self.family.scaled(logits).float().masked_fill(self.banned, EXCLUDED)
 
     def hidden(
         self,
@@ -136,13 +126,12 @@ class SpeechLM(nn.Module):
     ) -> Tensor:
         """Last hidden states [R, L, H].
 
-        ids, position_ids [R, L]; attends [R, 1, L, L]: see opd.objectives.micro_batch.MicroBatch.
+        ids, position_ids [R, L]; attends [R, 1, L, L]: see opd.objectives.token_loss.MicroBatch.
         audio: what `encode` gave for the clips of `ids` in the order of their placeholders; or, with a trained tower,
         `features` of the clips, `audio` None. In training a micro-batch without any clip passes a dummy one, so that
         every rank runs the same modules; it then counts for nothing.
         """
-        embed: Any = self.hf.get_input_embeddings
-        embeds = embed()(ids)
+        embeds = self.hf.get_input_embeddings()(ids)
         if features is not None:
             audio = self.family.run_tower(self.hf, features)
         if (self.tower_trained or self.adapter_trained) and audio is not None:
@@ -170,7 +159,7 @@ def at_responses(inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
 def places(row: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Where the logits of a micro-batch's response tokens are read, one response after another: [N, 2].
 
-    row [B], positions [B, T], mask [B, T]: see opd.objectives.micro_batch.MicroBatch.
+    row [B], positions [B, T], mask [B, T]: see opd.objectives.token_loss.MicroBatch.
     """
     real = mask.bool()
     return torch.stack([row[:, None].expand_as(real)[real], positions[real]], 1)

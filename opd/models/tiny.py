@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import math
 import sys
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch
+import transformers
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.whisper.modeling_whisper import sinusoids
+from transformers.tokenization_mistral_common import MistralCommonBackend
 
-from opd.models.files import buffers, write_model
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.registry import FAMILIES
 
 SPECS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
@@ -36,8 +38,6 @@ CHAT = Template(
 
 def build(name: str, folder: Path, seed: int = 0) -> None:
     """Write `folder/student`, a random student of a family, and `folder/teacher`, a random text LLM beside it."""
-    import transformers
-
     student = folder / "student"
     config, processor = config_and_processor(name, student)
     config.save_pretrained(student)
@@ -47,21 +47,16 @@ def build(name: str, folder: Path, seed: int = 0) -> None:
     hf = getattr(transformers, family.model_class)(family.config)
     _randomise(hf)
     hf.generation_config.eos_token_id = family.tokenizer.eos_token_id
-    state = {n: p.detach() for n, p in hf.named_parameters()} | buffers(hf)
-    write_model(family, hf, state, student)
+    family.save(hf, {n: p.detach() for n, p in hf.named_parameters()}, student)
     _teacher(family.vocab_size, processor.tokenizer, student, folder / "teacher")
 
 
 def config_and_processor(name: str, folder: Path) -> tuple[Any, Any]:
     """Config and processor of a family's checkpoint; Mistral's own files are written to `folder`."""
-    import transformers
-
     spec = SPECS["families"][name]
     folder.mkdir(parents=True, exist_ok=True)
     more: dict[str, Any] = {}
     if "tekken" in spec:
-        from transformers.tokenization_mistral_common import MistralCommonBackend
-
         known = {"ROWS": _write_tekken(spec["tekken"], folder / "tekken.json")}
         (folder / "params.json").write_text(json.dumps(_filled(spec["params"], known)))
         tokenizer = MistralCommonBackend.from_pretrained(folder)
@@ -87,17 +82,13 @@ def _filled(value: Any, known: dict[str, int]) -> Any:
 
 def _bpe(special: list[str], eos: str, names: dict[str, str]) -> Any:
     """A byte-level BPE tokenizer with special tokens, some of them by a name."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
     bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=600, special_tokens=special, **options))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=eos, pad_token=special[0], extra_special_tokens=names
-    )
+    tokens: dict[str, Any] = {"eos_token": eos, "pad_token": special[0], "extra_special_tokens": names}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens)
 
 
 def _write_tekken(spec: dict[str, Any], path: Path) -> int:
@@ -124,7 +115,7 @@ def _randomise(hf: Any) -> None:
     with torch.no_grad():
         for name, p in hf.named_parameters():
             if "embed_positions" in name:
-                p.copy_(_sinusoids(*p.shape))
+                p.copy_(sinusoids(*p.shape))  # as in a Whisper encoder (arXiv 2212.04356)
             elif p.dim() >= 2:
                 p.normal_(0, 0.08)
             elif "bias" in name:
@@ -133,18 +124,10 @@ def _randomise(hf: Any) -> None:
                 p.copy_(1 + 0.1 * torch.randn_like(p))
 
 
-def _sinusoids(length: int, channels: int) -> torch.Tensor:
-    """Positions of a Whisper encoder [length, channels] (arXiv 2212.04356)."""
-    scale = math.log(10000) / (channels // 2 - 1)
-    angles = torch.arange(length)[:, None] * torch.exp(-scale * torch.arange(channels // 2))[None]
-    return torch.cat([angles.sin(), angles.cos()], 1)
-
-
 def _teacher(vocab_size: int, tokenizer: Any, student: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    settings = {**SPECS["shared"]["llm"], "vocab_size": vocab_size, "head_dim": 32}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings, bos_token_id=None, eos_token_id=None))
+    settings = SPECS["shared"]["llm"] | {"vocab_size": vocab_size, "head_dim": 32}
+    config = transformers.LlamaConfig(**settings, bos_token_id=None, eos_token_id=None)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     _randomise(model)
     model.save_pretrained(folder)
     if (student / "tekken.json").is_file():

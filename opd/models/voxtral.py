@@ -10,19 +10,23 @@ import base64
 import io
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers.tokenization_mistral_common import MistralCommonBackend
 
-from opd.models.whisper import Windowed
+from opd.models.whisper import Merging
 from opd.settings import UserError
 from opd.types import Message
 
 MISTRAL = ("params.json", "tekken.json")
-CONSOLIDATED = "consolidated.safetensors"
 TOWER = "mm_whisper_embeddings.whisper_encoder."
 BLOCK = TOWER + r"transformer.layers.\1."
 RENAMED = [
@@ -40,11 +44,10 @@ RENAMED = [
 ]
 
 
-class Voxtral(Windowed):
+class Voxtral(Merging):
     """Inputs, parts and names of Voxtral."""
 
     model_class = "VoxtralForConditionalGeneration"
-    merged = 4
 
     def marks(self) -> list[str]:
         return ["[BEGIN_AUDIO]"]
@@ -59,8 +62,6 @@ class Voxtral(Windowed):
 
     def text_tokenizer(self, path: str) -> Any:
         """Mistral's own, which the student has too, where the teacher brings it."""
-        from transformers.tokenization_mistral_common import MistralCommonBackend
-
         if Path(path).is_dir() and not Path(path, "tekken.json").is_file():
             return super().text_tokenizer(path)
         return MistralCommonBackend.from_pretrained(path)
@@ -83,14 +84,11 @@ class Voxtral(Windowed):
 
     def save_other_weights(self, state: dict[str, Tensor], folder: Path) -> None:
         """transformers reads its own names; vLLM the file that `consolidated` is."""
-        from huggingface_hub import save_torch_state_dict
-        from safetensors.torch import save_file
-
         for stale in folder.glob("model*.safetensors*"):
             stale.unlink()
         save_torch_state_dict(state, folder)
         mistral = {self.to_vllm(n): v.contiguous() for n, v in state.items() if "embed_positions" not in n}
-        save_file(mistral, folder / CONSOLIDATED, metadata={"format": "pt"})
+        save_file(mistral, folder / "consolidated.safetensors", metadata={"format": "pt"})
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         size = self.extractor.n_samples
@@ -107,34 +105,14 @@ class Voxtral(Windowed):
         windows = -(-samples // self.extractor.n_samples)
         return windows * self.extractor.nb_max_frames // (2 * self.merged)
 
-    def run_windows(self, tower: Any, mel: Tensor, frames: Tensor) -> list[Tensor]:
-        hidden = tower(mel.to(tower.conv1.weight.dtype)).last_hidden_state
-        return list(hidden.reshape(len(mel), -1, self.merged * hidden.shape[-1]))
+    def chat_ids(self, messages: list[Message]) -> list[int]:
+        rate, buffer = self.sampling_rate, io.BytesIO()
+        soundfile.write(buffer, np.zeros(rate // 10, np.float32), rate, format="wav")
+        silence = {"type": "audio", "base64": base64.b64encode(buffer.getvalue()).decode()}
 
-    def prompt_ids(self, messages: list[Message], clip_samples: list[int]) -> list[int]:
-        silent = _silence(self.sampling_rate)
-        chat = [{**m, "content": _parts(m["content"], silent)} for m in messages]
+        def silent(content: Any) -> Any:
+            return content if isinstance(content, str) else [silence if p["type"] == "audio" else p for p in content]
+
+        chat = [{**m, "content": silent(m["content"])} for m in messages]
         ids = self.processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0].tolist()
-        window, lengths = self.audio_tokens(1), iter([self.audio_tokens(n) for n in clip_samples])
-        expanded: list[int] = []
-        at = 0
-        while at < len(ids):
-            clip = ids[at] == self.audio_id
-            expanded += [ids[at]] * (next(lengths) if clip else 1)
-            at += window if clip else 1
-        assert next(lengths, None) is None, "the chat template dropped an audio part"
-        return expanded
-
-
-def _parts(content: Any, clip: str) -> Any:
-    if isinstance(content, str):
-        return content
-    return [{"type": "audio", "base64": clip} if part["type"] == "audio" else part for part in content]
-
-
-def _silence(rate: int) -> str:
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.zeros(rate // 10, np.float32), rate, format="wav")
-    return base64.b64encode(buffer.getvalue()).decode()
+        return [i for token, run in groupby(ids) for i in ([token] if token == self.audio_id else run)]

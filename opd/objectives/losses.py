@@ -1,14 +1,17 @@
-"""Losses as plain functions of tensors.
+"""Distances between next-token distributions and the losses made of them, as plain functions of tensors.
 
-Each function returns a loss per token [N]; the batch's weights (train/batch.py) carry the mask, the view's share lambda
-and the global denominator, so that `(weights * loss).sum()` over all micro-batches and ranks is the objective. The
-in-modal and the cross-modal part of every objective therefore come from lambda alone. Their names: LOSSES.
+Distributions are log-probabilities or logits [N, V] in which ids that nobody may use stand at EXCLUDED. Distances and
+losses are [N], one a token, in nats, with gradient for whatever carries one. The batch's weights (train/batch.py) carry
+the mask, the view's share lambda and the global denominator, so that `(weights * loss).sum()` over all micro-batches
+and ranks is the objective. The in-modal and the cross-modal part of every objective therefore come from lambda alone.
+Their names: LOSSES.
 
 N tokens of responses (a chunk of them: opd/objectives/token_loss.py), V vocabulary, K kept ids.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,14 +19,64 @@ import torch
 from torch import Tensor
 
 from opd.config.objective import ObjectiveConfig
-from opd.objectives.divergences import (
-    EXCLUDED,
-    divergence,
-    entropy,
-    generalized_jsd,
-    jsd_on_teacher_top,
-    reverse_kl_with_tail,
-)
+
+EXCLUDED = -1e9  # logit of an id that no distribution may use: finite, so that 0 * log 0 stays 0 and never NaN
+TAIL = 1e-6  # least mass of a tail: float32 log-probabilities do not tell it from none
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities: [..., V], [..., V] -> [...]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy of log-probabilities: [..., V] -> [...]."""
+    return -(p.exp() * p).sum(-1)
+
+
+def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence of log-probabilities (GKD, arXiv 2306.13649, eq. 1).
+    beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. At the ends, where it
+    vanishes, its limits take its place: beta = 0 KL(teacher || student), forward; beta = 1 KL(student || teacher)."""
+    if beta == 0.0:
+        return divergence(teacher, student)
+    if beta == 1.0:
+        return divergence(student, teacher)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * divergence(teacher, mixture) + (1.0 - beta) * divergence(student, mixture)
+
+
+def reverse_kl_with_tail(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student || teacher) over K ids and one bucket for all others.
+
+    Args: student, teacher [N, K], log-probabilities of the same ids under the full distributions. The tail's mass is
+    what the K ids leave over. Merging ids into a bucket can only lower a KL, and with K = V nothing is merged. Without
+    the bucket the student could lower its loss by moving mass out of the K ids.
+    """
+    s, t = log_tail(student), log_tail(teacher)
+    return divergence(student, teacher) + s.exp() * (s - t)
+
+
+def log_tail(kept: Tensor) -> Tensor:
+    """log(1 - sum of probabilities): [N, K] log-probabilities -> [N]; at least log(TAIL)."""
+    return torch.log((1.0 - kept.exp().sum(-1)).clamp(min=TAIL))
+
+
+def jsd_on_teacher_top(student: Tensor, kept: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Generalised JSD to a teacher of which only the K best ids are known, renormalised to 1 on them.
+
+    Args: student [N, K], log-probabilities of the kept ids under the student's full distribution; kept [N], the sum
+    of their probabilities; teacher [N, K], log-probabilities as the teacher gave them; beta in [0, 1).
+    Ids that are not kept have no teacher mass: there the mixture is (1 - beta) student, and their part of
+    KL(student || m) is -log(1 - beta) times their mass. beta = 1, the reverse KL, would be infinite. Where none is
+    kept, all ids at EXCLUDED, nothing is known of the teacher, and the gradient is 0; the loss too at beta = 0.
+    """
+    teacher = teacher - teacher.logsumexp(-1, keepdim=True).clamp(min=EXCLUDED / 2)
+    if beta == 0.0:
+        return divergence(teacher, student)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    outside = -(1.0 - kept) * math.log1p(-beta)
+    return beta * divergence(teacher, mixture) + (1.0 - beta) * (divergence(student, mixture) + outside)
 
 
 @dataclass
@@ -121,9 +174,7 @@ def sft_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def kd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Off-policy distillation (arXiv 2509.14930): CE(y) + mu tau^2 KL(teacher^tau || student^tau).
-
-    y is the teacher's response. At mu = 0 it is sequence-level distillation, without the teacher's logits.
-    """
+    y is the teacher's response. At mu = 0 it is sequence-level distillation, without the teacher's logits."""
     ce = -t.pick(t.student())
     if not o.reads_logits:
         return Terms(ce, {"kd/ce": ce})
@@ -137,22 +188,14 @@ def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     ratio_logp = t.pick(t.student(t.temperature))
     logp = ratio_logp if t.temperature == 1.0 else t.pick(t.student())
     out = xopd(logp, t.teacher_logp, ratio_logp, t.sampler_logp, o.advantage_clip, o.ratio_max, o.ratio_above)
-    metrics = {
-        "reverse_kl": -out.advantage,
-        "advantage": out.advantage,
-        "advantage/mean": out.advantage,
-        "ratio/mean": out.ratio,
-        "ratio/clipped": (out.ratio > o.ratio_max).float(),
-    }
-    return Terms(out.loss, metrics)
+    metrics = {"reverse_kl": -out.advantage, "advantage": out.advantage, "advantage/mean": out.advantage}
+    return Terms(out.loss, metrics | {"ratio/mean": out.ratio, "ratio/clipped": (out.ratio > o.ratio_max).float()})
 
 
 def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Dense reverse KL at every token that the student sampled: loss = KL(student || teacher).
-
     The expectation of `xopd`'s gradient over the next token, without its variance. Over the full vocabulary, or with
-    objective.top_k over the student's K best ids and a bucket for the rest (`reverse_kl_with_tail`).
-    """
+    objective.top_k over the student's K best ids and a bucket for the rest (`reverse_kl_with_tail`)."""
     student = t.student()
     kl = divergence(student, t.teacher()) if o.top_k is None else reverse_kl_with_tail(*t.kept(student))
     return Terms(kl, {"reverse_kl": kl})
@@ -160,29 +203,23 @@ def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def forward_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Forward KL(teacher || student), the end beta = 0 of the generalised JSD."""
-    return Terms(_jsd(t, o, 0.0), {})
+    return jsd_terms(t, o.changed({"beta": 0.0}))
 
 
 def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
-    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives."""
-    return Terms(_jsd(t, o, o.beta), {})
-
-
-def _jsd(t: Tokens, o: ObjectiveConfig, beta: float) -> Tensor:
-    """[N]. With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`)."""
+    """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives.
+    With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`)."""
     student = t.student()
     if o.top_k is None:
-        return generalized_jsd(student, t.teacher(), beta)
+        return Terms(generalized_jsd(student, t.teacher(), o.beta), {})
     ours, theirs = t.kept(student)
-    return jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, beta)
+    return Terms(jsd_on_teacher_top(ours, ours.exp().sum(-1), theirs, o.beta), {})
 
 
 def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Entropy-aware on-policy distillation (arXiv 2603.07079): KL(student || teacher) + [H > h] KL(teacher || student).
-
-    H is the teacher's entropy at the token, h objective.entropy_threshold (nats): forward KL comes in where the
-    teacher is unsure, so that a student keeps what it would also have said.
-    """
+    H is the teacher's entropy at the token, h objective.entropy_threshold (nats): forward KL comes in where the teacher
+    is unsure, so that a student keeps what it would also have said."""
     student, teacher = t.student(), t.teacher()
     reverse, unsure = divergence(student, teacher), (entropy(teacher) > o.entropy_threshold).to(student.dtype)
     loss = reverse + unsure * divergence(teacher, student)
@@ -191,10 +228,8 @@ def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Reverse KL weighted by token importance and position (the token level of CORD, arXiv 2601.16547).
-
     loss = w_t KL(student || teacher), w as `cord_weights` has it from a preview of the same KL, a constant. CORD's
-    second level, a judged reward for whole responses by GRPO, is left out: nothing here is rewarded.
-    """
+    second level, a judged reward for whole responses by GRPO, is left out: nothing here is rewarded."""
     assert t.importance is not None
     kl = divergence(t.student(), t.teacher())
     return Terms(t.importance * kl, {"reverse_kl": kl, "cord/weight": t.importance})
@@ -234,9 +269,7 @@ def salad_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def uld_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Universal logit distillation from a teacher with another tokenizer (arXiv 2402.12030).
-
-    One number for a whole response, as teachers/cross_tokenizer.py aligns it. All of its tokens carry it.
-    """
+    One number for a whole response, as teachers/cross_tokenizer.py aligns it. All of its tokens carry it."""
     assert t.aligned is not None
     loss = t.aligned.expand(len(t.targets))
     return Terms(loss, {"uld": loss})
@@ -259,9 +292,7 @@ LOSSES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
 
 def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """The recipe's objective, with what every objective shares: the reference penalty and common metrics.
-
-    objective.reference adds c KL(student || student at the start) in the response's own view.
-    """
+    objective.reference adds c KL(student || student at the start) in the response's own view."""
     terms = LOSSES[o.name](t, o)
     if t.reference is not None:
         kl = divergence(t.student(), torch.log_softmax(t.reference, -1))

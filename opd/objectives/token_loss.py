@@ -10,20 +10,62 @@ N tokens of a micro-batch, one response after another, padding left out; H hidde
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from opd.config import limits
+from opd.config import needs
 from opd.config.objective import ObjectiveConfig
-from opd.objectives.divergences import divergence
-from opd.objectives.losses import Tokens, cord_weights, token_terms
-from opd.objectives.micro_batch import MicroBatch
+from opd.objectives.losses import Tokens, cord_weights, divergence, token_terms
+from opd.types import Sample
 
 Logits = Callable[[slice], Tensor]  # logits [n, V] of the tokens of a chunk, made when they are asked for
 Aligned = Callable[[Tensor, int], Tensor]  # the student's logits [T, V] of a response, its number -> its loss
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """Padded tensors of a few samples.
+
+    Samples that share a prompt share a row: the prompt once, then their responses one after another, each seeing the
+    prompt and itself. A spoken prompt is long, its answers short: n answers then cost little more than one.
+    R rows, L their length.
+    """
+
+    samples: list[Sample]
+    ids: Tensor  # [R, L]
+    position_ids: Tensor  # [R, L], as if each response followed the prompt alone
+    attends: Tensor  # [R, 1, L, L] bool: which token (last axis) each token may see
+    row: Tensor  # [B], of each sample
+    positions: Tensor  # [B, T], in the row: where the logits of each response token are read
+    targets: Tensor  # [B, T], response ids
+    mask: Tensor  # [B, T], 1 at response tokens
+    weights: Tensor  # [B, T], of each token in the loss, 0 at padding
+    teacher_logp: Tensor  # [B, T], 0 where the objective reads logits instead
+    sampler_logp: Tensor  # [B, T], 0 where no student sampled
+    sampled: Tensor  # [B] bool: a student did
+    top_ids: Tensor | None = None  # [B, T, K], with objective.top_k; -1 where there is none
+    top_logp: Tensor | None = None  # [B, T, K], the teacher's
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on `device`."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What `SpeechLM` takes of it beside the audio."""
+        names = ("ids", "position_ids", "attends", "row", "positions")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def clips(self) -> list[str]:
+        """Keys of the clips of all rows, in the order of the placeholders in `ids`."""
+        first = {int(r): s for s, r in reversed(list(zip(self.samples, self.row.tolist(), strict=True)))}
+        return [k for r in sorted(first) for k in first[r].clips]
 
 
 class TokenLoss:
@@ -38,58 +80,42 @@ class TokenLoss:
         reference: Logits | None = None,
         aligned: Aligned | None = None,
     ) -> None:
-        """`teacher`, `reference`: logits of the same tokens, without gradient; `aligned`: see `uld`."""
+        """`teacher`, `reference`: logits of the same tokens, without gradient; `aligned`: see `uld`.
+        `previews`: whether the objective needs to see all tokens before it weighs the first (`preview`)."""
         self.objective, self.temperature = objective, temperature
         self.teacher, self.reference, self.aligned = teacher, reference, aligned
         real = mb.mask.bool()
-        self.targets, self.weights = mb.targets[real], mb.weights[real]
-        self.teacher_logp, self.sampler_logp = mb.teacher_logp[real], mb.sampler_logp[real]
-        self.sampled = mb.sampled[:, None].expand_as(real)[real]
-        self.top_ids = None if mb.top_ids is None else mb.top_ids[real]
-        self.top_logp = None if mb.top_logp is None else mb.top_logp[real]
+        self.weights, self.previews = mb.weights[real], objective.about.previews
+        names = ("targets", "sampler_logp", "teacher_logp", "top_ids", "top_logp")
+        given = {name: getattr(mb, name) for name in names} | {"sampled": mb.sampled[:, None].expand_as(real)}
+        self.tokens: dict[str, Any] = {name: x[real] for name, x in given.items() if x is not None}  # of Tokens
         at = torch.arange(real.shape[1], device=real.device).expand_as(real)
         of = torch.arange(len(real), device=real.device)[:, None].expand_as(real)
         self.position, self.response = at[real], of[real]
-        self.importance: Tensor | None = None
         self.metrics: dict[str, list[Tensor]] = {}
 
     def parts(self, vocab: int) -> list[slice]:
-        """The chunks in which the tokens are to come: with `aligned` whole responses, else of about limits.ELEMENTS."""
+        """The chunks in which the tokens are to come: with `aligned` whole responses, else of about needs.ELEMENTS."""
         if self.aligned is None:
-            return chunks(len(self.targets), vocab)
+            return chunks(len(self.weights), vocab)
         ends = torch.unique_consecutive(self.response, return_counts=True)[1].cumsum(0).tolist()
         return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-
-    @property
-    def previews(self) -> bool:
-        """Whether the objective needs to see all tokens before it weighs the first (`preview`)."""
-        return self.objective.about.previews
 
     def preview(self, logits: Callable[[slice], Tensor], parts: list[slice]) -> None:
         """Weigh the tokens of whole responses, from logits without gradient."""
         assert self.teacher is not None
         kl = [divergence(torch.log_softmax(logits(p), -1), torch.log_softmax(self.teacher(p), -1)) for p in parts]
-        self.importance = cord_weights(torch.cat(kl), self.response, self.position, self.objective)
+        self.tokens["importance"] = cord_weights(torch.cat(kl), self.response, self.position, self.objective)
 
     def __call__(self, logits: Tensor, part: slice) -> Tensor:
         """The chunk's share of the loss: logits [n, V] of the tokens `part`, with gradient -> scalar."""
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[part]
-
         tokens = Tokens(
-            logits,
-            self.targets[part],
-            self.sampler_logp[part],
-            self.temperature,
+            logits=logits,
+            temperature=self.temperature,
             teacher_logits=self.teacher(part) if self.teacher else None,
-            teacher_logp=self.teacher_logp[part],
-            top_ids=cut(self.top_ids),
-            top_logp=cut(self.top_logp),
             reference=self.reference(part) if self.reference else None,
-            importance=cut(self.importance),
-            sampled=self.sampled[part],
             aligned=self.aligned(logits, int(self.response[part.start])) if self.aligned else None,
+            **{name: x[part] for name, x in self.tokens.items()},
         )
         terms = token_terms(tokens, self.objective)
         for name, values in terms.metrics.items():
@@ -102,21 +128,16 @@ class TokenLoss:
 
 
 def chunks(count: int, vocab: int, elements: int | None = None) -> list[slice]:
-    """`count` tokens in parts whose logits have about `elements` elements, limits.ELEMENTS by default."""
-    size = max(1, (elements or limits.ELEMENTS) // vocab)
+    """`count` tokens in parts whose logits have about `elements` elements, needs.ELEMENTS by default."""
+    size = max(1, (elements or needs.ELEMENTS) // vocab)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def summed_loss(
-    hidden: Tensor,
-    head: torch.nn.Linear,
-    loss_of: Callable[[Tensor, slice], Tensor],
-    parts: list[slice],
+    hidden: Tensor, head: torch.nn.Linear, loss_of: Callable[[Tensor, slice], Tensor], parts: list[slice]
 ) -> Tensor:
     """The sum of `loss_of(head(hidden[part]), part)`, with gradients for `hidden` [N, H] and the output layer.
-
-    `loss_of` must depend on nothing else that has a gradient.
-    """
+    `loss_of` must depend on nothing else that has a gradient."""
     return _SummedLoss.apply(hidden, head.weight, head.bias, loss_of, parts)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from opd.config import limits
+from opd.config import needs
 from opd.config.needs import asks_teacher_servers, copies_start, shards_start
 from opd.config.placement import of_routes
 from opd.config.schema import Config
@@ -251,7 +251,7 @@ def chunk_tensors(config: Config) -> int:
 
 def chunk_tokens(vocab: int, tokens: int) -> int:
     """Response tokens whose logits exist at a time (opd.objectives.token_loss.chunks)."""
-    return min(tokens, max(1, limits.ELEMENTS // vocab))
+    return min(tokens, max(1, needs.ELEMENTS // vocab))
 
 
 def loss_bytes(shape: ModelShape, config: Config, mb: MicroBatch) -> Bytes:
@@ -347,7 +347,7 @@ def learner_memory(
     hears, tower_trained = config.objective.lambda_ < 1, "tower" in config.student.train
     if hears and not tower_trained:
         out.device["encoded clips"] = prompts * student.audio_tokens(lengths.audio) * student.decoder.hidden * d
-        tower = tower_bytes(student, d, lengths.audio, limits.CLIPS_PER_CALL, kept=False)
+        tower = tower_bytes(student, d, lengths.audio, needs.CLIPS_PER_CALL, kept=False)
         out.phases["tower"] = {"tower's activations": tower}
 
     def passes(prompt: int, clips_per_row: int) -> dict[str, Bytes]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from opd.config.limits import scored_tokens
+from opd.config.needs import scored_tokens
 from opd.config.placement import Servers, memory_share
 from opd.config.schema import Config
 from opd.plan.learner_memory import SIZES, kv_token_bytes, tower_bytes

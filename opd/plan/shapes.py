@@ -6,7 +6,6 @@ The model is built by transformers on the `meta` device, where a tensor has a sh
 from __future__ import annotations
 
 import math
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,8 +16,7 @@ from typing import Any
 from opd.config.load import resolve_model
 from opd.config.placement import of_routes
 from opd.config.schema import Config
-from opd.models.files import quiet
-from opd.models.registry import FAMILIES
+from opd.models.registry import FAMILIES, quiet
 from opd.settings import UserError, read_yaml
 
 RATE = 16000  # samples per second of every family
@@ -130,7 +128,7 @@ def _student(path: str, name: str | None) -> ModelShape:
         raise UserError(f"student.path {path}: model_type {full.model_type!r} is not supported; see `opd families`")
     if name not in (None, entry.name):
         raise UserError(f"student.family {name}: {path} is of {entry.name}; leave it out: student.family=")
-    family: Family = object.__new__(pkgutil.resolve_name(entry.family))  # without a checkpoint's processor
+    family: Family = object.__new__(entry.load_class())  # without a checkpoint's processor
     about = family.model_config(full)
     family.config, family.extractor = about, _extractor(about)
     weights = _weights(_on_meta(getattr(transformers, family.model_class), about), family.part_of)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from opd.config.limits import scored_tokens
 from opd.config.load import resolve_model
+from opd.config.needs import scored_tokens
 from opd.config.placement import Placement, memory_share
 from opd.config.schema import Config
 from opd.inference.plugin import BACKENDS, TRIM_AUDIO

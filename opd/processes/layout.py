@@ -10,7 +10,7 @@ from typing import Literal
 from opd.config.needs import starts_student, starts_teacher
 from opd.config.placement import Placement, Servers, placement_of
 from opd.config.schema import Config
-from opd.inference.ports import LOOPBACK, free_port
+from opd.inference.host import LOOPBACK, free_port
 from opd.settings import UserError
 
 FIRST_PORT = 8100  # where the recipe names none and several nodes must agree

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import soundfile
 
+from opd.settings import UserError, regular_file
 from opd.types import BadAudio, TooLong
 
 SILENCE = 1e-4  # peak below -80 dBFS: nothing that a model could hear
@@ -22,10 +24,10 @@ def load(path: str, rate: int, max_seconds: float) -> np.ndarray:
     Returns [samples] in [-1, 1]. Raises BadAudio for a missing, empty, truncated, silent, non-finite, too short or
     too long clip, or a file that is no audio.
     """
-    import soundfile
-
-    if not Path(path).is_file():
-        raise BadAudio(f"{path}: no such audio file")
+    try:
+        regular_file(path, "audio file")
+    except UserError as e:
+        raise BadAudio(str(e)) from e
     if Path(path).stat().st_size == 0:
         raise BadAudio(f"{path}: the file is empty (0 bytes)")
     try:
@@ -60,18 +62,17 @@ def resample(wave: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     """Resample [samples] by torchaudio's windowed-sinc kernel."""
     if source_rate == rate:
         return np.ascontiguousarray(wave, dtype=np.float32)
-    import torch
-
-    return _resampler(source_rate, rate)(torch.from_numpy(wave)).numpy()
+    return _resampler(source_rate, rate)(wave)
 
 
 @lru_cache(maxsize=16)
-def _resampler(source_rate: int, rate: int) -> Any:
+def _resampler(source_rate: int, rate: int) -> Callable[[np.ndarray], np.ndarray]:
     """Keeps the kernel, which takes many times as long to make as a clip to resample."""
     import torch
     import torchaudio
 
-    return torchaudio.transforms.Resample(source_rate, rate, dtype=torch.float32)
+    kernel = torchaudio.transforms.Resample(source_rate, rate, dtype=torch.float32)
+    return lambda wave: kernel(torch.from_numpy(wave)).numpy()
 
 
 def whole_frames(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -81,8 +82,6 @@ def whole_frames(wave: np.ndarray, rate: int) -> np.ndarray:
 
 def to_base64_wav(wave: np.ndarray, rate: int) -> str:
     """A float32 WAV in base64: the server decodes exactly the samples that the learner sees."""
-    import soundfile
-
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format="WAV", subtype="FLOAT")
     return base64.b64encode(buffer.getvalue()).decode()

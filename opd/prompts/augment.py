@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from opd.config.augment import AugmentConfig, Effect, Noise, Told
+from opd.prompts.audio import load, resample
 from opd.settings import UserError
 
 PEAK = 0.99  # full scale is left alone: codecs and the sampler's WAV agree below it
@@ -57,8 +58,6 @@ class Augmenter:
         return np.ascontiguousarray(wave, dtype=np.float32), told
 
     def _speed(self, wave: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
-        from opd.prompts.audio import resample
-
         # A rate that torchaudio's kernel takes exactly: steps of a hundredth keep its filter small.
         return resample(wave, round(100 * factor), 100)
 
@@ -91,8 +90,6 @@ class Augmenter:
         import torch
         from torchaudio import functional
 
-        from opd.prompts.audio import resample
-
         rate, low, high = TELEPHONE_HZ
         narrow = torch.from_numpy(resample(wave, self.rate, rate))
         narrow = functional.lowpass_biquad(functional.highpass_biquad(narrow, rate, low), rate, high).clamp(-1, 1)
@@ -102,8 +99,6 @@ class Augmenter:
 
     def _recording(self, length: int, rng: np.random.Generator) -> np.ndarray:
         """[length] of a recording of noise, from a random place, repeated where it is too short."""
-        from opd.prompts.audio import load
-
         noise = load(str(self._noises[rng.integers(len(self._noises))]), self.rate, float("inf"))
         start = int(rng.integers(len(noise)))
         return np.take(noise, np.arange(start, start + length), mode="wrap").astype(np.float32)

@@ -4,21 +4,57 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from opd import types
 from opd.config.schema import Config
-from opd.models.context_limit import ContextLimit
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
 from opd.settings import UserError
 from opd.storage.json_lines import read_lines
-from opd.types import Prompt, audio_paths
+from opd.types import VIEWS, Prompt, audio_paths, render
+
+if TYPE_CHECKING:
+    from opd.models.base import Family
+
+
+@dataclass(frozen=True)
+class ContextLimit:
+    """What a server takes: a prompt and its response together have at most `max_model_len` ids, None: no server."""
+
+    family: Family
+    max_tokens: int
+    max_model_len: int | None
+
+    def filled(self, clip: np.ndarray) -> np.ndarray:
+        """A clip [samples] with the silence behind it that its family's tower needs to encode it alike in any batch."""
+        entry, rate = self.family.entry, self.family.sampling_rate
+        tail = int(entry.tail_s * rate)
+        return np.pad(clip, (0, max(tail, int(entry.shortest_s * rate) - len(clip))))
+
+    def check(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> int:
+        """Ids of the prompt's longer view.
+
+        Raises BadAudio when a view of the prompt cannot be put into ids, TooLong when it leaves no room for max_tokens
+        more.
+        """
+        lengths = [len(clips[p]) for p in audio_paths(prompt)]
+        if len(lengths) > self.family.entry.clips:
+            entry = self.family.entry
+            raise types.BadAudio(f"it has {len(lengths)} clips; {entry.name} takes {entry.clips}")
+        ids = max(len(self.family.prompt_ids(render(prompt, v), lengths if v == "speech" else [])) for v in VIEWS)
+        if self.max_model_len is not None and ids + self.max_tokens > self.max_model_len:
+            raise types.TooLong(
+                f"its {ids} prompt ids and rollout.max_tokens={self.max_tokens} do not fit into the server's "
+                f"{self.max_model_len} ids; raise rollout.server.max_model_len, or shorten the clip or the response"
+            )
+        return ids
 
 
 class ClipLoader:
@@ -46,18 +82,14 @@ class ClipLoader:
         if prompt.place in self.bad:
             return None
         try:
-            limit = self.config.data.max_audio_seconds
-            clean = {p: audio.load(p, self.rate, limit) for p in audio_paths(prompt)}
-            if epoch is None:
-                return self._fitting(prompt, clean)
-            own = self.apart(prompt)
-            clips = {key: clean[p] for key, p in zip(audio_paths(own), audio_paths(prompt), strict=True)}
-            if self._augmenter is not None:
-                try:
+            limit, paths = self.config.data.max_audio_seconds, audio_paths(prompt)
+            clean = {p: audio.load(p, self.rate, limit) for p in paths}
+            own = prompt if epoch is None else self.apart(prompt)
+            clips = {key: clean[p] for key, p in zip(audio_paths(own), paths, strict=True)}
+            if epoch is not None and self._augmenter is not None:
+                with suppress(types.TooLong):
                     changed = enumerate(clips.items())
                     return self._fitting(own, {k: self._heard(c, self.name(prompt, i), epoch) for i, (k, c) in changed})
-                except types.TooLong:
-                    pass
             return self._fitting(own, clips)
         except types.BadAudio as e:
             self._count(prompt, str(e))
@@ -106,16 +138,13 @@ class ClipLoader:
         """A batch and its clips, as heard in an epoch; for a bad record the next usable one of `spare` is taken."""
         kept, clips = [], {}
         for position, prompt in batch:
-            found = self.load(prompt, epoch)
             start = next((i for i, p in enumerate(spare) if p.place == prompt.place), 0)
-            for offset in range(1, len(spare)):
-                if found is not None:
+            for taken in [prompt, *spare[start + 1 :], *spare[:start]]:
+                if (found := self.load(taken, epoch)) is not None:
                     break
-                prompt = spare[(start + offset) % len(spare)]
-                found = self.load(prompt, epoch)
-            if found is None:
+            else:
                 raise UserError(f"{self.config.data.train}: no usable record is left")
-            kept.append((position, prompt if epoch is None else self.apart(prompt)))
+            kept.append((position, taken if epoch is None else self.apart(taken)))
             clips.update(found)
         return kept, clips
 

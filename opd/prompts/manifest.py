@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from opd.scoring.answers import MATCHES, check_answer
-from opd.settings import UserError
+from opd.settings import UserError, regular_file, text_lines
 from opd.types import Prompt
 
 # of a record
@@ -20,9 +21,9 @@ def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], li
     """Read a manifest: JSONL here; Parquet, JSON, CSV or `hub:owner/name[/config][:split]` through `datasets`.
 
     A record is `{"messages": [...]}` whose audio parts carry `path` and `transcript`, or the short form
-    `{"audio": path, "transcript": str}`; optional: id, response, answer, match, choices, tolerance, group, and strings
-    and numbers by other names, for teacher.field and the groups of an evaluation. Paths are relative to the manifest
-    and must stay inside its folder.
+    `{"audio": path, "transcript": str}`; optional: id (a number is taken as text), response, answer, match, choices,
+    tolerance, group, and strings and numbers by other names, for teacher.field and the groups of an evaluation. Paths
+    are relative to the manifest and must stay inside its folder.
 
     Returns prompts and the bad records, each {"place", "id", "reason"}. Raises UserError for an unreadable manifest.
     """
@@ -38,7 +39,7 @@ def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], li
             seen[prompt.id] = place
             prompts.append(prompt)
         except ValueError as e:
-            name = str(record.get("id", "")) if isinstance(record, dict) else ""
+            name = str(record.get("id", ""))[:60] if isinstance(record, dict) else ""
             bad.append({"place": place, "id": name, "reason": str(e)})
         if limit is not None and len(prompts) >= limit:
             break
@@ -75,8 +76,11 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
     if tolerance is not None and (not _number(tolerance) or tolerance < 0):
         raise ValueError(f"tolerance: expected a number of 0 or more, found {tolerance!r}")
     check_answer(record.get("answer"), match, choices, str(record.get("group") or ""))
+    name = record.get("id", place)
+    if not isinstance(name, str) and not _number(name):
+        raise ValueError(f"id: expected a string or a number, found {type(name).__name__}")
     return Prompt(
-        id=str(record.get("id", place)),
+        id=str(name),
         messages=tuple(_message(m, i, root) for i, m in enumerate(messages)),
         response=record.get("response"),
         answer=record.get("answer"),
@@ -87,11 +91,13 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
         numbers={k: float(v) for k, v in record.items() if k not in KNOWN and _number(v)},
         choices=tuple(choices),
         tolerance=tolerance,
+        numbered=not isinstance(name, str),
     )
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold: JSON has longer ones."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _message(m: Any, i: int, root: Path) -> dict[str, Any]:
@@ -133,20 +139,13 @@ def records(path: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
     if path.startswith("hub:") or Path(path).suffix in (".parquet", ".json", ".csv"):
         yield from datasets_records(path, streaming)
         return
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such manifest; a JSONL file is expected")
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}:{number}", json.loads(line.decode().strip())
-            except UnicodeDecodeError as e:
-                yield f"{path}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
-            except json.JSONDecodeError as e:
-                yield f"{path}:{number}", ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
-            except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
-                yield f"{path}:{number}", ValueError(f"not readable as JSON: {e}")
+    for place, line in text_lines(path, "manifest"):
+        try:
+            yield place, line if isinstance(line, ValueError) else json.loads(line)
+        except json.JSONDecodeError as e:
+            yield place, ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
+        except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+            yield place, ValueError(f"not readable as JSON: {e}")
 
 
 def datasets_records(
@@ -162,8 +161,8 @@ def datasets_records(
     owner, _, rest = name.partition("/")
     title, _, part = rest.partition("/")
     hub = path.startswith("hub:")
-    if not hub and not Path(path).is_file():
-        raise UserError(f"{path}: no such manifest")
+    if not hub:
+        regular_file(path, "manifest")
     try:
         if hub:
             of = f"{owner}/{title}" if title else owner
@@ -188,3 +187,36 @@ def _as_written(node: Any) -> Any:
     if isinstance(node, list):
         return [_as_written(v) for v in node]
     return node
+
+
+class PromptStream:
+    """Shuffled batches of prompts, a function of (seed, step) alone: resuming needs no more than the step.
+
+    Every epoch is a fresh permutation; a batch may span two epochs.
+    """
+
+    def __init__(self, prompts: list[Prompt], batch_size: int, seed: int) -> None:
+        if not prompts:
+            raise UserError("data.train: no usable record")
+        self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
+        self._order: dict[int, list[int]] = {}
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The global batch of a step (0-based)."""
+        return [self.prompts[self._index(step * self.batch_size + i)] for i in range(self.batch_size)]
+
+    def epoch(self, step: int) -> int:
+        """The epoch that a step's batch begins in, which is that of all its clips."""
+        return step * self.batch_size // len(self.prompts)
+
+    def shard(self, step: int, rank: int, world: int) -> list[tuple[int, Prompt]]:
+        """This rank's (position in the global batch, prompt) pairs: positions rank, rank + world, ..."""
+        return list(enumerate(self.batch(step)))[rank::world]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.prompts))
+        if epoch not in self._order:
+            order = list(range(len(self.prompts)))
+            Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = {e: o for e, o in self._order.items() if e >= epoch - 1} | {epoch: order}
+        return self._order[epoch][offset]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from opd.models.files import quiet, whole_weights
+from opd.models.registry import quiet, whole_weights
 from opd.report.model_card import Exported, base_of, label, model_card
 from opd.report.runs import Run, read_run, student_of
 from opd.settings import UserError
@@ -132,7 +132,7 @@ def try_model(folder: Path) -> Tried:
     """
     import transformers
 
-    from opd.models.load import family_of
+    from opd.models.base import family_of
 
     whole_weights(str(folder), "checkpoint")
     family = family_of(str(folder))
@@ -156,7 +156,7 @@ def try_adapter(folder: Path, model: Path) -> Tried:
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors import SafetensorError, safe_open
 
-    from opd.models.load import family_of
+    from opd.models.base import family_of
 
     family = family_of(str(model))
     hf = family.outline()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.config.objective import METHODS
+from opd.config.objective import OBJECTIVES, Objective
 from opd.report.runs import Run, section, student_of
 from opd.storage import checkpoints as saved
 
@@ -183,8 +183,8 @@ def _get(run: Run, name: str, key: str, default: Any) -> Any:
 
 def _stage(about: Exported, run: Run) -> dict[str, str]:
     """How a run trained: its name, method, paper, data, and settings in one line."""
-    objective = str(_get(run, "objective", "name", NOT_RECORDED))
-    words, paper = METHODS.get(objective, (objective, ""))
+    name = str(_get(run, "objective", "name", NOT_RECORDED))
+    objective = OBJECTIVES.get(name, Objective(name))
     lora = _get(run, "student", "lora", None)
     sampled = _get(run, "rollout", "source", "") in ("student", "mix")
     facts = {
@@ -202,8 +202,8 @@ def _stage(about: Exported, run: Run) -> dict[str, str]:
     }
     return {
         "name": _get(run, "run", "stage", run.name),
-        "method": words,
-        "paper": paper,
+        "method": objective.method,
+        "paper": objective.paper,
         "data": label(str(_get(run, "data", "train", NOT_RECORDED))),
         "facts": "; ".join(f"{k} {v}" for k, v in facts.items() if v not in (None, "")),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from opd.config.schema import Config
 from opd.inference.client import BAN, Answer, Request, Server, ServerError, given, on_each, post_all
 from opd.models.base import Family
 from opd.prompts.audio import to_base64_wav
-from opd.types import Message, Prompt, Rollout, View, audio_paths, render
+from opd.types import Clips, Message, Prompt, Rollout, View, audio_paths, render, with_parts
 
 
 class VllmSampler:
@@ -26,9 +27,7 @@ class VllmSampler:
 
     def usable(self) -> list[str]:
         """URLs of the servers that hold the learner's weights; rank 0 tells once of each that is left out.
-
-        Raises ServerError, naming both versions, when there is none.
-        """
+        Raises ServerError, naming both versions, when there is none."""
         found = on_each(self.servers, lambda server: server.get("/weight_info")["weight_version"])
         others = {s.url: v for s, v in zip(self.servers, found, strict=True) if v != str(self.version)}
         usable = [s.url for s in self.servers if s.url not in others]
@@ -38,23 +37,15 @@ class VllmSampler:
                 f"{url}: holds weights of version {version}, the learner is at {self.version}; "
                 "the push was lost or the server was restarted: start the same command again to resume"
             )
-        self._warn(others)
-        return usable
-
-    def _warn(self, others: dict[str, str]) -> None:
         for url, version in others.items():
             if self.rank == 0 and url not in self._left_out:
                 about = f"holds weights of version {version}, the learner is at {self.version}"
                 print(f"opd: warning: {url}: {about}: left out until the next push", file=sys.stderr, flush=True)
         self._left_out = set(others)
+        return usable
 
     def sample(
-        self,
-        jobs: list[tuple[Prompt, View, str]],
-        clips: dict[str, np.ndarray],
-        n: int,
-        temperature: float,
-        check: bool = True,
+        self, jobs: list[tuple[Prompt, View, str]], clips: Clips, n: int, temperature: float, check: bool = True
     ) -> list[Rollout]:
         """n responses for each (prompt, view, seed key); temperature 0 is greedy.
 
@@ -66,7 +57,7 @@ class VllmSampler:
         for prompt, view, key in jobs:
             seeds.append(zlib.crc32(f"{self.config.run.seed}/{key}/{view}".encode()) & 0x7FFFFFF)
             messages = render(prompt, view)
-            prompt_ids.append(self.family.prompt_ids(messages, _clip_lengths(prompt, view, clips)))
+            prompt_ids.append(self.family.prompt_ids(messages, [len(clips[k]) for k in audio_paths(prompt, view)]))
             body = self._request(messages, clips, n, temperature, seeds[-1])
             tokens = len(prompt_ids[-1]) + n * self.config.rollout.max_tokens
             requests.append(Request("/v1/chat/completions", body, tokens))
@@ -74,11 +65,12 @@ class VllmSampler:
         answers = self._ask(requests, check)
         for (prompt, view, _), seed, expected, answer in zip(jobs, seeds, prompt_ids, answers, strict=True):
             _check_prompt(prompt, view, expected, answer["prompt_token_ids"])
-            rollouts += [self._rollout(prompt, view, seed, c) for c in sorted(answer["choices"], key=_index)]
+            choices = sorted(answer["choices"], key=itemgetter("index"))
+            rollouts += [self._rollout(prompt, view, seed, c) for c in choices]
         assert len(rollouts) == n * len(jobs)
         return rollouts
 
-    def score(self, rollouts: list[Rollout], clips: dict[str, np.ndarray]) -> list[np.ndarray | None]:
+    def score(self, rollouts: list[Rollout], clips: Clips) -> list[np.ndarray | None]:
         """Log-probabilities [T] that the servers give each response's own ids after its view of the prompt.
 
         By prompt log-probs, over the full vocabulary, the banned ids too. The text view is sent as ids. After audio a
@@ -89,7 +81,8 @@ class VllmSampler:
         requests, sequences = [], []
         for r in rollouts:
             messages = render(r.prompt, r.view)
-            ids = [*self.family.prompt_ids(messages, _clip_lengths(r.prompt, r.view, clips)), *r.token_ids]
+            lengths = [len(clips[k]) for k in audio_paths(r.prompt, r.view)]
+            ids = [*self.family.prompt_ids(messages, lengths), *r.token_ids]
             body: dict[str, Any] = {"model": "student", "temperature": 1.0, "prompt_logprobs": 0}
             body["return_token_ids"] = True
             if r.view == "text":
@@ -126,30 +119,16 @@ class VllmSampler:
     def _request(
         self, messages: list[Message], clips: dict[str, Any], n: int, temp: float, seed: int
     ) -> dict[str, Any]:
-        family, r = self.family, self.config.rollout
-        return {
-            "model": "student",
-            "messages": self._spoken(messages, clips),
-            "n": n,
-            "max_completion_tokens": r.max_tokens,
-            "temperature": temp,
-            "seed": seed,
-            # spelt out, so that no generation_config of the checkpoint bends the distribution
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": family.eos_ids,
-            "logit_bias": {str(i): BAN for i in family.banned_ids},
-            "logprobs": True,
-            "top_logprobs": self.best,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            "skip_special_tokens": False,
-            "add_generation_prompt": True,
-        }
+        bans = {str(i): BAN for i in self.family.banned_ids}
+        body: dict[str, Any] = {"model": "student", "n": n, "temperature": temp, "seed": seed}
+        body |= {"messages": self._spoken(messages, clips), "add_generation_prompt": True}
+        body |= {"max_completion_tokens": self.config.rollout.max_tokens, "stop_token_ids": self.family.eos_ids}
+        body |= {"logprobs": True, "top_logprobs": self.best, "logit_bias": bans, "skip_special_tokens": False}
+        body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        # spelt out, so that no generation_config of the checkpoint bends the distribution
+        return body | {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
-    def _spoken(self, messages: list[Message], clips: dict[str, np.ndarray]) -> list[Message]:
+    def _spoken(self, messages: list[Message], clips: Clips) -> list[Message]:
         """Messages as vLLM takes them, with the clips in them."""
 
         def part(of: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +137,7 @@ class VllmSampler:
             wav = to_base64_wav(clips[of["path"]], self.family.sampling_rate)
             return {"type": "input_audio", "input_audio": {"data": wav, "format": "wav"}}
 
-        return [
-            m if isinstance(m["content"], str) else {**m, "content": list(map(part, m["content"]))} for m in messages
-        ]
+        return with_parts(messages, part)
 
     def _rollout(self, prompt: Prompt, view: View, seed: int, choice: dict[str, Any]) -> Rollout:
         ids, entries = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content")
@@ -176,19 +153,12 @@ class VllmSampler:
 
 def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
     """[T, K] ids of the sampler's best tokens, -1 where it told of fewer.
-
-    vLLM puts the sampled token first; where that is not among the K best it takes the last one's place.
-    """
+    vLLM puts the sampled token first; where that is not among the K best it takes the last one's place."""
     out = np.full((len(entries), k), -1, np.int64)
     for t, entry in enumerate(entries):
         ids = [int(e["token"].removeprefix("token_id:")) for e in entry["top_logprobs"]]
         out[t, : len(ids[:k])] = ids[:k]
     return out
-
-
-def _clip_lengths(prompt: Prompt, view: View, clips: dict[str, np.ndarray]) -> list[int]:
-    """Samples of each clip that a view holds."""
-    return [len(clips[k]) for k in audio_paths(prompt)] if view == "speech" else []
 
 
 def _check_prompt(prompt: Prompt, view: View, expected: list[int], found: list[int]) -> None:
@@ -199,7 +169,3 @@ def _check_prompt(prompt: Prompt, view: View, expected: list[int], found: list[i
             f"prompt {prompt.id} ({view} view): the server reads {len(found)} ids, the learner {len(expected)}; "
             f"first difference at {at}: {found[at : at + 5]}, {expected[at : at + 5]}"
         )
-
-
-def _index(choice: dict[str, Any]) -> int:
-    return int(choice["index"])

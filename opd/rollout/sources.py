@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
-
-import numpy as np
 
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.rollout.sampler import VllmSampler
 from opd.settings import UserError
-from opd.types import Prompt, Rollout, View
+from opd.types import Clips, Prompt, Rollout, View
 
 
 class ResponseSource(Protocol):
     """Seam: makes responses for the prompts of a step."""
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         """Rollouts of every view with a share in the objective.
-
-        prompts: (position in the global batch, prompt); clips: waveforms by audio path.
-        """
-        ...
+        prompts: (position in the global batch, prompt); clips: waveforms by audio path."""
 
 
 class StudentSource:
@@ -34,7 +28,7 @@ class StudentSource:
         self.sampler, self.views = sampler, views
         self.n, self.temperature = config.rollout.n, config.rollout.temperature
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         jobs = [(p, view, f"{step}/{position}") for view in self.views for position, p in prompts]
         return self.sampler.sample(jobs, clips, self.n, self.temperature)
 
@@ -45,7 +39,7 @@ class TeacherSource:
     def __init__(self, teacher: Any, config: Config, views: list[View]) -> None:
         self.teacher, self.views, self.max_tokens = teacher, views, config.rollout.max_tokens
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         replies = self.teacher.respond([p for _, p in prompts], self.max_tokens)
         return [
             Rollout(p, view, ids, None, -1, truncated)
@@ -60,7 +54,7 @@ class DatasetSource:
     def __init__(self, family: Family, config: Config, views: list[View]) -> None:
         self.family, self.views, self.max_tokens = family, views, config.rollout.max_tokens
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         return [Rollout(p, v, *gold_ids(self.family, p, self.max_tokens)) for v in self.views for _, p in prompts]
 
 
@@ -79,39 +73,32 @@ def decode(family: Family, ids: tuple[int, ...]) -> str:
 
 class MixSource:
     """The student answers some of a step's prompts, the teacher the others (GKD, arXiv 2306.13649, its lambda).
-
     rollout.student_share of the prompts, drawn by run seed, step and position, go to the student. The teacher writes
-    one response to a prompt, the student n: in means over responses the teacher's then stands for n.
-    """
+    one response to a prompt, the student n: in means over responses the teacher's then stands for n."""
 
     def __init__(self, student: StudentSource, teacher: TeacherSource, config: Config) -> None:
         self.student, self.teacher, self.config = student, teacher, config
 
-    def respond(self, prompts: list[tuple[int, Prompt]], clips: dict[str, np.ndarray], step: int) -> list[Rollout]:
-        mine = [self._is_students(step, position) for position, _ in prompts]
-        own = [p for p, m in zip(prompts, mine, strict=True) if m]
-        others = [p for p, m in zip(prompts, mine, strict=True) if not m]
-        sampled = self.student.respond(own, clips, step)
-        written = self.teacher.respond(others, clips, step)  # also of none: a sharded teacher needs every rank
+    def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
+        students: dict[bool, list[tuple[int, Prompt]]] = {True: [], False: []}
+        for position, p in prompts:
+            # not a CRC: that is linear, another step would turn all draws over or none
+            drawn = random.Random(f"{self.config.run.seed}/{step}/{position}").random()
+            students[drawn < self.config.rollout.student_share].append((position, p))
+        sampled = self.student.respond(students[True], clips, step)
+        written = self.teacher.respond(students[False], clips, step)  # also of none: a sharded teacher needs every rank
         return sampled + [replace(r, stands_for=self.student.n) for r in written]
 
-    def _is_students(self, step: int, position: int) -> bool:
-        # not a CRC: that is linear, another step would turn all draws over or none
-        drawn = random.Random(f"{self.config.run.seed}/{step}/{position}").random()
-        return drawn < self.config.rollout.student_share
 
-
-def make_source(config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family) -> Any:
+def make_source(
+    config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family
+) -> ResponseSource:
     """The response source that the recipe asks for; `writer`: the teacher that writes, wherever it is."""
-
-    def student() -> StudentSource:
-        assert sampler is not None, "a student that samples has a server"
-        return StudentSource(sampler, config, views)
-
-    make: dict[str, Callable[[], ResponseSource]] = {
-        "student": student,
-        "teacher": lambda: TeacherSource(writer, config, views),
-        "dataset": lambda: DatasetSource(family, config, views),
-        "mix": lambda: MixSource(student(), TeacherSource(writer, config, views), config),
-    }
-    return make[config.rollout.source]()
+    source, writing = config.rollout.source, TeacherSource(writer, config, views)
+    if source == "dataset":
+        return DatasetSource(family, config, views)
+    if source == "teacher":
+        return writing
+    assert sampler is not None, "a student that samples has a server"
+    student = StudentSource(sampler, config, views)
+    return student if source == "student" else MixSource(student, writing, config)

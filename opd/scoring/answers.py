@@ -126,9 +126,8 @@ def choice_of(text: str, choices: Sequence[str] = ()) -> str | None:
     if (m := ALONE.fullmatch(text)) and m[1].upper() in letters:
         return m[1].upper()
     named = [m["letter"].upper() for m in NAMED.finditer(text) if _is_label(m)]
-    named = [letter for letter in named if letter in letters]
-    if named:
-        return named[-1]
+    if valid := [letter for letter in named if letter in letters]:
+        return valid[-1]
     if (m := LABEL.match(text)) and m[1].upper() in letters:
         return m[1].upper()
     told = _mentioned(text, choices)
@@ -148,8 +147,7 @@ def _is_label(m: re.Match[str]) -> bool:
 def _mentioned(text: str, choices: Sequence[str]) -> set[str]:
     """Letters of the options whose words are in the text, where no longer option's words have them."""
     left, found = f" {_plain(text)} ", set()
-    order = sorted(range(len(choices)), key=lambda i: -len(_plain(choices[i])))
-    for i in order:
+    for i in sorted(range(len(choices)), key=lambda i: -len(_plain(choices[i]))):
         words = f" {_plain(choices[i])} "
         if words in left:
             found.add(ascii_uppercase[i])
@@ -178,11 +176,10 @@ def number_of(text: str) -> float | None:
 
     Numbers in words are not read. A hyphen after a word or a digit is no sign: the last number of "10-12" is 12.
     """
-    found = None
-    for m in NUMBER.finditer(text.replace("\u2212", "-")):
+    for m in reversed([*NUMBER.finditer(text.replace("\u2212", "-"))]):
         value = float(re.sub(r"[,$\s]", "", m[1]))
         if m[2] is not None and float(m[2]) != 0:
             value /= float(m[2])
         if math.isfinite(value):
-            found = value
-    return found
+            return value
+    return None

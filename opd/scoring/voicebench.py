@@ -9,25 +9,22 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from opd.settings import UserError
 
 NEEDS = {  # match -> what has to be installed
-    "voicebench_mcq": ("lmms_eval",),
-    "voicebench_bbh": ("lmms_eval",),
-    "voicebench_refusal": ("lmms_eval",),
+    **dict.fromkeys(("voicebench_mcq", "voicebench_bbh", "voicebench_refusal"), ("lmms_eval",)),
     "ifeval": ("lmms_eval", "langdetect", "immutabledict", "nltk"),
 }
 TASKS = {  # of Big Bench Hard in VoiceBench -> answers
     "hyperbaton": ("(a)", "(b)"),
-    "navigate": ("yes", "no"),
-    "sports_understanding": ("yes", "no"),
-    "web_of_lies": ("yes", "no"),
+    **dict.fromkeys(("navigate", "sports_understanding", "web_of_lies"), ("yes", "no")),
 }
 LETTERS = "ABCD"
 UNDECIDED = "no answer found"
@@ -46,12 +43,9 @@ class _Undecided(Exception):
     """No rule finds an answer in a response."""
 
 
-class _NoChance:
-    """Stands for `random` in the library, which would draw an answer where its rules find none."""
-
-    @staticmethod
-    def choice(_: Any) -> NoReturn:
-        raise _Undecided
+def _undecided(_: Any) -> NoReturn:
+    """Stands for `random.choice` in the library, which would draw an answer where its rules find none."""
+    raise _Undecided
 
 
 def check_installed(match: str) -> None:
@@ -60,10 +54,8 @@ def check_installed(match: str) -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"match {match}: the module {name} is not installed: pip install opd[benchmarks]")
     if match == "ifeval":
-        import nltk
-
         try:
-            nltk.data.find("tokenizers/punkt_tab")
+            importlib.import_module("nltk").data.find("tokenizers/punkt_tab")
         except LookupError as e:
             told = "NLTK's table of sentences is missing: python -m nltk.downloader punkt_tab"
             raise UserError(f"match {match}: {told}") from e
@@ -86,25 +78,27 @@ def check_answer(answer: str, match: str, group: str) -> None:
 
 def criteria(answer: str) -> list[str]:
     """The criteria of a rubric, a JSON list of strings. Raises ValueError for anything else."""
-    try:
-        found = json.loads(answer)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"answer: match rubric needs a JSON list of criteria, found {answer[:60]!r} ({e})") from e
-    if not isinstance(found, list) or not found or not all(isinstance(c, str) and c.strip() for c in found):
-        raise ValueError(f"answer: match rubric needs a JSON list of criteria, each a string, found {answer[:60]!r}")
-    return [c.strip() for c in found]
+    found = _listed(answer, "rubric", "criteria", lambda one: isinstance(one, str) and one.strip(), ", each a string")
+    return [one.strip() for one in found]
 
 
 def instructions(answer: str) -> list[dict[str, Any]]:
     """The instructions of an IFEval prompt, a JSON list of {"id", "kwargs"}. Raises ValueError for anything else."""
-    expected = 'answer: match ifeval needs a JSON list of {"id", "kwargs"}'
+
+    def whole(one: Any) -> bool:
+        return isinstance(one, dict) and isinstance(one.get("id"), str) and isinstance(one.get("kwargs"), dict)
+
+    return _listed(answer, "ifeval", '{"id", "kwargs"}', whole)
+
+
+def _listed(answer: str, match: str, what: str, whole: Callable[[Any], Any], each: str = "") -> list[Any]:
+    expected, told = f"answer: match {match} needs a JSON list of {what}", f", found {answer[:60]!r}"
     try:
         found = json.loads(answer)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{expected}, found {answer[:60]!r} ({e})") from e
-    whole = isinstance(found, list) and found and all(isinstance(i, dict) for i in found)
-    if not whole or not all(isinstance(i.get("id"), str) and isinstance(i.get("kwargs"), dict) for i in found):
-        raise ValueError(f"{expected}, found {answer[:60]!r}")
+        raise ValueError(f"{expected}{told} ({e})") from e
+    if not isinstance(found, list) or not found or not all(map(whole, found)):
+        raise ValueError(f"{expected}{each}{told}")
     return found
 
 
@@ -117,44 +111,20 @@ def grade(match: str, text: str, answer: str, group: str, question: str) -> Grad
         return _followed(text, instructions(answer), question)
     if match == "voicebench_refusal":
         return Grade(_voicebench().voicebench_process_results_harm({}, [text])["accuracy"] == 100)
-    if match == "voicebench_mcq":
-        return _expected(_letter(text), answer, len(LETTERS))
-    said = "right" if _is(text, group, answer) else "wrong"
-    return _expected(said if _decided(text, group) else None, "right", 2)
+    options = TASKS[group] if match == "voicebench_bbh" else tuple(LETTERS)
+    if not any(_says(match, text, group, option) for option in options):
+        # VoiceBench draws an option where its rules find none: what that is worth on average, without the draw
+        return Grade(1 / len(options), {UNDECIDED: (1.0, 1.0)})
+    return Grade(_says(match, text, group, answer), {UNDECIDED: (0.0, 1.0)})
 
 
-def worst(match: str, answer: str) -> Grade:
-    """The grade of an answer that never ended."""
-    if match == "ifeval":
-        count = float(len(instructions(answer)))
-        return Grade(0.0, dict(zip(FOUR, [(0.0, 1.0), (0.0, count)] * 2, strict=True)))
-    return Grade(False)
-
-
-def _expected(said: str | None, answer: str, options: int) -> Grade:
-    """VoiceBench draws an option where its rules find none: what that is worth on average, without the draw."""
-    if said is None:
-        return Grade(1 / options, {UNDECIDED: (1.0, 1.0)})
-    return Grade(said == answer, {UNDECIDED: (0.0, 1.0)})
-
-
-def _letter(text: str) -> str | None:
-    """The option that VoiceBench's rules for multiple choice read in a response."""
-    rule = _voicebench().voicebench_process_results_mcq
-    return next((one for one in LETTERS if rule({"reference": one}, [text])["accuracy"] == 100), None)
-
-
-def _is(text: str, task: str, answer: str) -> bool:
+def _says(match: str, text: str, task: str, answer: str) -> bool:
+    """Whether VoiceBench's rules read this answer in a response."""
+    rule = getattr(_voicebench(), match.replace("voicebench_", "voicebench_process_results_"))
     try:
-        return (
-            _voicebench().voicebench_process_results_bbh({"id": task, "reference": answer}, [text])["accuracy"] == 100
-        )
+        return rule({"id": task, "reference": answer}, [text])["accuracy"] == 100
     except _Undecided:
         return False
-
-
-def _decided(text: str, task: str) -> bool:
-    return any(_is(text, task, answer) for answer in TASKS[task])
 
 
 def _followed(text: str, asked: list[dict[str, Any]], question: str) -> Grade:
@@ -218,7 +188,7 @@ def qa_prompt() -> str:
 @cache
 def _voicebench() -> Any:
     module = _loaded("lmms_eval.tasks.voicebench.utils")
-    module.random = _NoChance()
+    module.random = SimpleNamespace(choice=_undecided)
     return module
 
 
@@ -230,21 +200,7 @@ def _checkers() -> dict[str, Any]:
 
 def _loaded(name: str) -> Any:
     try:
-        with _no_judge():
+        with patch.dict(os.environ, API_TYPE="dummy"):  # else its client of a judge of its own asks for a key
             return importlib.import_module(name)
     except ImportError as e:
         raise UserError(f"{name}: cannot be imported ({e}): pip install opd[benchmarks]") from e
-
-
-@contextmanager
-def _no_judge() -> Iterator[None]:
-    """lmms-eval makes a client for a judge of its own when it is imported, which would ask for a key."""
-    before = os.environ.get("API_TYPE")
-    os.environ["API_TYPE"] = "dummy"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["API_TYPE"]
-        else:
-            os.environ["API_TYPE"] = before

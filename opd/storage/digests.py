@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from opd.settings import UserError, regular_file
+
 
 def canonical(value: Any) -> bytes:
     """One spelling of a JSON value."""
@@ -17,9 +19,9 @@ def canonical(value: Any) -> bytes:
 def digest(path: str) -> str:
     """SHA-256 of a file; its path where it cannot be read, which whoever decodes it will say."""
     try:
-        stat = Path(path).stat()
+        stat = regular_file(path, "file").stat()
         return _digest(path, stat.st_size, stat.st_mtime_ns)
-    except (OSError, ValueError):  # a ValueError is a zero byte in the path
+    except (OSError, UserError):
         return path
 
 

@@ -5,24 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from opd.settings import UserError
 
 
-class Place(NamedTuple):
-    """Where a result is written."""
-
-    file: Path
-    offset: int
-
-
 class Journal:
     """Results by key, of all shards of a stage; this process appends to the file of its own shard.
-
     A line is {"key", "record"} or {"key", "drop", "id"}. A last line that was cut off is taken out. Raises UserError
-    for a file that is damaged elsewhere.
-    """
+    for a file that is damaged elsewhere."""
 
     def __init__(self, folder: Path, shard: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +21,7 @@ class Journal:
         self._fd = os.open(self._own, os.O_RDWR | os.O_CREAT, 0o644)
         self._open: dict[Path, BinaryIO] = {}
         self._ends: dict[Path, int] = {}  # of the last whole line
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, tuple[Path, int]] = {}  # file and offset of each result
         self.refresh()
         os.ftruncate(self._fd, self._ends[self._own])
 
@@ -39,9 +30,9 @@ class Journal:
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         """The line of a key."""
-        place = self._places[key]
-        f = self._open[place.file]
-        f.seek(place.offset)
+        path, offset = self._places[key]
+        f = self._open[path]
+        f.seek(offset)
         return json.loads(f.readline())
 
     def add(self, key: str, result: dict[str, Any]) -> None:
@@ -57,7 +48,7 @@ class Journal:
             os.ftruncate(self._fd, end)
             raise
         self._ends[self._own] = end + len(line)
-        self._places[key] = Place(self._own, end)
+        self._places[key] = self._own, end
 
     def refresh(self) -> None:
         """Take up what other shards have added since it was last read."""
@@ -83,7 +74,7 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             try:
-                self._places[_key(line)] = Place(path, offset)
+                self._places[_key(line)] = path, offset
             except ValueError as e:
                 raise UserError(
                     f"{path}: at byte {offset}: expected a stage's result, found {line[:40]!r}; take the line out, and "

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from opd.settings import UserError
 from opd.storage.json_lines import _json, read_lines, write_atomic
+from opd.storage.run_folder import status_of
 
 # Log-probabilities, losses and divergences are in nats per token, lengths in tokens, times in seconds; ratio/clipped
 # and length/truncated are shares in [0, 1]. A line leaves out what does not apply to it.
@@ -39,9 +40,7 @@ class Sink(NamedTuple):
 
 class MetricsLog:
     """The run folder's JSON lines and status; made on rank 0 only.
-
-    Raises UserError when a requested sink's package is not installed.
-    """
+    Raises UserError when a requested sink's package is not installed."""
 
     def __init__(self, run_dir: Path, sinks: list[str], project: str, run_name: str) -> None:
         self.run_dir = run_dir
@@ -75,18 +74,13 @@ class MetricsLog:
 
     def failed(self, rank: int, steps: int, error: str, user_error: bool) -> None:
         """Tell why a rank failed, unless another did so first: the others then fail for want of it."""
-        try:
-            before = json.loads((self.run_dir / "status.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            before = {}
+        before = status_of(self.run_dir)
         if before.get("phase") != "failed":
             self.status("failed", f"rank {rank}", before.get("step", 0), steps, error, user_error)
 
     def truncate_after(self, step: int) -> None:
         """Drop every line of a later step, and a last line that was cut off, before a resumed run writes again.
-
-        Sinks keep what they have. Raises UserError naming file and line when another line is broken.
-        """
+        Sinks keep what they have. Raises UserError naming file and line when another line is broken."""
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             path = self.run_dir / name
             if path.is_file():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from opd.settings import UserError
 
@@ -30,23 +31,27 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Commit of the code that runs, with `-dirty` when files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    told = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(told, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+    return done.stdout.strip()
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    """What status.json says; {} where there is none, or it is broken."""
+    try:
+        found = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager
 def lock(folder: Path, node: int = 0, of: str = "run.dir", by: str = "opd launch") -> Iterator[None]:
     """Make the run folder and hold it for one launcher of each node; the system lets go of it however that ends.
-
-    Raises UserError when another launcher holds it or it cannot be written: `of` is the setting, `by` the launcher.
-    """
+    Raises UserError when another launcher holds it or it cannot be written: `of` is the setting, `by` the launcher."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         f = open(folder / (f".lock-{node}" if node else ".lock"), "w")  # noqa: SIM115 - closed below

@@ -9,9 +9,9 @@ import numpy as np
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.objectives.token_loss import Logits
-from opd.settings import UserError
-from opd.teachers.tokenizers import check_tokenizers, text_prompt_ids
-from opd.types import Prompt, Rollout, Sample, ScoredRollout, render
+from opd.settings import UserError, first_line
+from opd.teachers.tokenizers import check_tokenizers
+from opd.types import Prompt, Rollout, Sample, ScoredRollout, joined, render
 
 Reply = tuple[tuple[int, ...], bool]  # token ids with end of turn, truncated
 
@@ -24,15 +24,12 @@ class Teacher(Protocol):
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         """Log-probabilities of each rollout's own token ids, at temperature 1, in the text view."""
-        ...
 
     def logits(self, samples: list[Sample]) -> Logits:
         """Logits of the samples' response tokens in the text view, one response after another."""
-        ...
 
     def respond(self, prompts: list[Prompt], max_tokens: int) -> list[Reply]:
         """Greedy responses to the text view, in the student's tokens."""
-        ...
 
 
 class _Reader:
@@ -45,7 +42,7 @@ class _Reader:
         try:
             self.tokenizer = family.text_tokenizer(config.teacher.path)
         except (OSError, ValueError) as e:
-            raise UserError(f"teacher.path {config.teacher.path}: no loadable tokenizer: {_first_line(e)}") from e
+            raise UserError(f"teacher.path {config.teacher.path}: no loadable tokenizer: {first_line(e)}") from e
         self.check()
 
     def check(self) -> None:
@@ -54,7 +51,7 @@ class _Reader:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of the text view with the generation prompt."""
-        return text_prompt_ids(self.family, self.tokenizer, render(prompt, "text"))
+        return self.family.text_ids(self.tokenizer, [joined(m) for m in render(prompt, "text")])
 
 
 def _asked(rollout: Rollout) -> np.ndarray:
@@ -66,7 +63,3 @@ def _asked(rollout: Rollout) -> np.ndarray:
 def _cut(ids: list[int], eos: list[int]) -> Reply:
     end = next((i for i, t in enumerate(ids) if t in eos), None)
     return (tuple(ids), True) if end is None else (tuple(ids[: end + 1]), False)
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

@@ -38,9 +38,7 @@ class Retold:
 
 class CrossTokenizerTeacher(LocalTeacher):
     """A local model that need not share the student's tokenizer: it gives neither scores nor logits of its tokens.
-
-    Both tokenizers must be byte-level BPE, as those of Qwen, Llama 3 and Mistral v0.3 are.
-    """
+    Both tokenizers must be byte-level BPE, as those of Qwen, Llama 3 and Mistral v0.3 are."""
 
     gives_logits = gives_scores = False
 
@@ -55,10 +53,8 @@ class CrossTokenizerTeacher(LocalTeacher):
 
     def aligned(self, samples: list[Sample]) -> Aligned:
         """The loss of a response [T, V] of `samples`, by its number; reads all of them at once.
-
         A response needs its whole logits, and the teacher's, for probabilities are sorted over the vocabulary: memory
-        is that of the longest response instead of a chunk.
-        """
+        is that of the longest response instead of a chunk."""
         retold = [self.retell(s.scored.rollout) for s in samples]
         prompts = [self.prompt_ids(s.scored.rollout.prompt) for s in samples]
         states = self._read([(p, tuple(r.theirs)) for p, r in zip(prompts, retold, strict=True)])
@@ -78,14 +74,13 @@ class CrossTokenizerTeacher(LocalTeacher):
 
     def retell(self, rollout: Rollout) -> Retold:
         """The response as the teacher would have put it; ends of turn are aligned with each other.
-
-        From the first byte on that is no text, such as half a character at the length limit, nothing is aligned.
-        """
+        From the first byte on that is no text, such as half a character at the length limit, nothing is aligned."""
         trl = _trl("utils")
         tokenizer, eos = self.family.tokenizer, self.family.eos_ids
         ended = rollout.token_ids[-1] in eos
         ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)
-        text, *lost = _text(tokenizer, ids).split(REPLACED, 1)
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text, *lost = text.split(REPLACED, 1)
         size = len(text.encode())
         ends = np.cumsum([trl.piece_byte_len(t) for t in tokenizer.convert_ids_to_tokens(ids)]).tolist()
         kept = sum(end <= size for end in ends)
@@ -122,10 +117,6 @@ def uld_loss(o: ObjectiveConfig, student: Any, teacher: Any, device: torch.devic
     settings |= {"skip_student_eos": False, "skip_teacher_eos": False}
     named = {f"uld_{k}": v for k, v in settings.items()} | {"use_extended_uld": True, "beta": o.beta}
     return _trl("gold.gold_trainer").ULDLoss(SimpleNamespace(**named), student, teacher, device)
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _given(ids: list[int], offsets: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

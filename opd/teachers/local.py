@@ -16,19 +16,17 @@ from opd.config.deepspeed import inference_settings
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.sharding import DTYPES, all_reduce, load_sharded
-from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import EXCLUDED
 from opd.objectives.token_loss import Logits, chunks
-from opd.settings import UserError
-from opd.teachers.base import Reply, _asked, _cut, _first_line, _Reader
-from opd.types import Prompt, Rollout, Sample, ScoredRollout
+from opd.settings import UserError, first_line
+from opd.teachers.base import Reply, _asked, _cut, _Reader
+from opd.types import Prompt, Rollout, Sample, ScoredRollout, packed
 
 
 class LocalTeacher(_Reader):
     """A Hugging Face model in the learner process; also gives full-vocabulary logits.
-
     With teacher.shard each rank holds a part of it (ZeRO-3). Every forward pass then takes all ranks: each of them
-    calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work.
-    """
+    calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work."""
 
     gives_logits = True
 
@@ -47,7 +45,7 @@ class LocalTeacher(_Reader):
         try:
             self.model = load_sharded(load, settings) if settings else load()
         except (OSError, ValueError) as e:
-            raise UserError(f"teacher.path {config.teacher.path}: not loadable: {_first_line(e)}") from e
+            raise UserError(f"teacher.path {config.teacher.path}: not loadable: {first_line(e)}") from e
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would bend what is greedy
         frozen(self.model, settings, device)
         self._knows(family.vocab_size, family.banned_ids, family.eos_ids, self.model.config.vocab_size)
@@ -67,7 +65,8 @@ class LocalTeacher(_Reader):
         out: list[ScoredRollout | None] = [None] * len(rollouts)
         for chunk, states in self._passes(pairs):
             lengths = [len(rollouts[i].token_ids) for i in chunk]
-            found = [self._scored([rollouts[i] for i in chunk], states, p) for p in self._parts(sum(lengths))]
+            parts = chunks(sum(lengths), len(self.banned))
+            found = [self._scored([rollouts[i] for i in chunk], states, p) for p in parts]
             columns = [torch.cat(c).cpu().split(lengths) for c in zip(*found, strict=True)]
             for i, logp, *top in zip(chunk, *columns, strict=True):
                 out[i] = ScoredRollout(rollouts[i], logp.numpy(), *(x.numpy() for x in top))
@@ -89,10 +88,8 @@ class LocalTeacher(_Reader):
 
     def logits(self, samples: list[Sample]) -> Logits:
         """Logits of the samples' response tokens, one response after another, banned ids and ids it lacks at EXCLUDED.
-
         Reads them at once; makes the logits of a chunk when they are asked for. A sharded teacher, of whose output
-        layer no rank has the whole, makes all of them first.
-        """
+        layer no rank has the whole, makes all of them first."""
         rollouts = [s.scored.rollout for s in samples]
         states = self._read([(self.prompt_ids(r.prompt), r.token_ids) for r in rollouts])
         return lambda part: self._project(states[part])
@@ -126,13 +123,9 @@ class LocalTeacher(_Reader):
         longest = max(map(len, ids))
         tokens = torch.tensor([[0] * (longest - len(i)) + i for i in ids], device=self.device)
         mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=self.device)
-        greedy = GenerationConfig(
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            eos_token_id=self.eos_ids,
-            pad_token_id=self.eos_ids[0],
-            suppress_tokens=self.suppressed or None,
-        )
+        ends: dict[str, Any] = {"eos_token_id": self.eos_ids, "pad_token_id": self.eos_ids[0]}
+        banned = self.suppressed or None
+        greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, suppress_tokens=banned, **ends)
         out = self._write(input_ids=tokens, attention_mask=mask, generation_config=greedy, synced_gpus=self.sharded)
         return [_cut(row, self.eos_ids) for row in out[:, longest:].tolist()]
 
@@ -204,9 +197,6 @@ class LocalTeacher(_Reader):
         out[:, :shared] = logits[:, :shared]
         return out.masked_fill_(self.banned, EXCLUDED)
 
-    def _parts(self, count: int) -> list[slice]:
-        return chunks(count, len(self.banned))
-
 
 def frozen(model: Any, settings: dict[str, Any] | None, device: torch.device) -> None:
     """Make a model one that only reads: on `device`, or with `settings` of DeepSpeed in parts on all ranks."""
@@ -221,11 +211,5 @@ def frozen(model: Any, settings: dict[str, Any] | None, device: torch.device) ->
 
 def _chunks(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of sequences, longest first, in chunks of at most `budget` padded tokens; a longer one is alone."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    chunks = []
-    while order:
-        chunk = [order.pop()]
-        while order and (len(chunk) + 1) * lengths[chunk[0]] <= budget:
-            chunk.append(order.pop())
-        chunks.append(chunk)
-    return chunks
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)[::-1]
+    return packed(order, lambda chunk, _: (len(chunk) + 1) * lengths[chunk[0]] <= budget)

@@ -19,8 +19,7 @@ from opd.models.base import Family
 from opd.models.lora import switched_off
 from opd.models.sharding import DTYPES, load_sharded
 from opd.models.speech_lm import SpeechLM, Task, at_responses
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import Logits
+from opd.objectives.token_loss import Logits, MicroBatch
 from opd.teachers.local import LocalTeacher, frozen
 from opd.types import Prompt, render
 
@@ -62,9 +61,7 @@ class ReferenceModel:
 
     def logits(self, mb: MicroBatch, inputs: dict[str, Any]) -> Logits:
         """Logits of the micro-batch's response tokens, each in its own view.
-
-        inputs: `Learner.inputs` of it. Trained parts of the audio path are its own.
-        """
+        inputs: `Learner.inputs` of it. Trained parts of the audio path are its own."""
         states = self("states", whole=self.sharded, **at_responses(inputs, mb.mask))
         return lambda part: self.project(states[part])
 

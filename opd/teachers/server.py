@@ -18,10 +18,8 @@ from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 class ServerTeacher(_Reader):
     """A vLLM server that scores token ids by prompt log-probs.
-
     It normalises over its full vocabulary: ids that the student may not use (audio placeholders, padded rows) are not
-    masked there. A text LLM gives them next to nothing, so the difference to the local teacher is of that size.
-    """
+    masked there. A text LLM gives them next to nothing, so the difference to the local teacher is of that size."""
 
     gives_logits = False
 
@@ -43,7 +41,7 @@ class ServerTeacher(_Reader):
             for p, r in zip(prompts, rollouts, strict=True)
         ]
         scored = []
-        for r, p, answer in zip(rollouts, prompts, self._ask("/v1/completions", bodies), strict=True):
+        for r, p, answer in zip(rollouts, prompts, self._ask(bodies), strict=True):
             entries = answer["choices"][0].get("prompt_logprobs")
             values = given(entries, [*p, *r.token_ids], len(r.token_ids), "teacher")
             scored.append(ScoredRollout(r, values, *self._top(r, entries[len(p) :])))
@@ -84,13 +82,12 @@ class ServerTeacher(_Reader):
             | one
             for p, one in zip(prompts, how, strict=True)
         ]
-        answers = self._ask("/v1/completions", bodies)
-        return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in answers]
+        return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in self._ask(bodies)]
 
     def logits(self, samples: list[Sample]) -> Logits:
         raise AssertionError("a server gives no logits; who asks looks at gives_logits")
 
-    def _ask(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
+    def _ask(self, bodies: list[dict[str, Any]]) -> list[Any]:
+        r, path = self.config.rollout, "/v1/completions"
         requests = [Request(path, {"model": "teacher"} | b, len(b["prompt"]) + b["max_tokens"]) for b in bodies]
-        r = self.config.rollout
         return [a.content for a in post_all(self.config.teacher.urls, requests, r.concurrency, r.timeout_s, self.first)]

@@ -9,7 +9,6 @@ from typing import Any
 
 from opd.models.base import Family
 from opd.settings import UserError
-from opd.types import Message, joined
 
 
 def check_byte_level(family: Family, teacher: Any, path: str) -> None:
@@ -31,11 +30,6 @@ def _trl(name: str) -> Any:
         return import_module(f"trl.experimental.{name}")
 
 
-def text_prompt_ids(family: Family, tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a chat in the text view, with the generation prompt, as a text teacher reads it."""
-    return family.text_ids(tokenizer, [joined(m) for m in messages])
-
-
 TEXTS = (
     *("What is 12 plus 3? It's fifteen.", "1 234 567.89 and 10%, 3/4, 2e-5", "  spaces at both ends  "),
     *("Zürich, Привет, 你好, नमस्ते 🎧", "one line\nand another\n\n\tand a tab", "<b>no token</b> #1"),
@@ -44,9 +38,7 @@ TEXTS = (
 
 def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Iterable[str] = TEXTS) -> None:
     """Refuse a teacher whose tokenizer gives any shared id another meaning, or other ids to any of the texts.
-
-    The differing tokens are named. Ids that only the student has must be the audio-only ones, which are banned.
-    """
+    The differing tokens are named. Ids that only the student has must be the audio-only ones, which are banned."""
     ours = {i: t for t, i in family.tokenizer.get_vocab().items()}
     theirs = {i: t for t, i in teacher.get_vocab().items()}
     banned = set(family.banned_ids)

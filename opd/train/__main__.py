@@ -25,9 +25,7 @@ from opd.train.build import run
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """`python -m opd.train RECIPE [key=value ...]`: exit code 0 done, 2 a user's mistake, 1 anything else.
-
-    Ends the process.
-    """
+    Ends the process."""
     parser = argparse.ArgumentParser(prog="opd train", description="One learner process; start it with accelerate.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -61,9 +59,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _init_distributed(config: Config) -> None:
     import deepspeed
 
-    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    os.environ.update(alone | os.environ)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

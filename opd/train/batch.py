@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.sharding import all_reduce
-from opd.objectives.micro_batch import MicroBatch
-from opd.types import VIEWS, Batch, Rollout, Sample, ScoredRollout, View, audio_paths, render
+from opd.objectives.token_loss import MicroBatch
+from opd.types import VIEWS, Batch, Clips, Rollout, Sample, ScoredRollout, View, audio_paths, packed, render
 
 
 def view_shares(config: Config) -> dict[View, float]:
@@ -23,20 +24,18 @@ def view_shares(config: Config) -> dict[View, float]:
     return {v: shares[v] for v in VIEWS if shares[v] > 0}
 
 
-def make_samples(scored: list[ScoredRollout], clips: dict[str, np.ndarray], family: Family) -> list[Sample]:
+def make_samples(scored: list[ScoredRollout], clips: Clips, family: Family) -> list[Sample]:
     """Tokenise the prompts of scored rollouts, each in its own view, for the student.
-
-    `clips` maps audio paths to waveforms. Responses are taken as they are: never re-tokenised.
-    """
+    `clips` maps audio paths to waveforms. Responses are taken as they are: never re-tokenised."""
     samples = []
     for s in scored:
-        keys = audio_paths(s.rollout.prompt) if s.rollout.view == "speech" else []
+        keys = audio_paths(s.rollout.prompt, s.rollout.view)
         messages = render(s.rollout.prompt, s.rollout.view)
         samples.append(Sample(s, family.prompt_ids(messages, [len(clips[k]) for k in keys]), keys))
     return samples
 
 
-def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Config) -> Batch:
+def make_batch(samples: list[Sample], clips: Clips, config: Config) -> Batch:
     """Weigh every token by the objective's one global denominator and split into micro-batches.
 
     average = response: a token of a response of |y| tokens weighs share(view) / (N_view * |y|); average = token:
@@ -60,7 +59,7 @@ def make_batch(samples: list[Sample], clips: dict[str, np.ndarray], config: Conf
     micro = split(samples, config.train.micro_batch_tokens)
     most = int(all_reduce(torch.tensor(float(len(micro))), "max"))
     assert micro, "a rank without samples"
-    micro += [[_dummy(micro[0][0])] for _ in range(most - len(micro))]
+    micro += [[replace(micro[0][0], weight=0.0, place=-1)] for _ in range(most - len(micro))]
     return Batch(samples, clips, micro, int(counts[-1, 1]), int(counts[-1, 0]))
 
 
@@ -72,16 +71,11 @@ def _counts(rollout: Rollout, config: Config) -> float:
 
 def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Pack groups of samples with the same prompt, longest row first, into micro-batches of padded tokens <= `budget`.
-
-    A group whose row alone would pass the budget is cut; a lone sample may pass it.
-    """
-    rows = [part for group in _groups(samples) for part in _cut([samples[i] for i in group], budget)]
-    micro: list[list[list[Sample]]] = []
-    for row in sorted(rows, key=_row_length, reverse=True):
-        if micro and _row_length(micro[-1][0]) * (len(micro[-1]) + 1) <= budget:
-            micro[-1].append(row)
-        else:
-            micro.append([row])
+    A group whose row alone would pass the budget is cut; a lone sample may pass it."""
+    groups = [[samples[i] for i in group] for group in _groups(samples)]
+    rows = [row for group in groups for row in packed(group, lambda row, s: _row_length([*row, s]) <= budget)]
+    rows.sort(key=_row_length, reverse=True)
+    micro = packed(rows, lambda rows, row: _row_length(rows[0]) * (len(rows) + 1) <= budget)
     return [[s for row in rows for s in row] for rows in micro]
 
 
@@ -165,19 +159,5 @@ def _groups(samples: list[Sample]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cut(group: list[Sample], budget: int) -> list[list[Sample]]:
-    parts = [[group[0]]]
-    for s in group[1:]:
-        if _row_length([*parts[-1], s]) <= budget:
-            parts[-1].append(s)
-        else:
-            parts.append([s])
-    return parts
-
-
 def _row_length(row: list[Sample]) -> int:
     return len(row[0].prompt_ids) + sum(len(s.response_ids) for s in row)
-
-
-def _dummy(sample: Sample) -> Sample:
-    return Sample(sample.scored, sample.prompt_ids, sample.clips, weight=0.0)

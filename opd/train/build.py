@@ -12,12 +12,9 @@ from opd.config.needs import asks_teacher_servers, evaluates, needs_teacher, tea
 from opd.config.schema import Config, TeacherConfig
 from opd.inference.client import Server, check_model
 from opd.inference.weight_sync import WeightSync
-from opd.models.base import Family
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
-from opd.prompts.clips import ClipLoader, list_bad, listed
-from opd.prompts.manifest import read_manifest
-from opd.prompts.stream import PromptStream
+from opd.models.base import Family, family_of
+from opd.prompts.clips import ClipLoader, ContextLimit, list_bad, listed
+from opd.prompts.manifest import PromptStream, read_manifest
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import make_source
 from opd.settings import UserError

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opd.models.files import buffers, write_model
 from opd.models.lora import save_adapter
 from opd.settings import UserError
 from opd.storage.checkpoints import checkpoints
@@ -53,9 +52,7 @@ def save(
 
 def settle(run_dir: str, keep: int, best: dict[str, Any] | None) -> None:
     """Name the best checkpoint in `checkpoints/best.json`, then drop all but that and the newest `keep`.
-
-    `best`: `step` and what else the file shall say; a step whose checkpoint is not there is not named.
-    """
+    `best`: `step` and what else the file shall say; a step whose checkpoint is not there is not named."""
     found = checkpoints(run_dir)
     named = f"step_{best['step']}" if best else ""
     if best and named in [p.name for p in found]:
@@ -67,14 +64,11 @@ def settle(run_dir: str, keep: int, best: dict[str, Any] | None) -> None:
 
 def save_model(learner: Learner, folder: Path) -> None:
     """Write the whole student as Hugging Face files: gathered few parameters at a time, held by rank 0.
-
     The names are those of published checkpoints, which vLLM knows and transformers translates as it loads.
-    (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)
-    """
+    (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)"""
     state = {name: value for name, value in learner.gathered(trainable_only=False) if value is not None}
     if learner.rank == 0:
-        hf: Any = learner.model.hf
-        write_model(learner.family, hf, state | buffers(hf), folder)
+        learner.family.save(learner.model.hf, state, folder)
     dist.barrier()
 
 
@@ -110,6 +104,5 @@ def _sync_files(folder: Path) -> None:
     """The rename must not reach the disk before the contents do."""
     for path in folder.rglob("*"):
         if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+            with path.open("rb") as f:
+                os.fsync(f.fileno())

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.sharding import all_reduce
-from opd.objectives.divergences import divergence
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import Logits, chunks
+from opd.objectives.losses import divergence
+from opd.objectives.token_loss import Logits, MicroBatch, chunks
 from opd.prompts.clips import ClipLoader
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode, gold_ids
@@ -28,7 +26,7 @@ from opd.settings import UserError
 from opd.teachers.base import Teacher
 from opd.train.batch import make_samples
 from opd.train.learner import Learner
-from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View, transcript
+from opd.types import VIEWS, Clips, Prompt, Rollout, Sample, ScoredRollout, View, transcript
 
 CHUNK = 64  # records whose clips are in memory at a time
 PAIRS = 8  # records of one forward pass in the divergences
@@ -55,9 +53,8 @@ class Evaluator:
         self._scorer = Scorer(self.config.eval)
         best = self.config.eval.best or ""
         if best == "forgetting" and not self.teacher.gives_logits:
-            raise UserError(
-                "eval.best forgetting: needs the teacher's full-vocabulary logits, so teacher.kind local or self"
-            )
+            needs = "the teacher's full-vocabulary logits, so teacher.kind local or self"
+            raise UserError(f"eval.best forgetting: needs {needs}")
         if best in ("misalignment", "forgetting") and self.test and all(p.response is None for p in self.test):
             raise UserError(f"eval.best {best}: follows gold responses: expected a `response` in records of eval.test")
         if best.startswith("reverse_kl") and not self.teacher.gives_scores:
@@ -83,9 +80,7 @@ class Evaluator:
 
     def interim(self) -> dict[str, Any]:
         """Accuracies, lengths and retention on the first eval.every_limit records: cheap enough for every few steps.
-
-        Divergences only where eval.best is one of them, on eval.kl_limit records as in `run`.
-        """
+        Divergences only where eval.best is one of them, on eval.kl_limit records as in `run`."""
         out: dict[str, Any] = {}
         limit = self.config.eval.every_limit
         if self.test:
@@ -184,17 +179,17 @@ class Evaluator:
             for chunk in self._in_step(prompts):
                 clips = self._load(chunk)
                 jobs = [(p, view, f"reverse_kl/{i}") for i, p in chunk]
-                own = self.sampler.sample(jobs, clips, 1, 1.0)
-                scored = self._scored(own)
+                own, whole = self.sampler.sample(jobs, clips, 1, 1.0), self.teacher.gives_logits
+                scored = [ScoredRollout(r, None) for r in own] if whole else self.teacher.score(own)
                 mb, student = self._student(make_samples(scored, clips, self.family), clips)
-                teacher = self.teacher.logits(mb.samples) if self.teacher.gives_logits else None
+                teacher = self.teacher.logits(mb.samples) if whole else None
                 self._gather(sums[0], chunk, self._kl(mb, student, teacher))
                 self._gather(sums[1], chunk, mb.mask.sum(-1))
             sums = all_reduce(sums, "sum")
             out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist(), questions(prompts))
         return out
 
-    def _student(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Logits]:
+    def _student(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Logits]:
         mb, states = self.learner.eval_states(samples, clips)
         return mb, lambda part: self.learner.model.project(states[part])
 
@@ -214,12 +209,7 @@ class Evaluator:
         out[real] = self.learner.at_output_layer(lambda: torch.cat([of(p) for p in parts])).to(out.dtype)
         return out.sum(-1)
 
-    def _scored(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        if self.teacher.gives_logits:
-            return [ScoredRollout(r, None) for r in rollouts]
-        return self.teacher.score(rollouts)
-
-    def _gold(self, chunk: list[tuple[int, Prompt]], view: View, clips: dict[str, np.ndarray]) -> list[Sample]:
+    def _gold(self, chunk: list[tuple[int, Prompt]], view: View, clips: Clips) -> list[Sample]:
         limit = self.config.rollout.max_tokens
         gold = [ScoredRollout(Rollout(p, view, *gold_ids(self.family, p, limit)), None) for _, p in chunk]
         return make_samples(gold, clips, self.family)
@@ -238,12 +228,11 @@ class Evaluator:
     def _in_step(self, prompts: list[Prompt]) -> list[list[tuple[int, Prompt]]]:
         """This rank's chunks, as many on every rank: (-1, prompt) fills up and counts for nothing."""
         mine = self._mine(prompts, PAIRS)
-        most = -(-len(prompts) // self.learner.world)
-        calls = -(-most // PAIRS)
+        calls = -(-len(prompts) // (self.learner.world * PAIRS))
         return mine + [[(-1, prompts[0])] for _ in range(calls - len(mine))]
 
-    def _load(self, chunk: list[tuple[int, Prompt]]) -> dict[str, np.ndarray]:
-        clips: dict[str, np.ndarray] = {}
+    def _load(self, chunk: list[tuple[int, Prompt]]) -> Clips:
+        clips: Clips = {}
         for _, p in chunk:
             found = self.clips.load(p)
             if found is None:

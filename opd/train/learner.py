@@ -13,17 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd.config.deepspeed import deepspeed_settings
-from opd.config.limits import CLIPS_PER_CALL
+from opd.config.needs import CLIPS_PER_CALL
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import Piece, adapters, pieces
 from opd.models.sharding import DTYPES, all_reduce, load_sharded
 from opd.models.speech_lm import SpeechLM, Task, at_responses
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import TokenLoss
+from opd.objectives.token_loss import MicroBatch, TokenLoss
 from opd.settings import UserError
 from opd.train.batch import collate
-from opd.types import VIEWS, Batch, Sample
+from opd.types import VIEWS, Batch, Clips, Sample
 
 if TYPE_CHECKING:
     from opd.teachers.reference import ReferenceModel
@@ -53,9 +52,9 @@ class Learner:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device(get_accelerator().current_device_name())
         settings = deepspeed_settings(config)
-        model = _load(family, config, settings)
+        hf: Any = load_sharded(lambda: family.load(DTYPES[config.student.dtype], config.student.attention), settings)
+        model = SpeechLM(hf, family, list(config.student.train), config.student.lora, config.run.seed)
         if config.train.gradient_checkpointing:
-            hf: Any = model.hf
             whole = hf if hf.supports_gradient_checkpointing else hf.get_submodule(family.language_model)
             whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         params = [p for p in model.parameters() if p.requires_grad]
@@ -66,8 +65,7 @@ class Learner:
         )
         self.model: SpeechLM = self.engine.module
         self.model.train()
-        silent = np.zeros(family.sampling_rate // 2, np.float32)
-        self._silent_clip = self._features([silent])
+        self._silent_clip = self._features([np.zeros(family.sampling_rate // 2, np.float32)])
         self._silence: list[Tensor] | None = None
         if self.model.adapter_trained and not self.model.tower_trained:
             self._silence = self.call("encode", features=self._silent_clip)
@@ -76,9 +74,7 @@ class Learner:
 
     def step(self, batch: Batch, step: int, teacher: Any = None) -> StepResult:
         """One gradient step on the batches of all ranks.
-
-        `teacher.logits(samples)` gives its distributions to objectives that read them.
-        """
+        `teacher.logits(samples)` gives its distributions to objectives that read them."""
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -95,9 +91,7 @@ class Learner:
         of_step = {"lr": lr, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0)}
         return StepResult(stats.reduce() | of_step, stats.advantages)
 
-    def _loss(
-        self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray], stats: Sums, teacher: Any
-    ) -> Tensor:
+    def _loss(self, mb: MicroBatch, audio: dict[str, Tensor], clips: Clips, stats: Sums, teacher: Any) -> Tensor:
         objective = self.config.objective
         inputs = self.inputs(mb, audio, clips)
         logits = reference = aligned = None
@@ -131,7 +125,7 @@ class Learner:
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
-    def encode(self, clips: dict[str, np.ndarray], samples: list[Sample]) -> dict[str, Tensor]:
+    def encode(self, clips: Clips, samples: list[Sample]) -> dict[str, Tensor]:
         """Run what is frozen of the audio path once per clip; the same number of calls on every rank."""
         if self.model.tower_trained:
             return {}
@@ -146,20 +140,18 @@ class Learner:
             self.call("encode", features=self._silent_clip)
         return audio
 
-    def inputs(self, mb: MicroBatch, audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
-        """What `SpeechLM` takes of a micro-batch; `audio`: what `encode` gave for its clips."""
-        return mb.inputs | self._audio_inputs(mb.clips, audio, clips)
-
-    def _audio_inputs(self, keys: list[str], audio: dict[str, Tensor], clips: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Audio of the clips; without any a silent one, where something of the audio path is trained."""
+    def inputs(self, mb: MicroBatch, audio: dict[str, Tensor], clips: Clips) -> dict[str, Any]:
+        """What `SpeechLM` takes of a micro-batch; `audio`: what `encode` gave for its clips.
+        Without clips a silent one, where something of the audio path is trained."""
+        keys = mb.clips
         if self.model.tower_trained:
-            return {"features": self._features([clips[k] for k in keys]) if keys else self._silent_clip}
+            return mb.inputs | {"features": self._features([clips[k] for k in keys]) if keys else self._silent_clip}
         if keys:
-            return {"audio": [audio[k] for k in keys]}
-        return {} if self._silence is None else {"audio": self._silence}
+            return mb.inputs | {"audio": [audio[k] for k in keys]}
+        return mb.inputs if self._silence is None else mb.inputs | {"audio": self._silence}
 
     @torch.no_grad()
-    def eval_logits(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
+    def eval_logits(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """One micro-batch and its logits [B, T, V] without gradient; every rank calls it as often as every other."""
         self.model.eval()
         mb = collate(samples).to(self.device)
@@ -168,7 +160,7 @@ class Learner:
         return mb, logits
 
     @torch.no_grad()
-    def eval_states(self, samples: list[Sample], clips: dict[str, np.ndarray]) -> tuple[MicroBatch, Tensor]:
+    def eval_states(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """As `eval_logits`, the hidden states [N, H] of the response tokens alone, one response after another."""
         self.model.eval()
         mb = collate(samples).to(self.device)
@@ -267,11 +259,6 @@ def learning_rate(config: Config, step: int) -> float:
         "cosine": o.final_lr_share + (1.0 - o.final_lr_share) * 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[o.schedule]
     return o.lr * warm * decay
-
-
-def _load(family: Family, config: Config, settings: dict[str, Any]) -> SpeechLM:
-    hf = load_sharded(lambda: family.load(DTYPES[config.student.dtype], config.student.attention), settings)
-    return SpeechLM(hf, family, list(config.student.train), config.student.lora, config.run.seed)
 
 
 def _optimizer(config: Config, params: list[Any], settings: dict[str, Any]) -> Any:

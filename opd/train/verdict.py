@@ -63,19 +63,16 @@ def verdict(lines: Iterable[dict[str, Any]], settings: EvalConfig) -> Verdict:
 
 def warnings(before: Iterable[dict[str, Any]], now: dict[str, Any], warn: WarnConfig) -> list[dict[str, str]]:
     """What an evaluation has to warn of beside the first one of `before`: {"name": metric, "text": one line} each.
-
     A change counts when it exceeds both its margin and `warn.errors` standard errors of the difference of the two,
-    sqrt(a^2 + b^2). Both answered the same records, mostly alike, so that the true error is smaller: cautious.
-    """
+    sqrt(a^2 + b^2). Both answered the same records, mostly alike, so that the true error is smaller: cautious."""
     first = next(iter(before), None)
     if first is None:
         return []
     found = []
 
     def note(name: str, setting: str, text: str) -> None:
-        found.append(
-            {"name": name, "text": f"step {now['step']}: {text} at step {first['step']} (eval.warn.{setting})"}
-        )
+        text = f"step {now['step']}: {text} at step {first['step']} (eval.warn.{setting})"
+        found.append({"name": name, "text": text})
 
     for name, words, setting in (("accuracy/text", "typed accuracy", "text"), ("retention", "retention", "retention")):
         value, change, stderr = _change(first, now, name)

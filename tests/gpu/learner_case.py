@@ -25,9 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from opd.config.deepspeed import deepspeed_settings
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.inference.ports import free_port
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.inference.host import free_port
+from opd.models.base import Family, family_of
 from opd.models.speech_lm import SpeechLM
 from opd.objectives.losses import xopd
 from opd.plan.estimate import Machine, Plan, estimate

@@ -27,8 +27,7 @@ def write_student(
     import torch
     from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
 
-    from opd.models.files import buffers, write_model
-    from opd.models.load import family_of
+    from opd.models.base import family_of
     from opd.models.tiny import config_and_processor
     from opd.plan.shapes import shipped
 
@@ -60,8 +59,7 @@ def write_student(
                 p.normal_(0.0 if "bias" in name else 1.0, STD)
     hf.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     hf.generation_config.save_pretrained(folder)
-    state = {n: p.detach() for n, p in hf.named_parameters()} | buffers(hf)
-    write_model(family_of(str(folder)), hf, state, folder)
+    family_of(str(folder)).save(hf, {n: p.detach() for n, p in hf.named_parameters()}, folder)
     mark.write_text(json.dumps(wanted))
     return folder
 

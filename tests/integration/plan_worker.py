@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from opd.config.load import load_config
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.train import extensions
 from opd.train.batch import make_batch, make_samples
 from opd.train.learner import Learner

@@ -16,12 +16,12 @@ import pytest
 from datasets import Audio, Dataset
 from live import STUDENT, config_of, opd
 
-from opd.evaluate.benchmark.settings import Benchmark, JudgeConfig, read
+from opd.evaluate.benchmark.command import Benchmark, JudgeConfig, read
 from opd.evaluate.records import model
 from opd.inference.client import ServerError
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.prompts import audio
+from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.settings import UserError
@@ -173,7 +173,7 @@ def test_sampling_follows_the_seed(benchmark: Path, data: Path, student_url: str
 
 def test_a_judge_that_fails_ends_it(benchmark: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """lmms-eval would score 0: its tasks and verifiers catch every Exception."""
-    from opd.evaluate.benchmark import judging
+    from opd.evaluate.benchmark import scoring
 
     tasks = loaded(monkeypatch, tmp_path, ["tiny_sdqa"], benchmark, None)
     with pytest.raises(UserError, match="task tiny_sdqa: its gpt4_score needs a judge and the benchmark has none"):
@@ -183,7 +183,7 @@ def test_a_judge_that_fails_ends_it(benchmark: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="task tiny_sdqa: judge: http://127.0.0.1:9/v1: cannot be reached"):
         tasks.load_task_or_group(["tiny_sdqa"])
     score = tasks.loaded["tiny_sdqa"].process_results  # with lmms-eval's own retries around it
-    with pytest.raises(judging.JudgeFailed):
+    with pytest.raises(scoring.JudgeFailed):
         score({"prompt": "what", "reference": "that"}, ["this"])
 
 
@@ -228,10 +228,10 @@ def loaded(
     monkeypatch: pytest.MonkeyPatch, folder: Path, names: list[str], benchmark: Path | None, judge: JudgeConfig | None
 ) -> Any:
     """Tasks of lmms-eval as the worker has them, undone after the test."""
-    from opd.evaluate.benchmark import judging, scoring
+    from opd.evaluate.benchmark import scoring
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    judging.install(judge, folder / "judge.jsonl")
+    scoring.install_judge(judge, folder / "judge.jsonl")
     faults = scoring.Faults()
     guesses = scoring.Guesses(3, faults)
     monkeypatch.setattr(random, "choice", guesses._drawn)

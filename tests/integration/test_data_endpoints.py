@@ -16,9 +16,9 @@ from live import STUDENT, TEACHER, config_of, opd, serving
 from safetensors.torch import load_file
 from tiny_whisper import MOST_TOKENS, write_tiny_whisper
 
-from opd.data.command import stage_class
 from opd.data.engine.runner import Summary, run_stage
-from opd.models.load import family_of
+from opd.data.stages import stage_class
+from opd.models.base import family_of
 from opd.processes.commands import teacher_server
 from opd.processes.layout import Place
 from opd.prompts.audio import load

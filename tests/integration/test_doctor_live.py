@@ -11,7 +11,7 @@ from live import STUDENT, config_of, recipe
 from opd.cli import main
 from opd.doctor.probe import PlainStudent
 from opd.inference.weight_sync import WeightSync
-from opd.models.load import family_of
+from opd.models.base import family_of
 
 LIVE = ["student server", "prompt ids", "log-probs", "samples", "weight push", "teacher reads"]
 

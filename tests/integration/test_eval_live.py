@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from live import STUDENT, TEACHER, opd, serving_student
+from live import STUDENT, TEACHER, opd
 
 from opd.doctor.probe import PlainStudent
 from opd.evaluate.records import eval_config, read_items
 from opd.evaluate.worker import Gap
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
-from opd.objectives.divergences import divergence
+from opd.models.base import family_of
+from opd.objectives.losses import divergence
 from opd.prompts import audio
+from opd.prompts.clips import ContextLimit
 from opd.scoring.statistics import ratio_stderr
 from opd.teachers.local import LocalTeacher
 from opd.train.batch import collate, make_samples
@@ -37,13 +36,6 @@ def overrides(data: Path, **more: Any) -> list[str]:
 
 def with_urls(data: Path, student_url: str, teacher_url: str, **more: Any) -> list[str]:
     return overrides(data, **{"rollout.urls": [student_url], "teacher.urls": [teacher_url]}, **more)
-
-
-@pytest.fixture(scope="module")
-def student_url(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own: other tests push weights to the one that they share."""
-    with serving_student(data, tmp_path_factory.mktemp("student")) as url:
-        yield url
 
 
 class Spy(Gap):
@@ -68,10 +60,10 @@ class Spy(Gap):
 
 
 @pytest.fixture(scope="module")
-def measured(data: Path, student_url: str, teacher_url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def measured(data: Path, original_url: str, teacher_url: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(gap, test items, what was measured of them, clips, the student here)."""
     out = tmp_path_factory.mktemp("gap")
-    config = eval_config("recipes/tiny/2_xopd.yaml", with_urls(data, student_url, teacher_url), out, True)
+    config = eval_config("recipes/tiny/2_xopd.yaml", with_urls(data, original_url, teacher_url), out, True)
     family = family_of(STUDENT)
     gap = Spy(config, family, ContextLimit(family, config.rollout.max_tokens, 512))
     gap.watch()
@@ -150,8 +142,8 @@ def test_the_estimates_are_unbiased(measured: Any) -> None:
         assert mean > 0.001 and abs(off["mean"]) <= 3 * off["stderr"], (name, mean, off)
 
 
-def test_the_command_goes_on_and_compares(data: Path, student_url: str, teacher_url: str, tmp_path: Path) -> None:
-    urls = with_urls(data, student_url, teacher_url, **{"eval.limit": 6})
+def test_the_command_goes_on_and_compares(data: Path, original_url: str, teacher_url: str, tmp_path: Path) -> None:
+    urls = with_urls(data, original_url, teacher_url, **{"eval.limit": 6})
     recipe, a = "recipes/tiny/2_xopd.yaml", tmp_path / "a"
     first = opd("eval", recipe, *urls, "--out", str(a), "--plain")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -163,7 +155,7 @@ def test_the_command_goes_on_and_compares(data: Path, student_url: str, teacher_
     right = [x["views"]["speech"]["right"] for x in lines[:6]]
     assert evaluation["accuracy/speech"]["mean"] == pytest.approx(sum(right) / 6)
     assert evaluation["accuracy/teacher"]["mean"] > 0.8 and evaluation["misalignment/sampled"]["mean"] > 0
-    more = with_urls(data, student_url, teacher_url, **{"eval.limit": 8})
+    more = with_urls(data, original_url, teacher_url, **{"eval.limit": 8})
     grown = opd("eval", recipe, *more, "--out", str(a), "--plain")
     assert "4 of 16 records to measure" in grown.stdout and grown.returncode == 0, grown.stdout + grown.stderr
     kept = [json.loads(x) for x in (a / "records.jsonl").read_text().splitlines()]

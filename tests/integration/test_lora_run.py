@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from opd.cli import main
-from opd.models.load import family_of
+from opd.models.base import family_of
 
 LORA = [f"student.path={STUDENT}", "student.lora={r: 4, alpha: 16}", "train.gradient_checkpointing=true"]
 FAST = ["train.steps=2", "optim.lr=1e-2", "optim.warmup_steps=0"]  # a push that is left out costs 0.1 nats and more

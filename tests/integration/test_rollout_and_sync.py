@@ -15,8 +15,8 @@ from live import STUDENT, config_of, sample, worst
 from opd.doctor.probe import PlainStudent
 from opd.inference.client import Server, ServerError, check_model
 from opd.inference.weight_sync import WeightSync
-from opd.models.load import family_of
-from opd.objectives.divergences import EXCLUDED
+from opd.models.base import family_of
+from opd.objectives.losses import EXCLUDED
 from opd.prompts.clips import ClipLoader
 from opd.prompts.manifest import read_manifest
 from opd.settings import UserError

@@ -12,7 +12,7 @@ from live import STUDENT, config_of, sample, serving_student, worst
 import opd.rollout.sampler
 from opd.doctor.probe import PlainStudent
 from opd.inference.weight_sync import WeightSync
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.prompts.clips import ClipLoader
 from opd.prompts.manifest import read_manifest
 

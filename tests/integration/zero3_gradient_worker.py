@@ -18,14 +18,13 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import plain_losses
 
+from opd.config import needs
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.models.speech_lm import SpeechLM
 from opd.models.tiny import build
-from opd.objectives import token_loss
-from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import EXCLUDED
 from opd.objectives.token_loss import Logits
 from opd.train import extensions
 from opd.train.batch import collate, make_batch, make_samples
@@ -167,7 +166,7 @@ def main(student: str, out: str) -> None:
     extensions.build()
     deepspeed.init_distributed("gloo", verbose=False)
     rank = dist.get_rank()
-    token_loss.ELEMENTS = 4 * 503  # few tokens: several chunks
+    needs.ELEMENTS = 4 * 503  # few tokens: several chunks
     tied = Path(out, "tied")
     if rank == 0:
         build("qwen3_asr", tied)

@@ -16,8 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.models.speech_lm import SpeechLM
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reference import ReferenceModel, SelfTeacher

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from opd.config.load import load_config
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.speech_lm import SpeechLM
 from opd.objectives.losses import xopd
 from opd.train import extensions

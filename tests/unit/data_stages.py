@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from opd import cli
-from opd.data import arguments, command
+from opd.data import stages
 from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work
 from opd.endpoint import Failed, Unavailable
@@ -98,8 +98,7 @@ STAGES = {"ask": Ask, "tone": Tone, "unready": Unready}
 
 def main(argv: Sequence[str]) -> int:
     for name, stage in STAGES.items():
-        arguments.STAGES[name] = str(stage.__doc__)
-        command.STAGES[name] = f"data_stages:{stage.__name__}"
+        stages.STAGES[name] = stages.Listed(f"data_stages:{stage.__name__}", str(stage.__doc__))
     return cli.main(list(argv))
 
 

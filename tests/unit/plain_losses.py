@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd.config.objective import ObjectiveConfig
-from opd.objectives.divergences import TAIL
+from opd.objectives.losses import TAIL
 
 
 @dataclass

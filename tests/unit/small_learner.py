@@ -18,11 +18,10 @@ from torch import Tensor
 
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.models.lora import adapters
 from opd.models.speech_lm import SpeechLM, Task
-from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import EXCLUDED
 from opd.teachers.reference import Running
 from opd.train.batch import make_batch, make_samples, view_shares
 from opd.train.learner import Learner

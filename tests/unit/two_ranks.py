@@ -12,8 +12,7 @@ from small_learner import CLIPS, ONE, STUDENT, Reference, config, gradient, make
 from torch import Tensor
 
 from opd.config.schema import Config
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.objectives.token_loss import Logits
 from opd.train.batch import make_batch
 from opd.train.learner import Learner

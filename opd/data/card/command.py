@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.data.card.sheet import _Asked, _sheet, leaks, shared_speakers
+from opd.data.card.sheet import Asked, leaks, shared_speakers, sheet_of
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic
 
@@ -26,8 +26,8 @@ def write_card(
     from opd.data.card.page import page, readme
 
     names = split_names(manifests)
-    asked = _Asked()
-    sheets = [_sheet(path, name, asked) for path, name in zip(manifests, names, strict=True)]
+    asked = Asked()
+    sheets = [sheet_of(path, name, asked) for path, name in zip(manifests, names, strict=True)]
     shared = leaks(sheets)
     if shared and not allow_leaks:
         examples = "; ".join(f"the {s['what']} of {' = '.join(s['records'])}" for s in shared[:NAMED])

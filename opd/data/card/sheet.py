@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd.data.engine.stage import audio_parts
+import numpy as np
+import soundfile
+
 from opd.data.stages.near_duplicates import NearTexts, normal
 from opd.prompts.manifest import parse_record, records
-from opd.settings import UserError
+from opd.settings import UserError, regular_file
 from opd.storage.digests import canonical, digest
-from opd.types import Prompt, render
+from opd.types import Prompt, audio_paths, render
 
 SHOWN = 20  # of what is listed by frequency
 NEAR = 0.8  # Jaccard similarity of 3-word shingles
@@ -43,9 +45,8 @@ class Sheet:
     near: list[str] = field(default_factory=list)  # records close to an earlier one
     leaks: list[list[str]] = field(default_factory=list)  # those of earlier sheets, and the record close to them
 
-    def add(self, prompt: Prompt, row: dict[str, Any]) -> list[str]:
-        """Count a record; the words of its question."""
-        name = prompt.place if row.get("id") is None else f"{prompt.place} ({prompt.id})"
+    def add(self, prompt: Prompt, row: dict[str, Any], name: str) -> list[str]:
+        """Count a record, called `name` in lists; the words of its question."""
         question = normal(_question(prompt)).split()
         self.records += 1
         self.words.append(len(question))
@@ -57,7 +58,7 @@ class Sheet:
         wer = row.get("wer")
         if isinstance(wer, int | float) and not isinstance(wer, bool):
             self.wer.append(float(wer))
-        seconds = sum(self._hear(part["path"], name) for part in audio_parts({"messages": list(prompt.messages)}))
+        seconds = sum(self._hear(path, name) for path in audio_paths(prompt))
         if speaker := next((row[k] for k in ("speaker", "voice") if row.get(k) is not None), None):
             speaker = speaker if isinstance(speaker, str) else canonical(speaker).decode()
             self.speakers[speaker] += 1
@@ -66,11 +67,9 @@ class Sheet:
 
     def _hear(self, path: str, name: str) -> float:
         """Seconds of a clip, by its header."""
-        import soundfile
-
         try:
-            found = soundfile.info(path)
-        except (soundfile.LibsndfileError, OSError):
+            found = soundfile.info(regular_file(path, "audio file"))
+        except (soundfile.LibsndfileError, OSError, UserError):
             self.unreadable.append(f"{name}: {path}")
             return 0.0
         self.clips.setdefault(digest(path), []).append(name)
@@ -110,32 +109,31 @@ class Sheet:
 
 def leaks(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
     """What more than one manifest has: {"what": question, near-identical question or clip, "records": [name, …]}."""
-    found = []
-    for what in ("texts", "clips"):
-        where: dict[Any, list[list[str]]] = {}
-        for sheet in sheets:
-            for key, names in getattr(sheet, what).items():
-                where.setdefault(key, []).append(names)
-        kind = "question" if what == "texts" else "clip"
-        found += [{"what": kind, "records": sum(names, [])} for names in where.values() if len(names) > 1]
-        if what == "texts":
-            found += [{"what": "near-identical question", "records": near} for s in sheets for near in s.leaks]
-    return found
+    questions = _in_several([sheet.texts for sheet in sheets]).values()
+    clips = _in_several([sheet.clips for sheet in sheets]).values()
+    return [
+        *({"what": "question", "records": sum(names, [])} for names in questions),
+        *({"what": "near-identical question", "records": near} for sheet in sheets for near in sheet.leaks),
+        *({"what": "clip", "records": sum(names, [])} for names in clips),
+    ]
 
 
 def shared_speakers(sheets: Sequence[Sheet]) -> dict[str, list[str]]:
     """Speakers that more than one split has, and those splits. Many data sets mean it so: it is no leak."""
-    where: dict[str, list[str]] = {}
-    for sheet in sheets:
-        for speaker in sheet.speakers:
-            where.setdefault(speaker, []).append(sheet.name)
-    return {speaker: names for speaker, names in where.items() if len(names) > 1}
+    return _in_several([dict.fromkeys(sheet.speakers, sheet.name) for sheet in sheets])
+
+
+def _in_several(tables: Sequence[Mapping[Any, Any]]) -> dict[Any, list[Any]]:
+    """Keys that more than one of the tables has, with their values."""
+    where: dict[Any, list[Any]] = {}
+    for table in tables:
+        for key, value in table.items():
+            where.setdefault(key, []).append(value)
+    return {key: values for key, values in where.items() if len(values) > 1}
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Count, mean and quantiles; none of nothing."""
-    import numpy as np
-
     if not values:
         return None
     low, few, half, most, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1]).tolist()
@@ -159,7 +157,7 @@ def made(manifest: Path) -> list[dict[str, Any]]:
         manifest = source
 
 
-class _Asked:
+class Asked:
     """What the splits ask: finds questions that are nearly the same, within a split and across."""
 
     def __init__(self) -> None:
@@ -176,16 +174,17 @@ class _Asked:
         return [found for text in near for found in self._who[text].items()]
 
 
-def _sheet(path: Path, name: str, asked: _Asked) -> Sheet:
+def sheet_of(path: Path, name: str, asked: Asked) -> Sheet:
+    """The sheet of a manifest, as the split `name`. Raises UserError for one without a usable record."""
     sheet, root = Sheet(path, name), path.resolve().parent
-    for place, row in _rows(path):
+    for place, row in records(str(path), streaming=True):
         try:
             prompt = parse_record(row, root, place)
         except ValueError as e:
             sheet.bad.append(f"{place}: {e}")
             continue
-        question = " ".join(sheet.add(prompt, row))
-        record = place if row.get("id") is None else f"{place} ({prompt.id})"
+        record = f"{place} ({prompt.id})" if "id" in row else place
+        question = " ".join(sheet.add(prompt, row, record))
         near = asked.ask(name, record, question)
         if any(split == name for split, _ in near):
             sheet.near.append(record)
@@ -195,10 +194,6 @@ def _sheet(path: Path, name: str, asked: _Asked) -> Sheet:
         why = f", such as {sheet.bad[0]}" if sheet.bad else ""
         raise UserError(f"{path}: holds no usable record{why}")
     return sheet
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    return records(str(path), streaming=True)
 
 
 def _question(prompt: Prompt) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,22 +30,17 @@ class ClipStore:
         """The clip of this key; unless it is there, what `wave` gives ([samples] in [-1, 1], Hz) as 16-bit FLAC."""
         import soundfile
 
-        path = self._path(key, ".flac")
-        if not path.is_file():
+        def write(aside: Path) -> None:
             samples, rate = wave()
             encoded = io.BytesIO()  # libsndfile would not tell of a disk that is full when it closes a file
             soundfile.write(encoded, samples, rate, format="FLAC", subtype="PCM_16")
-            with self._aside(path) as aside:
-                aside.write_bytes(encoded.getbuffer())
-        return path
+            aside.write_bytes(encoded.getbuffer())
+
+        return self._kept(key, ".flac", write)
 
     def put(self, content: bytes, suffix: str) -> Path:
         """A clip that is encoded already, named by its bytes."""
-        path = self._path(hashlib.sha256(content).hexdigest()[:32], suffix)
-        if not path.is_file():
-            with self._aside(path) as aside:
-                aside.write_bytes(content)
-        return path
+        return self._kept(hashlib.sha256(content).hexdigest()[:32], suffix, lambda aside: aside.write_bytes(content))
 
     def adopt(self, path: Path) -> Path:
         """A clip that lies elsewhere, linked or copied into the store; one below `root` is taken as it is."""
@@ -54,32 +49,32 @@ class ClipStore:
             return path
         with open(path, "rb") as f:
             key = hashlib.file_digest(f, "sha256").hexdigest()[:32]
-        inside = self._path(key, path.suffix)
-        if not inside.is_file():
-            with self._aside(inside) as aside:
-                try:
-                    os.link(path, aside)
-                except OSError:  # another file system, or one without links
-                    shutil.copyfile(path, aside)
-        return inside
+
+        def write(aside: Path) -> None:
+            try:
+                os.link(path, aside)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, aside)
+
+        return self._kept(key, path.suffix, write)
 
     def relative(self, path: Path) -> str:
         """How a manifest names a clip of the store."""
         return path.resolve().relative_to(self.root).as_posix()
 
-    def _path(self, key: str, suffix: str) -> Path:
-        return self.root / FOLDER / key[:2] / f"{key}{suffix}"
-
-    @contextlib.contextmanager
-    def _aside(self, path: Path) -> Iterator[Path]:
-        """A file to write that takes its name once it is whole, on the disk too."""
+    def _kept(self, key: str, suffix: str, write: Callable[[Path], Any]) -> Path:
+        """The clip of this key; unless it is there, what `write` makes, which takes its name once it is on the disk."""
+        path = self.root / FOLDER / key[:2] / f"{key}{suffix}"
+        if path.is_file():
+            return path
         for folder in (path.parent, self._aside_folder):
             folder.mkdir(parents=True, exist_ok=True)
         aside = self._aside_folder / f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
         try:
-            yield aside
+            write(aside)
             with open(aside, "rb") as f:
                 os.fsync(f.fileno())
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+        return path

@@ -44,7 +44,7 @@ def _to_parquet(lines: Path, table: Path, out: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parts = any(isinstance(m["content"], list) for chunk in _chunks(lines) for row in chunk for m in _messages(row))
+    parts = any(isinstance(m["content"], list) for chunk in _chunks(lines) for row in chunk for m in row["messages"])
     try:
         schema = pa.schema([])
         for chunk in _chunks(lines, parts):
@@ -65,14 +65,10 @@ def _to_parquet(lines: Path, table: Path, out: Path) -> None:
 def _chunks(lines: Path, parts: bool = False) -> Iterator[list[Record]]:
     with open(lines, encoding="utf-8") as f:
         while chunk := [json.loads(line) for line in itertools.islice(f, CHUNK)]:
-            for message in (m for row in chunk if parts for m in _messages(row)):
+            for message in (m for row in chunk if parts for m in row["messages"]):
                 if isinstance(message["content"], str):
                     message["content"] = [{"type": "text", "text": message["content"]}]
             yield chunk
-
-
-def _messages(row: Record) -> list[dict[str, Any]]:
-    return row["messages"]
 
 
 def _sync(f: Any) -> None:

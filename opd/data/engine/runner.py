@@ -270,7 +270,7 @@ def _normal(row: Any, root: Path, place: str) -> Record:
     prompt = parse_record(row, root, place)
     record = {k: v for k, v in row.items() if k not in ("audio", "transcript", "id")}
     record |= {"messages": json.loads(json.dumps(prompt.messages))}
-    return {"id": content_id(record) if row.get("id") is None else str(row["id"])} | record
+    return {"id": prompt.id if "id" in row else content_id(record)} | record
 
 
 def _reason(message: str) -> str:

@@ -6,10 +6,10 @@ cluster, and texts are drawn with weight P(c) M(c)^gamma.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -35,6 +35,7 @@ def cluster(corpus: Sequence[str], probe: Sequence[str], count: int, embedding: 
     Beyond FIT texts a random sample is clustered, and the others go to the nearest centre: balanced up to sampling.
     """
     from k_means_constrained import KMeansConstrained
+    from sklearn.metrics import pairwise_distances_argmin as nearest
 
     rng = np.random.default_rng(seed)
     points, asked = embed(corpus, probe, embedding, size, seed)
@@ -42,9 +43,9 @@ def cluster(corpus: Sequence[str], probe: Sequence[str], count: int, embedding: 
     least, most = len(fitted) // count, -(-len(fitted) // count)
     model = KMeansConstrained(count, size_min=least, size_max=most, random_state=seed, n_init=1)
     own = model.fit_predict(points[fitted])
-    found = _nearest(points, model.cluster_centers_)
+    found = nearest(points, model.cluster_centers_)
     found[fitted] = own
-    return Clusters(found, _nearest(asked, model.cluster_centers_), count)
+    return Clusters(found, nearest(asked, model.cluster_centers_), count)
 
 
 def embed(
@@ -67,32 +68,17 @@ def embed(
 
 def _sentence_model(name: str) -> Any:
     """Raises UserError for a model that is not there, or has pickled weights alone."""
+    import torch
     from sentence_transformers import SentenceTransformer
 
     try:
-        with _no_pickle():
+        # the modules behind the encoder, such as Dense, fall back to pickled weights whatever `use_safetensors` says
+        with patch.object(torch, "load", side_effect=ValueError("a module has pickled weights alone, no safetensors")):
             return SentenceTransformer(name, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         reason = str(e).strip().splitlines() or [type(e).__name__]
         expected = "expected tfidf or a sentence-transformers model with safetensors"
         raise UserError(f"embedding {name}: {expected}: {reason[0][:300]}") from e
-
-
-@contextmanager
-def _no_pickle() -> Iterator[None]:
-    """The modules behind the encoder, such as Dense, fall back to pickled weights whatever `use_safetensors` says."""
-    import torch
-
-    load = torch.load
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ValueError("a module has pickled weights alone, no safetensors")
-
-    torch.load = refuse
-    try:
-        yield
-    finally:
-        torch.load = load
 
 
 def misalignment(found: np.ndarray, nats: np.ndarray, tokens: np.ndarray, count: int, prior: float = 1.0) -> np.ndarray:
@@ -139,13 +125,6 @@ def draw(found: np.ndarray, probability: np.ndarray, seconds: np.ndarray, budget
     order = np.argsort(-keys, kind="stable")
     order = order[np.isfinite(keys[order])]
     return np.sort(order[: int(np.searchsorted(np.cumsum(seconds[order]), budget, side="right"))])
-
-
-def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """[N] index of the nearest centre."""
-    from sklearn.metrics import pairwise_distances_argmin
-
-    return pairwise_distances_argmin(points, centres)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -8,21 +8,22 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from string import Formatter
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PositiveFloat, field_validator
+import soundfile
+from pydantic import AfterValidator, Field, PositiveFloat
 
-from opd import types
 from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
 from opd.data.stages.benchmarks import AUDIO, BENCHMARKS, OPTIONS, UNHEARD, Benchmark, Part, make
-from opd.data.stages.natural import Natural
+from opd.data.stages.natural import Natural, dropping_bad_audio
 from opd.data.stages.recordings import within
 from opd.prompts.manifest import datasets_records, records
-from opd.settings import UserError
+from opd.scoring.scorer import template
+from opd.settings import UserError, read_text
 from opd.storage.digests import digest
 
+ANSWER_TOKENS = 2048  # that answers should have room for
 WINDOW_S = 30  # that many families hear at most
 TABLES = (".parquet", ".jsonl", ".json")
 
@@ -39,17 +40,10 @@ class LoadBenchmark(Stage):
     source: str | None = Field(
         None, description="hub:owner/name, a folder or a .parquet, .jsonl or .json file; none: the benchmark's own"
     )
-    instruction: str = Field(
+    instruction: Annotated[str, AfterValidator(partial(template, names=("question", "options")))] = Field(
         OPTIONS, description="of mmar and mmau, behind the clip: with {question} and {options}, which are listed"
     )
     max_seconds: PositiveFloat = Field(600.0, description="of a clip; what is longer is left out")
-
-    @field_validator("instruction")
-    @classmethod
-    def _whole(cls, value: str) -> str:
-        if {name for _, name, _, _ in Formatter().parse(value) if name is not None} != {"question", "options"}:
-            raise ValueError("expected {question} and {options}, and no other name in braces")
-        return value
 
     def rows(self, source: str) -> Iterator[tuple[str, Any]]:
         """Rows of the benchmark that `source` names, with what a record needs to know beside its columns."""
@@ -93,11 +87,10 @@ class LoadBenchmark(Stage):
             files = [str(f) for f in _files(Path(source), self.subset, split, len(part.splits))]
 
         def columns(there: list[str]) -> None:
-            for some in (*part.needs, AUDIO):
+            for some in (*(either.split("/") for either in part.needs.split()), AUDIO):
                 if not set(some) & set(there):
-                    wanted = some[0] if some is not AUDIO else "audio"
                     hint = f"; {about.hint}" if about.hint else ""
-                    raise ValueError(f"{name} needs a column {wanted}, found {', '.join(there)}{hint}")
+                    raise ValueError(f"{name} needs a column {some[0]}, found {', '.join(there)}{hint}")
 
         for file in files:
             root = Path(file) if file.startswith("hub:") else Path(file).resolve().parent
@@ -131,27 +124,22 @@ class LoadBenchmark(Stage):
         for part in audio_parts(record):
             clip, root = part.pop("clip"), Path(given["root"])
             source = {"bytes": clip["bytes"]} if _bytes(clip) else {"path": str(_path(clip, root))}
-            try:
+            with dropping_bad_audio():
                 path, length = natural.whole(store, {"id": given["id"], **source})
-            except types.TooLong as e:
-                raise Drop(f"too long: {e}") from e
-            except types.BadAudio as e:
-                raise Drop(f"bad audio: {e}") from e
             part["path"] = str(path)
             seconds += length
         return {"id": given["id"], **record, "seconds": round(seconds, 3)}
 
     def advice(self, source: str, out: Path) -> list[str]:
         """How the manifest is evaluated, with the settings that it needs."""
-        import soundfile
-
         about, part = self._named(source)
         made = [row for _, row in records(str(out), streaming=True)]
         clips = {str(out.parent / p["path"]) for row in made for p in audio_parts(row)}
         longest = math.ceil(max(soundfile.info(c).duration for c in clips))
         key = "eval.retention" if about.heard_only else "eval.test"
-        words = [f"{key}={out}", f"{'eval.test' if about.heard_only else 'eval.retention'}="]
-        words += [f"data.max_audio_seconds={max(longest, WINDOW_S)}", f"rollout.max_tokens={part.max_tokens}"]
+        other = "eval.test" if about.heard_only else "eval.retention"
+        words = [f"{key}={out}", f"{other}="]
+        words += [f"data.max_audio_seconds={max(longest, WINDOW_S)}", f"rollout.max_tokens={ANSWER_TOKENS}"]
         if part.match in ("judge", "rating", "rubric"):
             more = f", {part.judge}" if part.judge else ""
             words.append(f"'eval.judge={{url: …, model: …{more}}}'")
@@ -191,8 +179,8 @@ def _table(file: str) -> Iterator[tuple[str, Any]]:
         yield from records(file)
         return
     try:
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        rows = json.loads(read_text(file))
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not readable as JSON: {e}") from e
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a list of objects, found {type(rows).__name__}")

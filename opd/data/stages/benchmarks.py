@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd.data.engine.stage import Drop
+from opd.data.engine.stage import Drop, Record
 from opd.scoring.answers import check_answer
 from opd.scoring.voicebench import TASKS, criteria
 
 Row = dict[str, Any]
-Record = dict[str, Any]
 TURNS = 8  # of a user, at most, in Audio MultiChallenge
 AUDIO = ("audio", "audio_path", "audio_id", "file_name", *(f"user_turn_{k}_audio" for k in range(1, TURNS + 1)))
 UNHEARD = "(a recording)"  # the transcript of what is not only speech
@@ -28,9 +27,8 @@ class Part:
     """A benchmark, or a subset of one that is a data set of its own."""
 
     match: str
-    splits: tuple[str, ...] = ("test",)
-    needs: tuple[tuple[str, ...], ...] = ()  # columns, any one of each, besides the audio
-    max_tokens: int = 2048  # that answers should have room for
+    splits: tuple[str, ...]
+    needs: str = ""  # columns besides the audio; one/other: either
     judge: str = ""  # settings of eval.judge as the authors have it
 
 
@@ -175,45 +173,36 @@ DOMAINS = (
     *("law", "engineering", "other", "biology", "business", "economics", "health", "philosophy"),
     *("psychology", "history", "chemistry", "physics"),
 )
+TEST = ("test",)
 SAMPLING = "system: voicebench, samples: 3, temperature: 0.5, top_p: 0.95"  # of VoiceBench's judge
-PROMPT, REFERENCE = ("prompt",), ("reference",)
+RATED = Part("rating", TEST, "prompt", judge=SAMPLING)
 BENCHMARKS = {
     "voicebench": Benchmark(
         "hub:hlt-lab/voicebench",
         "arXiv 2410.17196",
         _voicebench,
         {
-            **{
-                s: Part("rating", needs=(PROMPT,), judge=SAMPLING)
-                for s in ("alpacaeval", "alpacaeval_full", "commoneval", "wildvoice")
-            },
-            "sd-qa": Part("judge", ACCENTS, (PROMPT, REFERENCE), judge=f"prompt: voicebench_qa, {SAMPLING}"),
-            "mmsu": Part("voicebench_mcq", DOMAINS, (PROMPT, REFERENCE)),
-            "openbookqa": Part("voicebench_mcq", needs=(PROMPT, REFERENCE)),
-            "bbh": Part("voicebench_bbh", needs=(PROMPT, REFERENCE, ("id",))),
-            "ifeval": Part("ifeval", needs=(PROMPT, ("instruction_id_list",), ("kwargs",))),
-            "advbench": Part("voicebench_refusal", needs=(PROMPT,)),
+            **dict.fromkeys(("alpacaeval", "alpacaeval_full", "commoneval", "wildvoice"), RATED),
+            "sd-qa": Part("judge", ACCENTS, "prompt reference", judge=f"prompt: voicebench_qa, {SAMPLING}"),
+            "mmsu": Part("voicebench_mcq", DOMAINS, "prompt reference"),
+            "openbookqa": Part("voicebench_mcq", TEST, "prompt reference"),
+            "bbh": Part("voicebench_bbh", TEST, "prompt reference id"),
+            "ifeval": Part("ifeval", TEST, "prompt instruction_id_list kwargs"),
+            "advbench": Part("voicebench_refusal", TEST, "prompt"),
         },
     ),
     "big_bench_audio": Benchmark(
         "hub:fixie-ai/big_bench_audio:train",
         "huggingface.co/blog/big-bench-audio-release",
         _big_bench_audio,
-        {
-            "": Part(
-                "judge",
-                ("train",),
-                (("official_answer",), ("transcript", "original_question")),
-                judge="prompt: big_bench_audio",
-            )
-        },
+        {"": Part("judge", ("train",), "official_answer transcript/original_question", "prompt: big_bench_audio")},
         hint="ArtificialAnalysis/big_bench_audio has no transcripts; fixie-ai/big_bench_audio, the default, has",
     ),
     "mmar": Benchmark(
         "hub:ngqtrung/mmar",
         "arXiv 2505.13032",
         _options,
-        {"": Part("tokens", needs=(("question",), ("choices",), ("answer",)))},
+        {"": Part("tokens", TEST, "question choices answer")},
         heard_only=True,
         hint="BoJack/MMAR has its clips in an archive: unpack it and name the folder as source",
     ),
@@ -221,7 +210,7 @@ BENCHMARKS = {
         "hub:lmms-lab-audio/mmau",
         "arXiv 2410.19168",
         _options,
-        {"": Part("tokens", ("test_mini",), (("question",), ("choices",), ("answer",)))},
+        {"": Part("tokens", ("test_mini",), "question choices answer")},
         heard_only=True,
         hint="the answers of MMAU's test split are not public; test-mini has them",
     ),
@@ -229,6 +218,6 @@ BENCHMARKS = {
         "hub:ScaleAI/audiomc",
         "arXiv 2512.14865",
         _multichallenge,
-        {"": Part("rubric", needs=(("user_turn_1_transcript",), ("rubric",)))},
+        {"": Part("rubric", TEST, "user_turn_1_transcript rubric")},
     ),
 }

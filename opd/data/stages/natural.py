@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import soundfile
 from pydantic import Field, PositiveFloat, model_validator
 
 from opd import types
@@ -62,19 +65,17 @@ class Natural(Stage):
         return partial(self._record, store)
 
     def _record(self, store: ClipStore, row: Record) -> Record:
-        text = " ".join((row.get("transcript") or "").split())
+        text = row.get("transcript")
+        if not isinstance(text, str | None):
+            raise Drop(f"transcript: expected a string, found {type(text).__name__}")
+        text = " ".join((text or "").split())
         if not text:
             raise Drop("no transcript")
         if text.isupper() and not self.keep_capitals:
             text = text.lower()
         piece = row.get("piece")
-        try:
+        with dropping_bad_audio("; no silence to cut at" if piece else "; its transcript has no times to cut by"):
             clip, seconds = self._piece(store, row, piece) if piece else self.whole(store, row)
-        except types.TooLong as e:
-            why = "no silence to cut at" if piece else "its transcript has no times to cut by"
-            raise Drop(f"too long: {e}; {why}") from e
-        except types.BadAudio as e:
-            raise Drop(f"bad audio: {e}") from e
         part = {"type": "audio", "path": str(clip), "transcript": text}
         record: Record = {"messages": [{"role": "user", "content": [part]}], "seconds": round(seconds, 3)}
         record |= {k: str(row[k]) for k in ("speaker", "accent", "group") if row.get(k) not in (None, "")}
@@ -89,7 +90,7 @@ class Natural(Stage):
         content = row.get("bytes")
         path = None if content is not None else Path(row["path"])
         name = str(path or row.get("id"))
-        if path is not None and not path.is_file():
+        if path is not None and not os.path.isfile(path):
             raise Drop(f"no audio: {path}")
         about, rate, frames = _header(path or io.BytesIO(content or b""), name)
         self._check(frames / rate, name)
@@ -122,8 +123,6 @@ class Natural(Stage):
         self, store: ClipStore, row: Record, file: Any, start: int, stop: int | None, name: str
     ) -> tuple[Path, float]:
         """Frames of a recording as a FLAC file of one channel."""
-        import soundfile
-
         try:
             wave, rate = soundfile.read(file, start=start, stop=stop, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as e:
@@ -133,10 +132,19 @@ class Natural(Stage):
         return store.make(self.key(row), lambda: (wave, rate)), len(wave) / rate
 
 
+@contextmanager
+def dropping_bad_audio(why_long: str = "") -> Iterator[None]:
+    """Drop a record whose clip cannot be used, or is too long: with the reason, if known."""
+    try:
+        yield
+    except types.TooLong as e:
+        raise Drop(f"too long: {e}{why_long}") from e
+    except types.BadAudio as e:
+        raise Drop(f"bad audio: {e}") from e
+
+
 def _header(file: Any, name: str) -> tuple[str, int, int]:
     """Format, Hz and frames of a recording. Raises BadAudio."""
-    import soundfile
-
     try:
         found = soundfile.info(file)
     except soundfile.LibsndfileError as e:

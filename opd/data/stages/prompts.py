@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -12,9 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, content_id
 from opd.data.stages.near_duplicates import NearTexts, normal
-from opd.settings import UserError
-
-Message = dict[str, Any]
+from opd.settings import UserError, text_lines
+from opd.types import Message
 
 
 class Columns(NamedTuple):
@@ -75,7 +73,9 @@ class Prompts(Stage):
 
     def rows(self, source: str) -> Iterator[tuple[str, Any]]:
         """As of any stage; of a .txt file its lines, in the column `text`."""
-        return _lines(source) if source.endswith(".txt") and Path(source).is_file() else super().rows(source)
+        if not source.endswith(".txt") or source.startswith("hub:"):
+            return super().rows(source)
+        return ((at, {"text": line} if isinstance(line, str) else line) for at, line in text_lines(source))
 
     def check(self) -> None:
         """Raises UserError for a language that cannot be told."""
@@ -127,16 +127,6 @@ class Prompts(Stage):
             return "near duplicate" if near and near.take(text) else None
 
         return choose
-
-
-def _lines(source: str) -> Iterator[tuple[str, Any]]:
-    with open(source, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                if text := line.decode().strip():
-                    yield f"{source}:{number}", {"text": text}
-            except UnicodeDecodeError as e:
-                yield f"{source}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
 
 
 def _single(row: Record, columns: Columns) -> tuple[list[Message], str]:

@@ -18,9 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import soundfile
+
 from opd.data.stages import hub_audio
 from opd.prompts.manifest import datasets_records
-from opd.settings import UserError
+from opd.settings import UserError, open_text, read_text, regular_file, text_lines
 
 AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".w64")
 TIMED = (".json", ".srt", ".vtt")  # transcripts with times: Whisper's JSON, subtitles
@@ -99,25 +102,25 @@ def _is_shard(path: Path) -> bool:
 
 def _librispeech(file: Path) -> Rows:
     """A chapter: lines of `SPEAKER-CHAPTER-UTTERANCE TEXT`, recordings beside it."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as e:
-        yield str(file), ValueError(f"not valid UTF-8 at byte {e.start + 1}")
-        return
-    for number, line in enumerate(lines, 1):
-        name, _, text = line.strip().partition(" ")
-        if name:
-            try:
-                clips = [within(file.parent, f"{name}{suffix}") for suffix in (".flac", *AUDIO)]
-            except ValueError as e:
-                yield f"{file}:{number}", e
-                continue
-            path = next((c for c in clips if c.is_file()), file.parent / f"{name}.flac")
-            yield f"{file}:{number}", {"id": name, "path": str(path), "transcript": text, "speaker": name.split("-")[0]}
+    for place, line in text_lines(file):
+        try:
+            if isinstance(line, ValueError):
+                raise line
+            name, _, text = line.partition(" ")
+            path = _first(file.parent, [f"{name}{suffix}" for suffix in (".flac", *AUDIO)])
+            yield place, {"id": name, "path": path, "transcript": text, "speaker": name.split("-")[0]}
+        except ValueError as e:
+            yield place, e
+
+
+def _first(root: Path, names: list[str]) -> str:
+    """The first of these files that is there, else the first. Raises ValueError for one elsewhere."""
+    clips = [within(root, name) for name in names]
+    return str(next((clip for clip in clips if clip.is_file()), clips[0]))
 
 
 def _common_voice(file: Path) -> Rows:
-    with open(file, encoding="utf-8", newline="") as f:
+    with open_text(file, newline="") as f:
         try:
             table = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
             if missing := {"path", "sentence"} - set(table.fieldnames or ()):
@@ -126,15 +129,13 @@ def _common_voice(file: Path) -> Rows:
                 )
             for row in table:
                 name = row["path"] or ""
+                made: Row = {"id": Path(name).stem, "transcript": row["sentence"]}
+                made |= {"speaker": row.get("client_id"), "accent": row.get("accents")}
                 try:
-                    clips = [within(file.parent, str(folder / name)) for folder in (Path("clips"), Path())]
+                    made["path"] = _first(file.parent, [f"clips/{name}", name])
+                    yield f"{file}:{table.line_num}", made
                 except ValueError as e:
                     yield f"{file}:{table.line_num}", e
-                    continue
-                path = next((p for p in clips if p.is_file()), clips[0])
-                made: Row = {"id": Path(name).stem, "path": str(path)}
-                made |= {"transcript": row["sentence"], "speaker": row.get("client_id"), "accent": row.get("accents")}
-                yield f"{file}:{table.line_num}", made
         except (UnicodeDecodeError, csv.Error) as e:
             raise UserError(f"{file}: not readable as a Common Voice table: {e}") from e
 
@@ -168,7 +169,10 @@ def _columns(source: str, columns: dict[str, str]) -> Rows:
 
 
 def _shard(file: Path) -> Rows:
-    """Samples of a WebDataset shard: members with one name up to its first dot, one after the other."""
+    """Samples of a WebDataset shard: members with one name up to its first dot, one after the other.
+
+    By tarfile: `webdataset` takes a shard that was cut off for a whole one, `datasets` stops at one broken member.
+    """
     try:
         with tarfile.open(file, "r|*") as tar:
             members = (m for m in tar if m.isfile() and not os.path.basename(m.name).startswith("."))
@@ -200,7 +204,7 @@ def _sample(member: tarfile.TarInfo) -> str:
 
 def _told(suffix: str, data: bytes) -> Row:
     """What a member beside a recording tells. Raises ValueError."""
-    text = data.decode()
+    text = data.decode("utf-8-sig")
     if suffix == ".txt":
         return {"transcript": text}
     content = json.loads(text)
@@ -219,7 +223,7 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
         timed = next((t for s in TIMED if (t := file.with_suffix(s)).is_file()), None)
         try:
             if timed is None:
-                yield str(file), row | {"transcript": plain.read_text("utf-8") if plain.is_file() else None}
+                yield str(file), row | {"transcript": read_text(plain) if plain.is_file() else None}
                 continue
             segments = read_segments(timed)
             seconds = _seconds(file)
@@ -239,9 +243,10 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
 def read_segments(file: Path) -> list[Segment]:
     """A transcript with times, in order: Whisper's JSON ({"segments": [{start, end, text}]}), SRT or WebVTT.
 
-    Raises ValueError, which a UnicodeDecodeError is.
+    Raises ValueError, which a UnicodeDecodeError is. No library does it: pysubs2 takes WebVTT's notes and names of cues
+    for speech, webvtt-py passes over SRT whose times have no hours, and refuses SRT without numbers.
     """
-    text = file.read_text(encoding="utf-8-sig")
+    text = read_text(file)
     if file.suffix == ".json":
         content = json.loads(text)
         try:
@@ -250,7 +255,7 @@ def read_segments(file: Path) -> list[Segment]:
             raise ValueError('expected {"segments": [{"start", "end", "text"}, …]}') from e
     else:
         found = []
-        for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
+        for block in re.split(r"\n\s*\n", text):
             if time := TIME.search(block):
                 h, m, s, part, *end = (g or "0" for g in time.groups())
                 start = int(h) * 3600 + int(m) * 60 + float(f"{s}.{part}")
@@ -294,9 +299,6 @@ def pieces(segments: list[Segment], seconds: float, longest: float, pause: Pause
 
 def _pause(file: Path, least: float, before: Segment, after: Segment) -> tuple[float, float] | None:
     """The longest silence about the time between two segments: quieter by QUIET_DB than the speech at both sides."""
-    import numpy as np
-    import soundfile
-
     with soundfile.SoundFile(file) as f:
         rate, frame = f.samplerate, max(1, int(FRAME_S * f.samplerate))
         margin = 2 * REACH_S  # the outer half of it is taken for speech
@@ -320,9 +322,7 @@ def _pause(file: Path, least: float, before: Segment, after: Segment) -> tuple[f
 
 
 def _seconds(file: Path) -> float | None:
-    import soundfile
-
     try:
-        return soundfile.info(file).duration
-    except soundfile.LibsndfileError:
+        return soundfile.info(regular_file(file, "audio file")).duration
+    except (soundfile.LibsndfileError, UserError):
         return None  # whoever decodes it says so

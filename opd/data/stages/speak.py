@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import soundfile
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from opd.data.engine.clip_store import ClipStore
@@ -92,8 +93,6 @@ class Speak(Stage):
         settings = self._deciding()
 
         def work(record: Record) -> Record:
-            import soundfile
-
             question = last_question(record)
             said = self._draw(record, question.text, voices)
             key = hashlib.sha256(canonical([settings, said])).hexdigest()[:32]
@@ -148,19 +147,10 @@ class Speak(Stage):
     def _ask(self, said: Said) -> np.ndarray:
         endpoint = self.endpoint
         assert endpoint is not None
-        speed = {} if said.speed == 1.0 else {"speed": said.speed}
-        sent: bytes = endpoint.ask(
-            lambda client: (
-                client.audio.speech.create(
-                    model=endpoint.model,
-                    voice=said.voice,
-                    input=said.text,
-                    response_format=self.format,
-                    extra_body=self.extra,
-                    **speed,
-                ).content
-            )
-        )
+        asked: dict[str, Any] = {"model": endpoint.model, "voice": said.voice, "input": said.text}
+        asked |= {"response_format": self.format, "extra_body": self.extra}
+        asked |= {} if said.speed == 1.0 else {"speed": said.speed}
+        sent: bytes = endpoint.ask(lambda client: client.audio.speech.create(**asked).content)
         with tempfile.NamedTemporaryFile(suffix=f".{self.format}") as f:
             f.write(sent)
             f.flush()

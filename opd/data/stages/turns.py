@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from opd.data.engine.stage import Drop, Record
+from opd.types import joined
 
 
 class Question(NamedTuple):
@@ -19,11 +20,9 @@ def last_question(record: Record) -> Question:
     message = next((m for m in reversed(record["messages"]) if m["role"] == "user"), None)
     if message is None:
         raise Drop("no user turn")
-    content = message["content"]
-    if not isinstance(content, str):
-        if any(part["type"] != "text" for part in content):
-            raise Drop("spoken already")
-        content = "".join(part["text"] for part in content)
-    if not content.strip():
+    if any(part["type"] != "text" for part in message["content"] if isinstance(part, dict)):
+        raise Drop("spoken already")
+    text = joined(message)["content"].strip()
+    if not text:
         raise Drop("empty")
-    return Question(message, content.strip())
+    return Question(message, text)

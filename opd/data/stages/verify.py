@@ -16,7 +16,7 @@ from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.stage import Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import load
-from opd.settings import UserError
+from opd.settings import UserError, read_text
 from opd.types import BadAudio
 
 RATE = 16000  # Hz
@@ -92,18 +92,13 @@ class Verify(Stage):
     def _asked(self) -> tuple[Hear, dict[str, str]]:
         endpoint = self.asr
         assert isinstance(endpoint, Endpoint)
-        language = {"language": self.language} if self.language else {}
+        told: dict[str, Any] = {"model": endpoint.model, "response_format": "json", "temperature": 0.0}
+        told |= {"extra_body": self.extra}
+        told |= {"language": self.language} if self.language else {}
 
         def hear(path: str, wave: np.ndarray) -> str:
-            clip = Path(path)
-
-            def call(client: Any) -> Any:
-                file = clip.name, clip.read_bytes()
-                transcriptions = client.audio.transcriptions
-                told = {"response_format": "json", "temperature": 0.0, "extra_body": self.extra, **language}
-                return transcriptions.create(model=endpoint.model, file=file, **told).text
-
-            text = endpoint.ask(call)
+            file = Path(path).name, Path(path).read_bytes()
+            text = endpoint.ask(lambda client: client.audio.transcriptions.create(file=file, **told).text)
             if not isinstance(text, str):
                 raise Failed(f"no transcription: {endpoint.url}: expected text, found {str(text)[:60]!r}")
             return text
@@ -158,8 +153,8 @@ def _spellings(path: str | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        found = json.loads(read_text(path))
+    except ValueError as e:
         raise UserError(f"spellings {path}: expected a JSON file: {e}") from e
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise UserError(f"spellings {path}: expected an object of words, found {type(found).__name__}")

@@ -1,24 +1,33 @@
-"""lmms-eval's scoring, watched: tried before anything is asked, guesses seeded and counted, faults collected."""
+"""lmms-eval's scoring, watched: tried before anything is asked, guesses seeded and counted, faults collected.
+
+Our endpoint judges in the place of its `openai` provider. lmms-eval's verifiers and tasks turn any Exception of a judge
+into the score 0. A judge that fails here therefore raises what `except Exception` does not catch.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
 import threading
 from collections import Counter
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
 from lmms_eval.api.task import Task
+from lmms_eval.llm_judge import ProviderFactory, Request, Response, ServerInterface
+from lmms_eval.llm_judge.providers.openai import build_sampling_kwargs
 from lmms_eval.tasks import TaskManager
 from loguru import logger
 
-from opd.evaluate.benchmark.judging import JudgeFailed
-from opd.evaluate.benchmark.settings import Benchmark
+from opd.endpoint import Failed, Unavailable
+from opd.evaluate.benchmark.command import Benchmark, JudgeConfig
 from opd.settings import UserError
 from opd.storage.digests import canonical
 
@@ -27,18 +36,74 @@ PROBE = "A"  # an answer that every way of scoring takes
 JUDGED = ("gpt", "judge", "semantic_match")  # in the names of metrics that an LLM gives
 
 
-class Faults:
+class JudgeFailed(BaseException):
+    """No verdict: none is configured, it is down, or it refused. No Exception, see above."""
+
+
+class Judge(ServerInterface):
+    """Asks the endpoint of the benchmark file, whatever model a task names, and keeps what was asked and said."""
+
+    config_of: JudgeConfig | None = None
+    log = Path(os.devnull)
+    asked = 0
+    _lock = threading.Lock()
+
+    def is_available(self) -> bool:
+        """Always: what is missing is told when it is needed."""
+        return True
+
+    def evaluate(self, request: Request) -> Response:
+        """The judge's reply. Raises JudgeFailed."""
+        judge = type(self).config_of
+        if judge is None:
+            raise JudgeFailed("the task asks a judge, and the benchmark has none; name one: benchmark.judge={url: ...}")
+        config = request.config or self.config
+        body: dict[str, Any] = {"messages": self.prepare_messages(request), **build_sampling_kwargs(config)}
+        try:
+            said = judge.ask(lambda client: client.chat.completions.create(model=judge.model, **body))
+            content = (said.choices[0].message.content or "").strip()
+        except (Failed, Unavailable, IndexError, AttributeError) as e:
+            raise JudgeFailed(f"judge: {e}") from e
+        if not content:
+            told = "replied with nothing; if it thinks, give it more tokens"
+            raise JudgeFailed(f"judge: {judge.url}: {judge.model} {told}")
+        cls = type(self)
+        with cls._lock, open(cls.log, "a") as f:
+            cls.asked += 1
+            f.write(json.dumps({"asked": body["messages"], "said": content}, ensure_ascii=False) + "\n")
+        return Response(content=content, model_used=judge.model)
+
+
+def install_judge(judge: JudgeConfig | None, log: Path) -> None:
+    """Make it the judge of every task. Before the first task is loaded: tasks read their environment then.
+
+    A few tasks post to an address of the environment by themselves, and get the same one. Without a judge they get one
+    where nothing listens: no task sends anything anywhere unasked.
+    """
+    log.unlink(missing_ok=True)
+    Judge.config_of, Judge.log, Judge.asked = judge, log, 0
+    ProviderFactory.register_provider("openai", Judge)
+    url, model = (judge.url.rstrip("/"), judge.model) if judge else ("http://127.0.0.1:9", "none")
+    key = os.environ.get(judge.key_env, "") if judge and judge.key_env else "none"
+    os.environ |= {"API_TYPE": "openai", "OPENAI_API_KEY": key, "MODEL_VERSION": model, "JUDGE_MODEL_VERSION": model}
+    os.environ |= {"OPENAI_API_URL": f"{url}/chat/completions", "OPENAI_BASE_URL": url}
+
+
+class Faults(logging.Handler):
     """What lmms-eval logs as an error while it scores: it goes on with a 0 then."""
 
     def __init__(self) -> None:
+        super().__init__(logging.ERROR)
         self.found: list[str] = []
-        self._handler = logging.Handler(logging.ERROR)
-        self._handler.emit = lambda record: self.found.append(record.getMessage())  # type: ignore[method-assign]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
+        self.found.append(record.getMessage())
 
     def watch(self) -> None:
         """From now on; for the rest of the process."""
         logger.add(lambda message: self.found.append(message.record["message"]), level="ERROR")
-        logging.getLogger("lmms_eval").addHandler(self._handler)
+        logging.getLogger("lmms_eval").addHandler(self)
 
 
 class Guesses:
@@ -141,10 +206,8 @@ class Tasks(TaskManager):
         """Score one made-up response to the first record: a missing package, judge or field ends it here."""
         judged = [m for m in task.aggregation() if any(part in m.lower() for part in JUDGED)]
         if judged and self.benchmark.judge is None:
-            raise UserError(
-                f"task {name}: its {', '.join(judged)} needs a judge and the benchmark has none; name one, such as "
-                "'benchmark.judge={url: \"http://127.0.0.1:8000/v1\", model: NAME}'"
-            )
+            remedy = "name one, such as 'benchmark.judge={url: \"http://127.0.0.1:8000/v1\", model: NAME}'"
+            raise UserError(f"task {name}: its {', '.join(judged)} needs a judge and the benchmark has none; {remedy}")
         score = task.config.process_results
         if not callable(score):
             return

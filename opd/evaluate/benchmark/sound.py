@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import soundfile
 
 from opd.prompts.audio import heard
 from opd.types import BadAudio, TooLong
+
+T = TypeVar("T")
 
 
 def clip(value: Any, rate: int, limit: float, cut: bool) -> tuple[np.ndarray, bool]:
@@ -23,26 +27,18 @@ def clip(value: Any, rate: int, limit: float, cut: bool) -> tuple[np.ndarray, bo
     if not np.isfinite(wave).all():
         raise BadAudio("the clip contains NaN or infinite samples")
     most = int(limit * source_rate)
-    long = len(wave) > most
-    if long and not cut:
+    if (long := len(wave) > most) and not cut:
         raise TooLong(f"the clip is {len(wave) / source_rate:.1f} s long, at most {limit:g} s expected")
     return heard(wave[:most], source_rate, rate), long
 
 
 def seconds(value: Any) -> float:
     """Length of what `decode` takes; of a file from its header. Raises BadAudio."""
-    import soundfile
-
-    file = _stored(value)
-    if isinstance(file, bytes):
-        file = io.BytesIO(file)
-    elif not isinstance(file, str):
-        wave, rate = decode(value)
-        return len(wave) / rate
-    try:
-        return soundfile.info(file).duration
-    except soundfile.LibsndfileError as e:
-        raise BadAudio("not readable as audio (wav, flac, mp3 or ogg expected)") from e
+    value = _stored(value)
+    if isinstance(value, bytes | str):
+        return _read(value, lambda file: soundfile.info(file).duration)
+    wave, rate = decode(value)
+    return len(wave) / rate
 
 
 def _stored(value: Any) -> Any:
@@ -60,21 +56,18 @@ def decode(value: Any) -> tuple[np.ndarray, int]:
     value = _stored(value)
     if isinstance(value, dict):
         return _array(value["array"], value.get("sampling_rate"))
-    if isinstance(value, bytes):
-        return _file(io.BytesIO(value), f"{len(value)} bytes")
-    if isinstance(value, str) and Path(value).is_file():
-        return _file(value, value)
+    if isinstance(value, bytes) or (isinstance(value, str) and Path(value).is_file()):
+        return _read(value, lambda file: soundfile.read(file, dtype="float32", always_2d=True))
     if hasattr(value, "get_all_samples"):  # torchcodec's decoder
         samples = value.get_all_samples()
         return _array(samples.data, samples.sample_rate)
     raise BadAudio(f"expected sound: a file, its bytes or an array with its sampling rate; found {str(value)[:80]!r}")
 
 
-def _file(file: Any, name: str) -> tuple[np.ndarray, int]:
-    import soundfile
-
+def _read(value: bytes | str, read: Callable[[Any], T]) -> T:
+    file, name = (io.BytesIO(value), f"{len(value)} bytes") if isinstance(value, bytes) else (value, value)
     try:
-        return soundfile.read(file, dtype="float32", always_2d=True)
+        return read(file)
     except soundfile.LibsndfileError as e:
         raise BadAudio(f"{name}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
 from opd.config.schema import Config
-from opd.evaluate.benchmark.settings import Benchmark
+from opd.evaluate.benchmark.command import Benchmark
 from opd.evaluate.benchmark.sound import clip, seconds
 from opd.models.base import Family
-from opd.models.context_limit import ContextLimit
+from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.settings import UserError
@@ -38,9 +39,7 @@ class Student(lmms):
 
     is_simple = True
 
-    def __init__(
-        self, config: Config, benchmark: Benchmark, context: ContextLimit, journal: Journal, model: Any
-    ) -> None:
+    def __init__(self, config: Config, benchmark: Benchmark, context: ContextLimit, journal: Journal, model: Any):
         """`model`: what tells these weights from others, for the journal's keys."""
         super().__init__()
         self.accelerator = None  # else lmms-eval starts one
@@ -53,10 +52,10 @@ class Student(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """An answer to every instance. Raises UserError for one that cannot be asked, ServerError."""
-        out: list[GenerationResult | None] = [None] * len(requests)
+        out: dict[int, GenerationResult] = {}
         order = sorted(range(len(requests)), key=lambda i: self._sampling(requests[i]))  # one setting at a time
-        seen: Counter[tuple[str, Any]] = Counter()
-        repeat = [self._count(seen, r) for r in requests]
+        asked: dict[tuple[str, Any], Iterator[int]] = defaultdict(count)
+        repeat = [next(asked[r.task_name, r.doc_id]) for r in requests]
         if self.benchmark.longer == "refuse":
             self._check_lengths(requests)
         began, start = time.monotonic(), 0
@@ -67,12 +66,10 @@ class Student(lmms):
             eta = f", ETA {int(left) // 60}:{int(left) % 60:02d}" if left is not None else ""
             self.tell(f"{start} of {len(requests)} questions{eta}")
             answers = self._answer([(requests[i], repeat[i]) for i in chunk], *same)
-            for i, answer in zip(chunk, answers, strict=True):
-                out[i] = answer
+            out.update(zip(chunk, answers, strict=True))
             start += len(chunk)
         self.tell(f"{len(requests)} questions answered, scoring")
-        assert all(a is not None for a in out)
-        return out
+        return [out[i] for i in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> Any:
         """Not asked of a speech LLM here: raises UserError."""
@@ -84,22 +81,16 @@ class Student(lmms):
 
     def _check_lengths(self, requests: list[Instance]) -> None:
         """Raises UserError for clips that are too long, before hours are spent on the others."""
-        found = [(max([seconds(v) for v in self._media(r)], default=0.0), r) for r in requests]
+        found = [(max(map(seconds, self._media(r)), default=0.0), r) for r in requests]
         if long := [(s, r) for s, r in found if s > self.limit]:
             most, r = max(long, key=lambda x: x[0])
-            raise UserError(
-                f"{len(long)} of {len(requests)} questions have clips longer than {self.limit:g} s, the longest "
-                f"{most:.1f} s ({_place(r)}): raise data.max_audio_seconds, or set benchmark.longer=cut"
-            )
+            told = f"{len(long)} of {len(requests)} questions have clips longer than {self.limit:g} s"
+            remedy = "raise data.max_audio_seconds, or set benchmark.longer=cut"
+            raise UserError(f"{told}, the longest {most:.1f} s ({_place(r)}): {remedy}")
 
     def _media(self, r: Instance) -> list[Any]:
         _, _, to_media, doc_id, task, split = r.args
         return to_media(self.task_dict[task][split][doc_id]) or []
-
-    @staticmethod
-    def _count(seen: Counter[tuple[str, Any]], r: Instance) -> int:
-        seen[r.task_name, r.doc_id] += 1
-        return seen[r.task_name, r.doc_id] - 1
 
     def _sampling(self, r: Instance) -> tuple[int, float]:
         """(max_tokens, temperature): the benchmark file's, else the task's, as chat back ends of lmms-eval read it."""
@@ -109,19 +100,14 @@ class Student(lmms):
         temperature = own if b.temperature is None else b.temperature
         for name, known in FIXED.items() if temperature else ():
             if asked.get(name) not in known:
-                raise UserError(
-                    f"task {_place(r)}: samples with {name}={asked[name]}; here there is temperature alone: set "
-                    "benchmark.temperature"
-                )
+                told = "here there is temperature alone: set benchmark.temperature"
+                raise UserError(f"task {_place(r)}: samples with {name}={asked[name]}; {told}")
         return int(tokens), temperature
 
     def _answer(self, asked: list[tuple[Instance, int]], max_tokens: int, temperature: float) -> list[GenerationResult]:
         config = self.config.changed({"rollout.max_tokens": max_tokens, "run.seed": self.benchmark.seed})
-        prompts, clips = [], {}
-        for r, repeat in asked:
-            prompt, own = self._question(r, repeat, max_tokens)
-            prompts.append(prompt)
-            clips.update(own)
+        clips: dict[str, np.ndarray] = {}
+        prompts = [self._question(r, repeat, max_tokens, clips) for r, repeat in asked]
         keys = [self._key(p, clips, max_tokens, temperature, config.run.seed) for p in prompts]
         todo = [i for i, key in enumerate(keys) if key not in self.journal]
         sampler = VllmSampler(config, self.family, config.rollout.urls)
@@ -135,34 +121,33 @@ class Student(lmms):
             self.cut_off[r.task_name] += said["truncated"]
         return [GenerationResult(said["text"], TokenCounts(output_tokens=said["tokens"])) for said in found]
 
-    def _question(self, r: Instance, repeat: int, max_tokens: int) -> tuple[Prompt, dict[str, np.ndarray]]:
-        """One user turn, the clips before the text, as lmms-eval's speech back ends have it."""
+    def _question(self, r: Instance, repeat: int, max_tokens: int, clips: dict[str, np.ndarray]) -> Prompt:
+        """One user turn, the clips before the text, as lmms-eval's speech back ends have it; `clips` takes them up."""
         text, task, doc_id, media = r.args[0], r.task_name, r.doc_id, self._media(r)
         name = f"benchmark/{task}/{doc_id}/{repeat}"
-        clips: dict[str, np.ndarray] = {}
+        content: list[dict[str, Any]] = []
         try:
             for k, value in enumerate(media):
                 wave, cut = clip(value, self.family.sampling_rate, self.limit, self.benchmark.longer == "cut")
                 self.clips_cut[task] += cut
                 clips[f"{name}/{k}"] = self.context.filled(wave)
+                content.append({"type": "audio", "path": f"{name}/{k}", "transcript": ""})
             if not media:
                 raise BadAudio("it has no sound")
             if len(media) > self.family.entry.clips:
                 raise BadAudio(f"it has {len(media)} clips; {self.family.entry.name} takes {self.family.entry.clips}")
-            content: list[dict[str, Any]] = [{"type": "audio", "path": p, "transcript": ""} for p in clips]
             content += [{"type": "text", "text": text}] if text else []
             first = ({"role": "system", "content": self.benchmark.system},) if self.benchmark.system else ()
             prompt = Prompt(name, (*first, {"role": "user", "content": content}))
-            ids = len(self.family.prompt_ids(render(prompt, "speech"), [len(w) for w in clips.values()]))
+            ids = len(self.family.prompt_ids(render(prompt, "speech"), [len(clips[p]) for p in audio_paths(prompt)]))
         except BadAudio as e:
             raise UserError(f"task {_place(r)}: {e}") from e
         limit = self.context.max_model_len
         if limit is not None and ids + max_tokens > limit:
-            raise UserError(
-                f"task {_place(r)}: its {ids} prompt ids and max_tokens {max_tokens} do not fit into the server's "
-                f"{limit} ids; raise rollout.server.max_model_len, or lower benchmark.max_tokens"
-            )
-        return prompt, clips
+            told = f"its {ids} prompt ids and max_tokens {max_tokens} do not fit into the server's {limit} ids"
+            remedy = "raise rollout.server.max_model_len, or lower benchmark.max_tokens"
+            raise UserError(f"task {_place(r)}: {told}; {remedy}")
+        return prompt
 
     def _key(self, p: Prompt, clips: dict[str, np.ndarray], max_tokens: int, temperature: float, seed: int) -> str:
         sounds = [hashlib.sha256(clips[k].tobytes()).hexdigest() for k in audio_paths(p)]

@@ -216,6 +216,38 @@ def test_recordings_are_read_from_their_place_on_the_hub_and_nowhere_else(
     assert all("expected the bytes of a recording or its place on the Hub, found" in d for d in dropped[1:])
 
 
+def test_texts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    clip, mark = encoded(noise(1)), b"\xef\xbb\xbf"
+    said = {"beside/a.txt": b"what is one", "libri/8-1.trans.txt": b"8-1-0 WHAT IS ONE\n"}
+    said |= {"cv.tsv": b"path\tsentence\nclips/a.flac\twhat is one\n", "times/a.srt": SRT.encode()}
+    for name, text in said.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(mark + text)
+    for name in ("beside/a", "libri/8-1-0", "clips/a", "times/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.flac").write_bytes(clip)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in (("a.flac", clip), ("a.txt", mark + b"what is one")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    for source in ("beside", "libri", "cv.tsv", "times", "x.tar"):
+        _, (row,), dropped = run(tmp_path / source, tmp_path / "out" / source / "m.jsonl")
+        assert row["text"] == ("one two and a half three" if source == "times" else "what is one") and not dropped
+    (tmp_path / "beside/a.txt").write_bytes(mark)
+    with pytest.raises(UserError, match="1 dropped .1 no transcript"):
+        run(tmp_path / "beside", tmp_path / "n.jsonl")
+
+
+def test_transcripts_that_are_no_text_are_dropped(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"audio": [{"bytes": encoded(noise(1, i)), "path": None} for i in range(2)], "label": [0, 7]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "in.parquet")
+    with pytest.raises(UserError, match="0 of 2 records, 2 dropped .2 transcript"):
+        run(tmp_path / "in.parquet", tmp_path / "m.jsonl", columns={"transcript": "label"})
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_webdataset_shards(tmp_path: Path, name: str) -> None:
     members = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fake_openai import Call, FakeOpenAI, Reply, said, serving, tone
 
-from opd.data.command import stage_class
 from opd.data.engine.runner import Summary, run_stage
+from opd.data.stages import stage_class
 from opd.settings import UserError, validated
 
 TEXTS = ["Compute 3^5 + 2.", "List 3 rivers, e.g. in the UK", "Who wrote {Faust}?"]

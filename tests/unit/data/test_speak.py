@@ -12,11 +12,10 @@ import pytest
 import soundfile
 from fake_openai import Call, FakeOpenAI, Reply, serving, tone
 
-from opd.data.command import stage_class
 from opd.data.engine.clip_store import ClipStore
 from opd.data.engine.runner import Summary, run_stage
 from opd.data.engine.stage import Drop
-from opd.data.stages import espeak
+from opd.data.stages import espeak, stage_class
 from opd.data.stages.loudness import lufs, true_peak
 from opd.prompts.audio import load
 from opd.prompts.manifest import read_manifest

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from fake_openai import FakeOpenAI, Reply, serving, tone
 
-from opd.data.command import stage_class
 from opd.data.engine.runner import Summary, run_stage
+from opd.data.stages import stage_class
 from opd.settings import UserError, validated
 
 SAID = ["What's 12 plus thirty-one?", "Name the colour of the sky, please", "Who wrote Faust and when did he write it"]

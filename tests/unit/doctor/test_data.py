@@ -20,6 +20,16 @@ def test_records_are_weighed_by_a_number_above_0(world: Path) -> None:
         assert f"train.jsonl:2: expected a number above 0 by the name 'weight', {found}" in told.found
 
 
+def test_ids_that_are_numbers_are_told_and_others_refused(world: Path) -> None:
+    rows = [{"audio": f"{i}.wav", "transcript": t, "id": 10 + i} for i, t in enumerate(ASKED)]
+    write(world, rows)
+    told = lines(facts_of(world))["manifests"]
+    assert told.outcome == "pass" and f"{len(rows)} ids are numbers, taken as text, such as '10'" in told.found
+    write(world, [*rows[:1], {**rows[1], "id": ["1"]}])
+    told = lines(facts_of(world))["manifests"]
+    assert told.outcome == "FAIL" and "train.jsonl:2: id: expected a string or a number, found list" in told.found
+
+
 def test_held_out_records_need_an_answer_and_no_response(world: Path) -> None:
     held_out = f"eval.test={world}/train.jsonl"
     write(world, [{"audio": "0.wav", "transcript": ASKED[0], "answer": "three."}])

@@ -18,7 +18,7 @@ from opd.doctor import live as doctor_model
 from opd.doctor import preflight
 from opd.doctor.checks import Check, Facts, Skip, Warned
 from opd.doctor.probe import Mismatch
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.settings import UserError
 from opd.types import Prompt, Rollout, ScoredRollout
 

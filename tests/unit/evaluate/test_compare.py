@@ -16,9 +16,8 @@ from report_runs import EVIL, estimate, evaluation, make_run
 
 from opd.cli import main
 from opd.evaluate import page
-from opd.evaluate.bootstrap import paired
 from opd.evaluate.command import summary
-from opd.evaluate.compare import compare
+from opd.evaluate.compare import compare, paired
 from opd.evaluate.records import read_records, write_records
 from opd.evaluate.results import counts, examples, groups, metrics
 from opd.settings import UserError

@@ -19,8 +19,9 @@ import soundfile
 
 from opd import types
 from opd.cli import main
-from opd.evaluate.benchmark import command, results
-from opd.evaluate.benchmark.settings import JudgeConfig, read, split
+from opd.evaluate import page
+from opd.evaluate.benchmark import command, worker
+from opd.evaluate.benchmark.command import JudgeConfig, read, split
 from opd.evaluate.benchmark.sound import clip, decode, seconds
 from opd.prompts import audio
 from opd.settings import UserError
@@ -101,7 +102,7 @@ def test_command_refuses_in_one_line(tmp_path: Path, capsys: Any, monkeypatch: p
 def test_without_a_judge_nothing_is_sent_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmms_eval.llm_judge import ProviderFactory, Request
 
-    from opd.evaluate.benchmark import judging
+    from opd.evaluate.benchmark import scoring
 
     theirs = {
         "OPENAI_API_URL": "https://api.openai.com/v1/chat/completions",
@@ -112,8 +113,8 @@ def test_without_a_judge_nothing_is_sent_anywhere(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv(name, value)  # what the shell of a user may hold, and is put back
     monkeypatch.setattr(ProviderFactory, "_provider_classes", dict(ProviderFactory._provider_classes))
     for name in ("config_of", "log", "asked"):
-        monkeypatch.setattr(judging.Judge, name, getattr(judging.Judge, name))
-    judging.install(None, tmp_path / "judge.jsonl")
+        monkeypatch.setattr(scoring.Judge, name, getattr(scoring.Judge, name))
+    scoring.install_judge(None, tmp_path / "judge.jsonl")
     for name in theirs:
         url = urlsplit(os.environ[name])
         assert (url.scheme, url.hostname, url.port) == ("http", "127.0.0.1", 9), name
@@ -121,11 +122,11 @@ def test_without_a_judge_nothing_is_sent_anywhere(tmp_path: Path, monkeypatch: p
             socket.create_connection((url.hostname, url.port), timeout=5)
     assert os.environ["OPENAI_API_KEY"] == "none" and "sk-secret" not in {os.environ[n] for n in others}
     server = ProviderFactory.create_provider(os.environ["API_TYPE"])
-    with pytest.raises(judging.JudgeFailed, match="the task asks a judge, and the benchmark has none"):
+    with pytest.raises(scoring.JudgeFailed, match="the task asks a judge, and the benchmark has none"):
         server.evaluate(Request(messages=[{"role": "user", "content": "q"}]))
     assert not (tmp_path / "judge.jsonl").exists()
     # with a judge it is that one, for tasks that post by themselves too
-    judging.install(JudgeConfig(url="http://127.0.0.1:8000/v1/", model="m"), tmp_path / "judge.jsonl")
+    scoring.install_judge(JudgeConfig(url="http://127.0.0.1:8000/v1/", model="m"), tmp_path / "judge.jsonl")
     assert [os.environ[n] for n in theirs] == [f"http://127.0.0.1:8000/v1{end}" for end in ("/chat/completions", "")]
 
 
@@ -208,10 +209,10 @@ def test_what_is_no_sound_is_named(value: Any, message: str) -> None:
 def test_standard_errors_are_in_the_metrics_unit() -> None:
     right: list[float | None] = [1.0, 0.0, 1.0, 1.0]
     expected = 0.5 / 2  # sample deviation of 1, 0, 1, 1 is 0.5
-    assert results.stderr(0.75, right) == pytest.approx(expected)
-    assert results.stderr(75.0, right) == pytest.approx(100 * expected)
-    assert results.stderr(0.5, right) is None  # not their mean
-    assert results.stderr(1.0, [1.0]) is None and results.stderr(1.0, [1.0, None]) is None
+    assert worker.stderr(0.75, right) == pytest.approx(expected)
+    assert worker.stderr(75.0, right) == pytest.approx(100 * expected)
+    assert worker.stderr(0.5, right) is None  # not their mean
+    assert worker.stderr(1.0, [1.0]) is None and worker.stderr(1.0, [1.0, None]) is None
 
 
 def test_rows_take_numbers_of_tasks_only() -> None:
@@ -225,17 +226,17 @@ def test_rows_take_numbers_of_tasks_only() -> None:
         "higher_is_better": {"a": {"acc": True}},
         "versions": {"a": 2.0},
     }  # fmt: skip
-    (row,) = results.rows(found)
+    (row,) = worker.rows(found)
     assert row == {
         "task": "a", "metric": "acc", "value": 50.0, "stderr": pytest.approx(50.0), "n": 2, "higher_is_better": True,
         "version": 2.0,
     }  # fmt: skip
-    assert results.left_out(found) == ["pedant_score is left out: it needs qa_metrics"]
+    assert worker.left_out(found) == ["pedant_score is left out: it needs qa_metrics"]
 
 
 def test_the_table_is_readable() -> None:
     row = {"task": "mmar", "metric": "acc", "value": 61.5, "stderr": 1.5, "n": 1000, "guessed": 3, "cut_off": 0}
-    shown = results.text({"results": [row, row | {"stderr": None}], "notes": ["a note"]})
+    shown = page.benchmark_text({"results": [row, row | {"stderr": None}], "notes": ["a note"]})
     assert shown.splitlines() == [
         "task  metric  value           records  guessed  cut off",
         "mmar  acc     61.500 ± 1.500  1000     3        0",

@@ -14,8 +14,7 @@ from fake_servers import FakeServer, serving
 from opd.config.load import load_config
 from opd.inference.client import Load, Request, Server, ServerError, post_all, together
 from opd.inference.weight_sync import WeightSync
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.rollout.sampler import VllmSampler
 from opd.teachers.server import ServerTeacher
 from opd.train import loop as train

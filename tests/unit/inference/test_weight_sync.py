@@ -15,10 +15,10 @@ from opd.config.load import load_config
 from opd.config.schema import Config, RolloutConfig
 from opd.inference import transports
 from opd.inference.client import Server, ServerError
-from opd.inference.transfer_folder import TRANSFER_PREFIX
+from opd.inference.host import TRANSFER_PREFIX
 from opd.inference.transports import FileTransport
 from opd.inference.weight_sync import WeightSync
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.settings import UserError
 
 

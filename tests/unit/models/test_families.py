@@ -15,13 +15,13 @@ from peft import PeftModel
 
 from opd.config.load import load_config
 from opd.config.schema import LoraConfig
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.lora import adapted, adapters, pieces, save_adapter
 from opd.models.registry import FAMILIES, family_entry
 from opd.models.speech_lm import SpeechLM
 from opd.models.tiny import build
 from opd.prompts.audio import whole_frames
+from opd.prompts.clips import ContextLimit
 from opd.settings import UserError
 from opd.teachers.reference import ReferenceModel, SelfTeacher
 from opd.train.batch import collate

@@ -12,11 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from opd.models.context_limit import ContextLimit
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.speech_lm import SpeechLM
-from opd.objectives.divergences import EXCLUDED
-from opd.objectives.losses import xopd
+from opd.objectives.losses import EXCLUDED, xopd
+from opd.prompts.clips import ContextLimit
 from opd.settings import UserError
 from opd.train.batch import collate
 from opd.types import VIEWS, BadAudio, Message, Prompt, Rollout, Sample, ScoredRollout, audio_paths, render

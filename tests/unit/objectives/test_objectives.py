@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from opd.config.objective import ObjectiveConfig
-from opd.objectives.divergences import EXCLUDED, divergence, generalized_jsd, jsd_on_teacher_top, reverse_kl_with_tail
-from opd.objectives.losses import LOSSES, Tokens, cord_weights, token_terms
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import TokenLoss, chunks, summed_loss
+from opd.objectives.losses import (
+    EXCLUDED,
+    LOSSES,
+    Tokens,
+    cord_weights,
+    divergence,
+    generalized_jsd,
+    jsd_on_teacher_top,
+    reverse_kl_with_tail,
+    token_terms,
+)
+from opd.objectives.token_loss import MicroBatch, TokenLoss, chunks, summed_loss
 
 V, H, BANNED, LENGTHS = 9, 5, [2, 7, 8], [3, 1, 4]
 N = sum(LENGTHS)

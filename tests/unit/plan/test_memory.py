@@ -20,8 +20,7 @@ from opd.config.schema import Config
 from opd.models import sharding
 from opd.models.registry import FAMILIES
 from opd.objectives import token_loss
-from opd.objectives.micro_batch import MicroBatch
-from opd.objectives.token_loss import TokenLoss
+from opd.objectives.token_loss import MicroBatch, TokenLoss
 from opd.plan import learner_memory as memory
 from opd.plan import server_memory, shapes, step_time
 from opd.plan.learner_memory import Zero
@@ -83,7 +82,7 @@ def test_every_family_has_a_shape(name: str, tmp_path: Path) -> None:
 
     build(name, tmp_path)
     shape = shapes._student(str(tmp_path / "student"), name)
-    family = __import__("opd.models.load", fromlist=["family_of"]).family_of(str(tmp_path / "student"))
+    family = __import__("opd.models.base", fromlist=["family_of"]).family_of(str(tmp_path / "student"))
     hf = family.load(torch.float32, "sdpa")
     named = dict(hf.named_parameters())
     assert {w.name: w.shape for w in shape.weights} == {n: tuple(p.shape) for n, p in named.items()}
@@ -209,10 +208,10 @@ def test_peak_of_a_real_pass(
 ) -> None:
     from transformers import Qwen2AudioForConditionalGeneration
 
-    from opd.models.load import family_of
+    from opd.models.base import family_of
     from opd.models.speech_lm import SpeechLM
 
-    monkeypatch.setattr("opd.config.limits.ELEMENTS", elements)
+    monkeypatch.setattr("opd.config.needs.ELEMENTS", elements)
     settings = [f"student.dtype={dtype}", f"train.gradient_checkpointing={checkpointing}", "teacher.kind=local"]
     c = config(f"objective.name={objective}", *settings, *MORE[objective])
     family = family_of(STUDENT)
@@ -290,7 +289,7 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         mb = MicroBatch(samples=[], targets=ids[..., 0], mask=one, weights=one, **of_rows, **logp, **best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
         made.teacher = made.teacher if c.objective.reads_logits else None
-        made.importance = torch.ones(n)
+        made.tokens["importance"] = torch.ones(n)
         banned = torch.zeros(vocab).bool()
         with LiveMemory() as live:
             finish = partial(torch.masked_fill, mask=banned, value=-1e9)

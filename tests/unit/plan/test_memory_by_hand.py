@@ -187,11 +187,11 @@ def test_rows_of_a_sharded_teacher_are_made_at_once() -> None:
 
 
 def test_a_chunk_and_what_is_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.config.limits.ELEMENTS", 620)  # 12 tokens of 50 logits
+    monkeypatch.setattr("opd.config.needs.ELEMENTS", 620)  # 12 tokens of 50 logits
     mb = memory.MicroBatch(4, 50, 1, 80)
     of_both = {"output layer's gradient": 1600, "hidden states of responses": 2560}
     assert memory.loss_bytes(STUDENT, config(), mb) == {"logits and loss": 12 * 50 * 18, **of_both}
-    monkeypatch.setattr("opd.config.limits.ELEMENTS", 1)
+    monkeypatch.setattr("opd.config.needs.ELEMENTS", 1)
     # a token's logits are less than what it adds to the output layer's gradient: 2 x 50 x (8 + 1)
     assert memory.loss_bytes(STUDENT, config(), mb) == {"logits and loss": 900, **of_both}
     lora = memory.loss_bytes(STUDENT, config("student.lora={}"), mb)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from opd.inference.ports import free_port
+from opd.inference.host import free_port
 from opd.processes import cluster
 from opd.processes.cluster import OUTCOME, PROCESS, Cluster, End
 from opd.settings import UserError

@@ -17,7 +17,7 @@ import pytest
 from opd.config.load import load_config
 from opd.config.placement import Placement
 from opd.config.schema import Config
-from opd.inference import ports
+from opd.inference import host
 from opd.processes import commands as servers
 from opd.processes import layout
 from opd.processes.layout import Layout, Place
@@ -156,7 +156,7 @@ def test_learner_on_two_nodes_of_three(config: Config, launcher: str) -> None:
         assert "--node_rank=1 --master_addr=10.9.9.2 --master_port=2" in second.shell()
 
 
-FREE_PORT = ports.free_port
+FREE_PORT = host.free_port
 
 
 def test_no_two_launchers_are_given_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +165,8 @@ def test_no_two_launchers_are_given_the_same_port(monkeypatch: pytest.MonkeyPatc
         busy, *free = (s.getsockname()[1] for s in found)
         for s in found[1:]:
             s.close()
-        monkeypatch.setattr(ports, "PORTS", [busy, *free])
-        ask = f"from opd.inference import ports as p; p.PORTS = {[busy, *free]}; "
+        monkeypatch.setattr(host, "PORTS", [busy, *free])
+        ask = f"from opd.inference import host as p; p.PORTS = {[busy, *free]}; "
         ask += "print(p.free_port(), flush=True); input()"
         with subprocess.Popen(
             [sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

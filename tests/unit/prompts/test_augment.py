@@ -18,8 +18,7 @@ from opd.config.augment import AugmentConfig
 from opd.config.load import load_config
 from opd.prompts.augment import PEAK, Augmenter
 from opd.prompts.clips import ClipLoader
-from opd.prompts.manifest import read_manifest
-from opd.prompts.stream import PromptStream
+from opd.prompts.manifest import PromptStream, read_manifest
 from opd.settings import UserError, validated
 from opd.train import loop as train
 from opd.train.verdict import Verdict

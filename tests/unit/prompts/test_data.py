@@ -13,8 +13,7 @@ from opd import types
 from opd.config.schema import Config
 from opd.prompts import audio
 from opd.prompts.clips import ClipLoader, list_bad, listed
-from opd.prompts.manifest import parse_record, read_manifest
-from opd.prompts.stream import PromptStream
+from opd.prompts.manifest import PromptStream, parse_record, read_manifest
 from opd.settings import UserError
 from opd.types import Prompt, audio_paths, render, transcript
 
@@ -62,6 +61,11 @@ def test_views_differ_only_in_the_audio_parts(tmp_path: Path) -> None:
         ({"audio": "a.wav", "transcript": "x", "match": "fuzzy"}, "exact, regex, choice, number, tokens, judge, "),
         ({"audio": "a.wav", "transcript": "x", "answer": 5}, "answer: expected a string"),
         ("text", "expected an object, found str"),
+        *(
+            ({"audio": "a.wav", "transcript": "x", "id": name}, f"id: expected a string or a number, found {found}")
+            for name, found in (([7], "list"), ({"a": 7}, "dict"), (None, "NoneType"), (True, "bool"))
+        ),
+        ({"audio": "a.wav", "transcript": "x", "id": float("nan")}, "found float"),
     ],
 )
 def test_bad_records_say_why(tmp_path: Path, record: object, reason: str) -> None:
@@ -76,8 +80,20 @@ def test_manifest_keeps_good_records_and_lists_bad_ones(tmp_path: Path) -> None:
         "\n".join([json.dumps(good), "not json", json.dumps({**good, "id": "b"}), json.dumps(good), ""])
     )
     prompts, bad = read_manifest(str(tmp_path / "m.jsonl"))
-    assert [p.id for p in prompts] == ["a", "b"]
+    assert [p.id for p in prompts] == ["a", "b"] and not any(p.numbered for p in prompts)
     assert [(b["place"].rpartition(":")[2], b["reason"][:8]) for b in bad] == [("2", "not vali"), ("4", "id 'a' w")]
+
+
+def test_numbers_for_ids_are_their_decimal_text(tmp_path: Path) -> None:
+    good, long = {"audio": "a.wav", "transcript": "x"}, 10**400  # more than a float can hold
+    rows = [{**good, "id": 7}, {**good, "id": 7.5}, {**good, "id": "7"}, {**good, "id": [7]}, {**good, "n": long}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts, bad = read_manifest(str(tmp_path / "m.jsonl"))
+    assert [(p.id, p.numbered) for p in prompts[:2]] == [("7", True), ("7.5", True)] and prompts[2].numbers == {}
+    assert [b["reason"] for b in bad] == [
+        f"id '7' was used before, at {tmp_path}/m.jsonl:1",
+        "id: expected a string or a number, found list",
+    ]
 
 
 def test_parquet_through_datasets(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from opd.cli import main
 from opd.config.load import dump_config, load_config
 from opd.config.schema import LoraConfig
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.lora import adapters, inject, save_adapter
 from opd.report import model_card
 from opd.report.export import export

@@ -12,8 +12,7 @@ import opd.rollout.sampler
 import opd.rollout.sources
 from opd.config.load import load_config
 from opd.inference.client import Answer, ServerError
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.rollout.sampler import VllmSampler
 from opd.types import VIEWS, Prompt, Rollout
 

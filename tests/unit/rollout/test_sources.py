@@ -16,8 +16,7 @@ from opd.config.load import load_config
 from opd.config.objective import OBJECTIVES
 from opd.config.schema import Config
 from opd.inference.client import Answer
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import DatasetSource, MixSource, StudentSource, TeacherSource, make_source
 from opd.settings import UserError

@@ -14,8 +14,7 @@ from fake_openai import Call, FakeOpenAI, Reply, serving
 
 from opd.scoring import voicebench as official
 from opd.scoring.answers import tokens_match
-from opd.scoring.judge import MET, RATED, Judge, met_of, rating_of, verdict
-from opd.scoring.scorer import Scorer, ScoringConfig
+from opd.scoring.scorer import MET, RATED, Judge, Scorer, ScoringConfig, met_of, rating_of, verdict
 from opd.scoring.voicebench import FOUR, UNDECIDED, Grade, grade
 from opd.settings import UserError, validated
 from opd.types import Prompt

@@ -13,8 +13,7 @@ import pytest
 from opd.endpoint import Unavailable
 from opd.prompts.manifest import parse_record
 from opd.scoring.answers import check_answer, choice_of, correct, number_of
-from opd.scoring.judge import Judge, verdict
-from opd.scoring.scorer import Scorer, ScoringConfig
+from opd.scoring.scorer import Judge, Scorer, ScoringConfig, verdict
 from opd.settings import UserError, validated
 from opd.types import Prompt
 

@@ -19,8 +19,7 @@ from opd.config.load import load_config
 from opd.config.needs import asks_teacher_servers, needs_teacher, starts_teacher
 from opd.config.schema import Config
 from opd.inference.client import Answer
-from opd.models.base import Family
-from opd.models.load import family_of
+from opd.models.base import Family, family_of
 from opd.settings import UserError
 from opd.teachers.local import LocalTeacher
 from opd.teachers.server import ServerTeacher

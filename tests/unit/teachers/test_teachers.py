@@ -34,6 +34,7 @@ from opd.config.needs import (
     asks_teacher_servers,
     copies_start,
     needs_teacher,
+    route_of,
     starts_teacher,
     teacher_servers,
     uses_start,
@@ -42,7 +43,7 @@ from opd.config.placement import of_routes
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.models.lora import adapters
-from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import EXCLUDED
 from opd.objectives.token_loss import Logits
 from opd.plan.learner_memory import frozen
 from opd.plan.shapes import student_shape, teacher_shape
@@ -51,9 +52,7 @@ from opd.settings import UserError
 from opd.teachers import reference as starting
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reference import ReferenceModel, SelfTeacher
-from opd.teachers.registry import make_start, make_teacher
-from opd.teachers.routed import RoutedTeacher
-from opd.teachers.routes import route_of
+from opd.teachers.registry import RoutedTeacher, make_start, make_teacher
 from opd.train.batch import make_batch, make_samples
 from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, Sample, ScoredRollout

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from opd.config.load import resolve_model
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.settings import UserError
 from opd.storage.checkpoints import checkpoints
 from opd.train import checkpoint

@@ -16,9 +16,9 @@ import torch
 import opd.train.evaluator
 from opd.config.load import load_config
 from opd.config.schema import Config
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.models.speech_lm import SpeechLM, at_responses
-from opd.objectives.divergences import EXCLUDED
+from opd.objectives.losses import EXCLUDED
 from opd.rollout.sources import decode
 from opd.scoring.scorer import Scorer, ScoringConfig
 from opd.scoring.statistics import drop
@@ -216,7 +216,7 @@ def test_an_evaluation_by_hand_whatever_the_ranks(config: Config, monkeypatch: p
     monkeypatch.setattr(teacher, "respond", respond)
     monkeypatch.setattr(opd.train.evaluator, "PAIRS", 4)  # rank 0 of 2 then has a chunk of one more than rank 1
     (alone,) = evaluate(config, teacher, 1, monkeypatch)
-    monkeypatch.setattr("opd.config.limits.ELEMENTS", 3 * family.vocab_size)
+    monkeypatch.setattr("opd.config.needs.ELEMENTS", 3 * family.vocab_size)
     made: list[int] = []
     project = SpeechLM.project
     monkeypatch.setattr(SpeechLM, "project", lambda self, states: made.append(len(states)) or project(self, states))

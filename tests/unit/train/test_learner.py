@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from opd.models.base import Family
 from opd.models.lora import Piece
 from opd.objectives.token_loss import Logits
-from opd.train.batch import _dummy, make_batch
+from opd.train.batch import make_batch
 from opd.train.learner import _groups, learning_rate
 from opd.types import Sample
 
@@ -139,7 +140,7 @@ def test_a_filling_micro_batch_counts_for_nothing(family: Family, reference: Ref
     for fill in (False, True):
         learner = make_learner(family, c)
         batch = make_batch(reference.samples(family, c), CLIPS, c)
-        batch.micro_batches += [[_dummy(batch.samples[0])]] * fill
+        batch.micro_batches += [[replace(batch.samples[0], weight=0.0, place=-1)]] * fill
         found.append((learner.step(batch, 0), gradient(learner)))
     assert found[0][0] == found[1][0] and list(map(len, found[1][0].advantages)) == [len(a) for _, _, a in ANSWERS]
     assert_same_gradient(found[1][1], found[0][1], 0)

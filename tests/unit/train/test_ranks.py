@@ -9,7 +9,7 @@ import torch
 from small_learner import ANSWERS, ROOT, STUDENT, WHOLE, Reference, config, make_learner
 from two_ranks import CASES, one_gradient, rank_of_two, samples_of
 
-from opd.models.load import family_of
+from opd.models.base import family_of
 
 
 def test_two_ranks_with_a_micro_batch_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

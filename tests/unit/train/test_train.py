@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 from opd.config import resume
 from opd.config.load import load_config
-from opd.models.load import family_of
+from opd.models.base import family_of
 from opd.storage.checkpoints import checkpoints
 from opd.storage.metrics import MetricsLog
-from opd.train import __main__, checkpoint, step_log
+from opd.train import __main__, checkpoint
 from opd.train import loop as train
 from opd.train.batch import make_batch
 from opd.train.learner import StepResult
+from opd.train.parts import report_step
 from opd.train.verdict import Verdict
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 
@@ -122,14 +123,14 @@ def test_the_line_of_a_step(tmp_path: Path) -> None:
     batch: Any = SimpleNamespace(samples=samples, tokens=20, responses=4)
     clock = train.Clock()
     clock.lap("rollout")
-    step_log.report_step(parts, 5, batch, StepResult({"mismatch/logprob": 0.4, "loss": 1.5}, []), clock)
+    report_step(parts, 5, batch, StepResult({"mismatch/logprob": 0.4, "loss": 1.5}, []), clock)
     (line,) = written
     assert line["length/truncated"] == 0.25 and line["length/mean"] == 5.0 and line["version/lag"] == 1
     assert line["loss"] == 1.5 and line["step"] == 5 and line["tokens"] == 20
     assert line["time/step"] == pytest.approx(line["time/rollout"] + line["time/rest"])
     assert line["seconds"] == parts.seconds == pytest.approx(10.0 + line["time/step"])
     with pytest.raises(RuntimeError, match=r"step 6: mean .* is 0.600, more than rollout.max_mismatch=0.5"):
-        step_log.report_step(parts, 6, batch, StepResult({"mismatch/logprob": 0.6}, []), clock)
+        report_step(parts, 6, batch, StepResult({"mismatch/logprob": 0.6}, []), clock)
 
 
 def test_samples_show_their_own_advantages(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_samples_show_their_own_advantages(tmp_path: Path) -> None:
     log = SimpleNamespace(step=lambda _: None, sample=shown.append, status=lambda *_: None)
     parts: Any = SimpleNamespace(config=config, log=log, seconds=0.0, learner=SimpleNamespace(family=family))
     found = StepResult({}, [[0.1, 0.2], [1.1, 1.2, 1.3], [2.1, 2.2]])
-    step_log.report_step(parts, 1, batch, found, train.Clock())
+    report_step(parts, 1, batch, found, train.Clock())
     assert [(s["view"], s["advantage"]) for s in shown] == [("speech", [1.1, 1.2, 1.3]), ("text", [0.1, 0.2])]
     assert [len(s["tokens"]) for s in shown] == [3, 2] and shown[0]["prompt"] == "user: one plus two"
 

@@ -1,15 +1,16 @@
-"""Free ports of this machine, each given to one process only."""
+"""What processes of one host share: its free ports, and the folder through which new weights travel."""
 
 from __future__ import annotations
 
 import random
+import shutil
 import socket
+from pathlib import Path
 
 from opd.settings import UserError
 
 LOOPBACK = "127.0.0.1"
-
-
+TRANSFER_PREFIX = f"opd-{socket.gethostname()}-"  # a shared folder may serve several hosts
 # Below the range from which Linux takes the ports of outgoing connections: a server binds its port seconds after it
 # was chosen, and none of those may have it by then.
 PORTS = range(20000, 32768)
@@ -33,3 +34,13 @@ def free_port() -> int:
         _held.append(claim)
         return port
     raise UserError(f"no free port on {LOOPBACK} from {min(PORTS)} to {max(PORTS)}")
+
+
+def sweep(parent: str) -> None:
+    """Remove from the folder of a file transport what killed learners of this host left there."""
+    import psutil
+
+    for folder in Path(parent).glob(f"{TRANSFER_PREFIX}*-*"):
+        pid = folder.name.removeprefix(TRANSFER_PREFIX).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
