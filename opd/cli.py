@@ -218,7 +218,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from opd.report.command import write_report
+    from opd.report.page import write_report
 
     for path in write_report(args.runs, args.out or args.runs[-1]):
         print(f"wrote {path}")

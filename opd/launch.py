@@ -19,7 +19,7 @@ from opd.processes.cluster import Alone, Cluster, End
 from opd.processes.commands import Command, learner, servers
 from opd.processes.layout import Layout, layout, told
 from opd.processes.supervise import conclude, supervise
-from opd.report.command import write_report
+from opd.report.page import write_report
 from opd.settings import UserError
 from opd.storage import run_folder
 from opd.storage.checkpoints import split

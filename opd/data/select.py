@@ -21,8 +21,7 @@ from opd.data.engine import manifest
 from opd.data.engine.runner import read_source
 from opd.data.engine.stage import ClipStore, Drop, Record, audio_parts, last_question
 from opd.evaluate.records import read_records
-from opd.report.blocks import Heading, Paragraph, Table, document
-from opd.report.figure import BLUE, figure
+from opd.report.blocks import BLUE, Heading, Paragraph, Table, document, figure
 from opd.settings import Section, UserError
 from opd.storage.json_lines import write_atomic
 

@@ -6,6 +6,8 @@ A new family is one file in opd/models/ and one entry here: docs/families.md.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -96,6 +98,22 @@ def _config(path: str) -> dict[str, object]:
     if not isinstance(config, dict):
         raise UserError(f"student.path {path}: no loadable config: {file} holds no object")
     return config
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers prints of its own; what is wrong, it raises."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def whole_weights(path: str, key: str) -> None:

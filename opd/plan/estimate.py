@@ -5,6 +5,8 @@ The formulas are in learner_memory.py and server_memory.py, the estimate of time
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -13,10 +15,10 @@ import psutil
 
 from opd.config.load import load_config, resolve_model
 from opd.config.needs import needs_teacher, starts_student, starts_teacher
-from opd.config.placement import Placement, Servers, placement_of
+from opd.config.placement import Group, Placement, Servers, placement_of
 from opd.config.schema import Config
 from opd.plan.learner_memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
-from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kinds, ServerMemory, alike, server_memory
+from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kinds, ServerMemory, server_memory
 from opd.plan.shapes import ModelShape, student_shape, teacher_shape
 from opd.plan.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
 from opd.settings import UserError, read_yaml
@@ -39,11 +41,6 @@ class Machine:
     text_tokens: int = TEXT_TOKENS
     clip_seconds: float = CLIP_SECONDS
     response_tokens: int | None = None  # None: half of rollout.max_tokens
-
-    @property
-    def bytes(self) -> int:
-        """Of a GPU."""
-        return round(self.memory * GIB)
 
 
 @dataclass
@@ -101,7 +98,7 @@ class Plan:
     zero: Zero
     learner: LearnerMemory
     servers: dict[ServerMemory, list[Servers]] = field(init=False)  # alike groups share one figure; empty on a CPU
-    uses: list[Use] = field(init=False)
+    uses: list[Use] = field(init=False)  # of the GPUs that hold something
     hosts: list[Use] = field(init=False)
     push: int = field(init=False)  # bytes; 0 where nothing is pushed
     time: StepTime | None = field(init=False)  # None on a CPU
@@ -113,7 +110,11 @@ class Plan:
         if self.teacher and starts_teacher(self.config):
             kinds["teacher"] = self.teacher, self.placement.teacher
         on_gpus = self.placement.devices_per_node > 0
-        self.servers = alike(self.config, kinds, self.machine.bytes) if on_gpus else {}
+        self.servers = {}
+        for kind, (shape, groups) in kinds.items() if on_gpus else ():
+            for g in groups:
+                size = g.tensor_parallel, round(self.machine.memory * GIB), g.memory
+                self.servers.setdefault(server_memory(self.config, shape, kind, *size), []).append(g)
         self.push = push_bytes(self.config, self.student) if "student" in kinds else 0
         self.uses, self.hosts = self._devices() if on_gpus else [], self._hosts(kinds)
         self.time = self._time() if on_gpus else None
@@ -130,60 +131,43 @@ class Plan:
         """Whether everything has its place."""
         return not self.shortfalls
 
-    @property
-    def learner_peak_bytes(self) -> int:
-        """Bytes of tensors on a learner rank's device at its worst, as torch.cuda.max_memory_allocated counts."""
-        return self.learner.peak
-
-    @property
-    def gpus(self) -> int:
-        """GPUs that hold something."""
-        return len(self.uses)
-
     def _devices(self) -> list[Use]:
         """Every GPU that holds something. A server takes all its share; a shared one sleeps while the learner works."""
         uses: dict[tuple[int, int], Use] = {}
 
-        def use_of(node: int, device: int) -> Use:
-            return uses.setdefault((node, device), Use(node, device, self.machine.bytes))
+        def of(groups: Iterable[Group]) -> Iterator[Use]:
+            places = [(g.node, device) for g in groups for device in g.devices]
+            return (uses.setdefault(place, Use(*place, round(self.machine.memory * GIB))) for place in places)
 
         for server, groups in self.servers.items():
             holds = {f"{server.kind} server's share": server.share}
             if server.beyond:
                 holds["log-probs of prompts"] = server.beyond
-            for group in groups:
-                for device in group.devices:
-                    use_of(group.node, device).moments[f"{server.kind} server"] = dict(holds)
+            for use in of(groups):
+                use.moments[f"{server.kind} server"] = dict(holds)
         learner = self.learner
-        loss = CONTEXT + round(FRAGMENTS * learner.peak)
-        for ranks in self.placement.learner:
-            for device in ranks.devices:
-                use = use_of(ranks.node, device)
-                sleeping = {}
-                for holds in use.moments.values():
-                    holds["learner, at rest"] = learner.resident + CONTEXT
-                    sleeping = {"sleeping server": SLEEPING if self.config.rollout.sleep else sum(holds.values())}
-                use.moments[f"learner, {learner.worst}"] = {
-                    "states": learner.resident,
-                    **learner.phases[learner.worst],
-                    "CUDA context, fragments": loss,
-                    **sleeping,
-                }
+        working = {"states": learner.resident, **learner.phases[learner.worst]}
+        working["CUDA context, fragments"] = CONTEXT + round(FRAGMENTS * learner.peak)
+        for use in of(self.placement.learner):
+            sleeping = {}
+            for holds in use.moments.values():
+                holds["learner, at rest"] = learner.resident + CONTEXT
+                sleeping = {"sleeping server": SLEEPING if self.config.rollout.sleep else sum(holds.values())}
+            use.moments[f"learner, {learner.worst}"] = working | sleeping
         return list(uses.values())
 
     def _hosts(self, kinds: Kinds) -> list[Use]:
         """A node's own memory: what is offloaded, sleeping weights, pushed files; on a CPU everything."""
         rollout, learner, on_cpu = self.config.rollout, self.learner, not self.placement.devices_per_node
-        capacity = psutil.virtual_memory().total if on_cpu else None
-        if self.machine.host:
-            capacity = round(self.machine.host * GIB)
+        given = round(self.machine.host * GIB) if self.machine.host else None
+        capacity = given or (psutil.virtual_memory().total if on_cpu else None)
         found = []
         for node in range(self.placement.nodes):
             holds: Bytes = {}
             ranks = sum(len(g.devices) or g.count for g in self.placement.learner if g.node == node)
             if ranks:
-                each = sum(learner.host.values()) + (learner.peak if on_cpu else 0) + PROCESS
-                holds["learner ranks"] = ranks * each
+                on_device = learner.peak if on_cpu else 0
+                holds["learner ranks"] = ranks * (sum(learner.host.values()) + on_device + PROCESS)
             for kind, (shape, groups) in kinds.items():
                 count = sum(len(g.parts()) for g in groups if g.node == node)
                 weights = server_memory(self.config, shape, kind, 1, GIB, None).weights
@@ -220,20 +204,13 @@ def load(recipe: str, overrides: list[str]) -> Config:
     config = load_config(recipe, overrides)
     path = config.student.path
     for other in sorted(Path(recipe).parent.glob("*.yaml")):
-        if _exists(path):
+        with suppress(UserError):
+            resolve_model(path, "student.path")
             break
         raw = read_yaml(other)
         if (raw.get("run") or {}).get("dir") == path:
             path = (raw.get("student") or {}).get("path") or path
     return config if path == config.student.path else load_config(recipe, [*overrides, f"student.path={path}"])
-
-
-def _exists(path: str) -> bool:
-    try:
-        resolve_model(path, "student.path")
-    except UserError:
-        return False
-    return True
 
 
 def estimate(config: Config, machine: Machine | None = None) -> Plan:
@@ -249,17 +226,13 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
     response = machine.response_tokens or max(1, config.rollout.max_tokens // 2)
     if response > config.rollout.max_tokens:
-        raise UserError(
-            f"--response-tokens {response}: expected at most rollout.max_tokens, which is {config.rollout.max_tokens}; "
-            "no response is longer"
-        )
+        most = f"rollout.max_tokens, which is {config.rollout.max_tokens}"
+        raise UserError(f"--response-tokens {response}: expected at most {most}; no response is longer")
     seconds = min(machine.clip_seconds, config.data.max_audio_seconds)
     typical = _lengths(config, machine, student, seconds, response)
     zero = Zero.of(deepspeed_settings(config))
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
-    return Plan(
-        config, placement, machine, student, teacher, longest=longest, typical=typical, zero=zero, learner=learner
-    )
+    return Plan(config, placement, machine, student, teacher, longest, typical, zero, learner)
 
 
 def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Path) -> dict[str, Plan | str]:
@@ -267,8 +240,7 @@ def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Pa
     found: dict[str, Plan | str] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            config = load(recipe, [*overrides, f"launch.placement={path}"])
-            found[str(path)] = estimate(config, machine)
+            found[str(path)] = estimate(load(recipe, [*overrides, f"launch.placement={path}"]), machine)
         except UserError as e:
             found[str(path)] = str(e)
     return found
@@ -276,7 +248,9 @@ def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Pa
 
 def recommended(plans: dict[str, Plan | str]) -> str | None:
     """The placement that fits with the shortest estimated step, of equals the one with fewest GPUs."""
-    fitting = [(p.time.step, p.gpus, path) for path, p in plans.items() if isinstance(p, Plan) and p.fits and p.time]
+    fitting = [
+        (p.time.step, len(p.uses), path) for path, p in plans.items() if isinstance(p, Plan) and p.fits and p.time
+    ]
     return min(fitting)[-1] if fitting else None
 
 
@@ -291,20 +265,19 @@ def _lengths(config: Config, machine: Machine, student: ModelShape, seconds: flo
 
 def shortfalls(plan: Plan, node: int | None = None) -> list[str]:
     """One line for each thing that does not fit: on one node, or (None) anywhere."""
-    found, machine, placement = [], plan.machine, plan.placement
-    given = machine.nodes if machine.nodes is not None else placement.nodes
-    if placement.nodes > given:
-        found.append(f"needs {placement.nodes} nodes, given {given}")
+    found, machine, nodes = [], plan.machine, plan.placement.nodes
+    if machine.nodes is not None and nodes > machine.nodes:
+        found.append(f"needs {nodes} nodes, given {machine.nodes}")
     used = max((u.device + 1 for u in plan.uses if u.device is not None), default=0)
     if machine.gpus is not None and used > machine.gpus:
         found.append(f"needs {used} GPUs on a node, given {machine.gpus}")
     for server, groups in plan.servers.items():
         if server.missing and (node is None or node in [g.node for g in groups]):
-            found.append(
-                f"{server.kind} server on {at(groups)}: its share {gib(server.share)} less weights "
-                f"{gib(server.weights)} and a forward pass {gib(server.pass_)} is {gib(server.missing)} short of one "
-                f"sequence of {server.max_model_len} tokens"
+            left = (
+                f"share {gib(server.share)} less weights {gib(server.weights)} and a forward pass {gib(server.pass_)}"
             )
+            short = f"{gib(server.missing)} short of one sequence of {server.max_model_len} tokens"
+            found.append(f"{server.kind} server on {at(groups)}: its {left} is {short}")
     alike: dict[str, list[Use]] = {}
     for use in [*plan.uses, *plan.hosts]:
         if use.short and use.capacity is not None and node in (None, use.node):

@@ -15,7 +15,7 @@ from opd.config import needs
 from opd.config.needs import asks_teacher_servers, copies_start, shards_start
 from opd.config.placement import of_routes
 from opd.config.schema import Config
-from opd.plan.shapes import ModelShape, Weight, teacher_shape
+from opd.plan.shapes import Decoder, ModelShape, Weight, teacher_shape
 from opd.settings import UserError
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -52,7 +52,7 @@ class LearnerMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors on the device in the worst phase; without CUDA's context and the allocator's loss."""
+        """Bytes at worst, as torch.cuda.max_memory_allocated counts: no CUDA context, no loss of the allocator."""
         return self.resident + sum(self.phases[self.worst].values())
 
 
@@ -75,10 +75,9 @@ class Zero:
         z = settings.get("zero_optimization") or {}
         stage = int(z.get("stage", 0))
         places = [(z.get(f"offload_{what}") or {}).get("device", "none") for what in ("optimizer", "param")]
-        if bad := [p for p in places if p not in ("none", "cpu")]:
-            raise UserError(
-                f"train.deepspeed: expected offload to cpu or none, found {bad[0]}, which is not planned for"
-            )
+        if bad := {*places} - {"none", "cpu"}:
+            told = f"found {bad.pop()}, which is not planned for"
+            raise UserError(f"train.deepspeed: expected offload to cpu or none, {told}")
         bucket = int(z.get("reduce_bucket_size", 5e8)) if z.get("contiguous_gradients", True) else 0
         return cls(
             stage,
@@ -93,10 +92,7 @@ class Zero:
 
 
 def trained(config: Config, shape: ModelShape) -> list[int]:
-    """Elements of every tensor with a gradient: of the parts in student.train, the LLM's replaced by its adapters.
-
-    Raises UserError when there is none.
-    """
+    """Elements of every tensor of student.train, the LLM's or its adapters'. Raises UserError when there is none."""
     parts = {*config.student.train} - ({"llm"} if config.student.lora else set())
     own = [w.numel for w in shape.weights if w.part in parts and "embed_positions" not in w.name]
     if not (found := own + adapters(config, shape)):
@@ -111,10 +107,7 @@ def adapters(config: Config, shape: ModelShape) -> list[int]:
 
 
 def adapted(config: Config, shape: ModelShape) -> list[Weight]:
-    """Weights [out, in] that LoRA adapts. Experts fused into one tensor are no linear layers.
-
-    Raises UserError when student.lora.targets names no linear layer of the LLM.
-    """
+    """Weights [out, in] that LoRA adapts; fused experts are not linear. Raises UserError for an unknown target."""
     lora = config.student.lora
     if lora is None:
         return []
@@ -137,18 +130,18 @@ def states(zero: Zero, weights: list[int], trained: list[int], d: int, ranks: in
     Stage 0 trains float32 without a copy. What is offloaded has its float32 gradients on the host all the time.
     """
     out = LearnerMemory()
-    part = ranks if zero.stage else 1
-    whole, mine = sum(weights), sum(-(-n // part) for n in trained)
+    mine = sum(-(-n // (ranks if zero.stage else 1)) for n in trained)
     if zero.stage == 3:
-        cut = sum(-(-n // ranks) for n in weights)
-        (out.host if zero.offload_param else out.device)["parameters"] = cut * d
+        (out.host if zero.offload_param else out.device)["parameters"] = sum(-(-n // ranks) for n in weights) * d
         out.device["small parameters, whole"] = sum(n for n in weights if n <= zero.persistence) * d
         out.device["gradient bucket"] = zero.bucket * d
     else:
-        out.device["parameters"] = whole * d
-    kept = mine if zero.stage >= 2 else sum(trained)
+        out.device["parameters"] = sum(weights) * d
     place = out.host if zero.offload_optimizer else out.device
-    (place if zero.stage >= 2 else out.device)["gradients"] = kept * d
+    if zero.stage >= 2:
+        place["gradients"] = mine * d
+    else:
+        out.device["gradients"] = sum(trained) * d
     if zero.stage or d == 2:
         place["float32 copy"] = mine * 4
     place["AdamW's moments"] = mine * 8
@@ -185,11 +178,6 @@ class MicroBatch:
     length: int
     responses: int  # in a row
     positions: int  # response tokens, padded [B, T]
-
-    @property
-    def tokens(self) -> int:
-        """R * L."""
-        return self.rows * self.length
 
 
 def micro_batch(prompt: int, response: int, n: int, budget: int) -> MicroBatch:
@@ -230,7 +218,8 @@ def activations(shape: ModelShape, config: Config, mb: MicroBatch) -> tuple[int,
     again = config.train.gradient_checkpointing
     kept = (m.layers + 1) * d * m.hidden if again else m.layers * per_layer
     adds = d * (2 * m.hidden + 2 * m.intermediate) + (per_layer if again else 0)
-    return mb.tokens * (kept + mb.length * (d + 1)), mb.tokens * adds
+    tokens = mb.rows * mb.length
+    return tokens * (kept + mb.length * (d + 1)), tokens * adds
 
 
 def tower_bytes(shape: ModelShape, d: int, seconds: float, clips: int, kept: bool) -> int:
@@ -314,10 +303,9 @@ def read_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Lengths
     return kept, reads | {"teacher's, of the micro-batch": kept}
 
 
-def teacher_kv_bytes(shape: ModelShape, config: Config) -> int:
-    """Bytes of keys and values while a local teacher writes responses, teacher.batch_tokens tokens at a time."""
-    m = shape.decoder
-    return 2 * m.layers * m.kv_heads * m.head_dim * SIZES[config.teacher.dtype] * config.teacher.batch_tokens
+def kv_token_bytes(m: Decoder, d: int, tensor_parallel: int = 1) -> int:
+    """Bytes of a token's keys and values on one GPU: heads are divided among GPUs, replicated where those are more."""
+    return 2 * m.layers * max(1, m.kv_heads // tensor_parallel) * m.head_dim * d
 
 
 def frozen(config: Config, student: ModelShape, teacher: ModelShape | None) -> dict[str, tuple[int, bool]]:
@@ -346,16 +334,19 @@ def learner_memory(
     live = gathered(zero, weights, d, ranks)
     n = config.rollout.n if config.rollout.student_writes else 1
     prompts = -(-config.train.prompts_per_step // ranks)
+    vocab, largest = student.decoder.vocab, max(with_gradient) * d
     local = teacher if any(t.kind in ("local", "self") for t in config.teacher.each.values()) else None
-    shard = any(t.shard and t.kind == "local" for t in config.teacher.each.values())
+    gather = {}
+    if local and any(t.shard and t.kind == "local" for t in config.teacher.each.values()):
+        sizes = [w.numel for w in local.weights]
+        shared = gathered(replace(zero, stage=3), sizes, SIZES[config.teacher.dtype], ranks)
+        gather = {"teacher's gathered parameters": shared}
     for name, (size, cut) in frozen(config, student, teacher).items():
         where = out.host if cut and zero.offload_param else out.device
         where[name] = -(-size // ranks) if cut else size
-    hears = config.objective.lambda_ < 1
-    tower_trained = "tower" in config.student.train
+    hears, tower_trained = config.objective.lambda_ < 1, "tower" in config.student.train
     if hears and not tower_trained:
-        width = student.decoder.hidden
-        out.device["encoded clips"] = prompts * student.audio_tokens(lengths.audio) * width * d
+        out.device["encoded clips"] = prompts * student.audio_tokens(lengths.audio) * student.decoder.hidden * d
         tower = tower_bytes(student, d, lengths.audio, needs.CLIPS_PER_CALL, kept=False)
         out.phases["tower"] = {"tower's activations": tower}
 
@@ -370,28 +361,21 @@ def learner_memory(
         if tower_trained and clips_per_row:
             clips = mb.rows * clips_per_row
             always["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
-        loss, reads = always | loss_bytes(student, config, mb), Bytes()
+        loss = always | loss_bytes(student, config, mb)
+        found = {"loss": loss, "backward": always | {"largest gradient": largest, "a layer's backward": adds}}
         if local and config.objective.reads_logits:
-            loss["teacher's, of the micro-batch"], reads = read_bytes(local, student.decoder.vocab, config, lengths, mb)
-        backward = {**always, "largest gradient": max(with_gradient) * d, "a layer's backward": adds}
-        return {"teacher reads": reads, "loss": loss, "backward": backward}
+            loss["teacher's, of the micro-batch"], reads = read_bytes(local, vocab, config, lengths, mb)
+            found["teacher reads"] = reads | gather
+        return found
 
     views = [passes(lengths.speech, 1)] if hears else []
     views += [passes(lengths.text, 0)] if config.objective.lambda_ > 0 else []
-    for phase in ("loss", "backward"):
+    for phase in views[0]:
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
-    reads = max((v["teacher reads"] for v in views), key=lambda b: sum(b.values()))
-    gather = {}
-    if local and shard:
-        sizes = [w.numel for w in local.weights]
-        shared = gathered(replace(zero, stage=3), sizes, SIZES[config.teacher.dtype], ranks)
-        gather = {"teacher's gathered parameters": shared}
-    if reads:
-        out.phases["teacher reads"] = reads | gather
     if local and config.objective.asks_teacher and not config.objective.reads_logits:
-        samples = prompts * n * len(views)
-        found = teacher_bytes(local, student.decoder.vocab, config, lengths, samples)
-        out.phases["teacher scores"] = found | gather
+        scores = teacher_bytes(local, vocab, config, lengths, prompts * n * len(views))
+        out.phases["teacher scores"] = scores | gather
     if local and config.rollout.teacher_writes and not asks_teacher_servers(config):
-        out.phases["teacher responds"] = {"keys and values": teacher_kv_bytes(local, config)} | gather
+        written = kv_token_bytes(local.decoder, SIZES[config.teacher.dtype]) * config.teacher.batch_tokens
+        out.phases["teacher responds"] = {"keys and values": written} | gather
     return out

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from opd.config.needs import copies_start
-from opd.config.schema import Config
 from opd.plan.estimate import Machine, Plan, Use, alternatives, at, estimate, gib, load, recommended, where
-from opd.plan.learner_memory import Bytes, Lengths
+from opd.plan.learner_memory import Bytes
 from opd.plan.server_memory import CONTEXT, GRAPHS, ServerMemory
 from opd.plan.shapes import ModelShape
 from opd.settings import UserError
 
+PARTS = ("tower", "adapter", "llm", "fixed")  # of a model
 FOLDER = Path("recipes/placements")
 BUDGETS = (8192, 4096, 2048, 1024, 512)  # of tokens, tried as a remedy
 SHARES = (0.4, 0.6, 0.8)  # of a device that a server shares with the learner
@@ -25,9 +25,10 @@ def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> 
     """Print the plan of a recipe; 0 when its placement fits, 1 when it does not."""
     config = load(recipe, overrides)
     plan = estimate(config, machine)
-    folder = Path(config.launch.placement).parent if config.launch.placement else FOLDER
-    on_gpus = bool(plan.uses)
-    others = alternatives(recipe, overrides, _at_most(plan), folder) if on_gpus or machine.gpus else {}
+    folder, p = Path(config.launch.placement).parent if config.launch.placement else FOLDER, plan.placement
+    gpus, nodes = p.devices_per_node if machine.gpus is None else machine.gpus, machine.nodes or p.nodes
+    at_most = replace(machine, gpus=gpus, nodes=nodes)  # no more GPUs than the recipe's placement has
+    others = alternatives(recipe, overrides, at_most, folder) if plan.uses or machine.gpus else {}
     best = recommended(others)
     cure = remedy(recipe, overrides, plan) if not plan.fits else None
     if as_json:
@@ -37,20 +38,14 @@ def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> 
     return 0 if plan.fits else 1
 
 
-def _at_most(plan: Plan) -> Machine:
-    """The machine with its counts filled in: alternatives may use no more GPUs than the recipe's placement has."""
-    m, p = plan.machine, plan.placement
-    gpus = p.devices_per_node if m.gpus is None else m.gpus
-    return replace(m, gpus=gpus, nodes=p.nodes if m.nodes is None else m.nodes)
-
-
 def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list[str] | None) -> list[str]:
     """All tables as lines."""
     c = plan.config
     name = c.launch.placement or "no placement: all on this machine's CPU"
-    lines = [f"placement  {name}", *_model("student", plan.student)]
-    lines += _model("teacher", plan.teacher) if plan.teacher else ["teacher    none: nothing in this run asks one"]
-    lines += _lengths("longest", plan.longest) + _lengths("typical", plan.typical)
+    lines = [f"placement  {name}", f"student    {_model(plan.student)}"]
+    lines += [f"teacher    {_model(plan.teacher) if plan.teacher else 'none: nothing in this run asks one'}"]
+    for word, n in (("longest", plan.longest), ("typical", plan.typical)):
+        lines += [f"{word}    {n.speech} tokens heard ({n.audio:g} s), {n.text} read, {n.response} answered"]
     lines += ["", *_learner(plan)]
     for server, groups in plan.servers.items():
         lines += ["", *_server(plan, server, at(groups))]
@@ -58,19 +53,15 @@ def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list
     return lines + _alternatives(plan, others, best)
 
 
-def _model(role: str, shape: ModelShape) -> list[str]:
-    counts = {part: shape.count(part) for part in ("tower", "adapter", "llm", "fixed")}
+def _model(shape: ModelShape) -> str:
+    counts = {part: shape.count(part) for part in PARTS}
     parts = ", ".join(f"{part} {_billions(n)}" for part, n in counts.items() if n)
     active = f", {_billions(shape.active)} at work per token" if shape.decoder.experts > 1 else ""
-    return [f"{role}    {shape.path}: {_billions(shape.count())} parameters ({parts}{active}); from {shape.source}"]
+    return f"{shape.path}: {_billions(shape.count())} parameters ({parts}{active}); from {shape.source}"
 
 
 def _billions(n: float) -> str:
     return f"{n / 1e9:.2f}B" if n >= 1e8 else f"{n / 1e6:.2f}M"
-
-
-def _lengths(name: str, n: Lengths) -> list[str]:
-    return [f"{name}    {n.speech} tokens heard ({n.audio:g} s), {n.text} read, {n.response} answered"]
 
 
 def _table(title: str, rows: Bytes, total: str = "") -> list[str]:
@@ -97,13 +88,14 @@ def _learner(plan: Plan) -> list[str]:
 
 def _server(plan: Plan, s: ServerMemory, devices: str) -> list[str]:
     rows = {"share of the GPU": s.share, "weights": s.weights, "a forward pass, context, graphs": s.pass_}
-    rows |= {"left for keys and values": s.kv} | (
-        {"beyond its share: log-probs of prompts": s.beyond} if s.beyond else {}
-    )
+    rows["left for keys and values"] = s.kv
+    if s.beyond:
+        rows["beyond its share: log-probs of prompts"] = s.beyond
     typical = max(plan.typical.speech if s.kind == "student" else 0, plan.typical.text) + plan.typical.response
     lines = _table(f"{s.kind.capitalize()} server, each of {s.tensor_parallel} GPUs: {devices}", rows)
-    lines += [f"  {s.kv_token} bytes of keys and values a token; at a time {s.sequences(s.max_model_len)} sequences of"]
-    return [*lines[:-1], f"{lines[-1]} {s.max_model_len} tokens, {s.sequences(typical)} of {typical}"]
+    most = s.max_model_len
+    counts = f"{s.sequences(most)} sequences of {most} tokens, {s.sequences(typical)} of {typical}"
+    return [*lines, f"  {s.kv_token} bytes of keys and values a token; at a time {counts}"]
 
 
 def _places(plan: Plan) -> list[str]:
@@ -119,12 +111,9 @@ def _places(plan: Plan) -> list[str]:
 def _push(plan: Plan) -> list[str]:
     if not plan.push:
         return ["Weight push: none"]
-    links = plan.machine.speeds.links
     transport = plan.config.rollout.transport or "file"
-    return [
-        f"Weight push: {gib(plan.push)} by {transport}, {plan.push_s:.1f} s at {links[transport]:g} GB/s"
-        " (the wire alone, without gathering and loading)"
-    ]
+    speed = f"{plan.push_s:.1f} s at {plan.machine.speeds.links[transport]:g} GB/s"
+    return [f"Weight push: {gib(plan.push)} by {transport}, {speed} (the wire alone, without gathering and loading)"]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -159,17 +148,15 @@ def _verdict(plan: Plan, cure: list[str] | None) -> list[str]:
 def _alternatives(plan: Plan, others: dict[str, Plan | str], best: str | None) -> list[str]:
     if not others:
         return []
-    chosen = others[best] if best else None
-    lines = ["", "Recommended: none of the placements fits"]
-    if best and isinstance(chosen, Plan) and chosen.time:
-        lines[1] = (
-            f"Recommended: {best}, the shortest step of those that fit ({chosen.time.step:.0f} s, {chosen.gpus} GPUs)"
-        )
+    said, chosen = "none of the placements fits", others[best] if best else None
+    if isinstance(chosen, Plan) and chosen.time:
+        said = f"{best}, the shortest step of those that fit ({chosen.time.step:.0f} s, {len(chosen.uses)} GPUs)"
+    lines = ["", f"Recommended: {said}"]
     for path, other in others.items():
         if isinstance(other, str):
             said = other
         elif other.fits:
-            said = f"fits, {other.time.step:.0f} s a step on {other.gpus} GPUs" if other.time else "fits, on a CPU"
+            said = f"fits, {other.time.step:.0f} s a step on {len(other.uses)} GPUs" if other.time else "fits, on a CPU"
         else:
             said = "does not fit: " + "; ".join(other.shortfalls)
         lines.append(f"  {path}: {said}")
@@ -178,7 +165,7 @@ def _alternatives(plan: Plan, others: dict[str, Plan | str], best: str | None) -
 
 def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list[str] | None) -> dict[str, Any]:
     """The same as plain data; sizes in bytes, times in seconds."""
-    parts, roles = ("tower", "adapter", "llm", "fixed"), {"student": plan.student, "teacher": plan.teacher}
+    roles = {"student": plan.student} | ({"teacher": plan.teacher} if plan.teacher else {})
     servers = [
         {
             "kind": s.kind, "devices": [[g.node, d] for g in groups for d in g.devices],
@@ -187,25 +174,23 @@ def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: l
         }
         for s, groups in plan.servers.items()
     ]  # fmt: skip
-    seconds = None
-    if (t := plan.time) is not None:
-        seconds = asdict(t) | {"step": t.step, "run": t.step * plan.config.train.steps}
-        del seconds["at_once"]
+    t = plan.time
+    seconds = asdict(t) | {"step": t.step, "run": t.step * plan.config.train.steps} if t else {}
+    seconds.pop("at_once", None)
     return {
         "placement": plan.config.launch.placement,
         "fits": plan.fits,
         "shortfalls": plan.shortfalls,
         "remedy": cure,
         "models": {
-            role: {"path": s.path, "source": s.source, "parameters": {p: s.count(p) for p in parts}}
+            role: {"path": s.path, "source": s.source, "parameters": {p: s.count(p) for p in PARTS}}
             for role, s in roles.items()
-            if s is not None
         },
         "learner": asdict(plan.learner) | {"peak": plan.learner.peak},
         "servers": servers,
         "devices": [asdict(use) for use in [*plan.uses, *plan.hosts]],
         "push": {"bytes": plan.push, "seconds": plan.push_s},
-        "seconds": seconds,
+        "seconds": seconds or None,
         "recommended": best,
         "alternatives": {
             path: {"fits": False, "shortfalls": [o]} if isinstance(o, str)
@@ -228,21 +213,17 @@ def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
     local = (plan.teacher is not None and c.teacher.kind == "local") or copies_start(c)
     choices += ["teacher.shard=true"] if local and not c.teacher.shard else []
     choices += ["student.lora={}"] if c.student.lora is None and "llm" in c.student.train else []
+    budgets = {"train.micro_batch_tokens": c.train.micro_batch_tokens}
+    if c.teacher.kind in ("local", "self"):
+        budgets["teacher.batch_tokens"] = c.teacher.batch_tokens
     largest = max(c.train.micro_batch_tokens, c.teacher.batch_tokens)
     shares = [[f"rollout.server.gpu_memory_utilization={s}"] for s in SHARES if plan.placement.shared]
     for step in (list(some) for n in range(len(choices) + 1) for some in combinations(choices, n)):
-        for budget, share in product((None, *(b for b in BUDGETS if b < largest)), [[], *shares]):
-            tried = [*step, *_budget(c, budget), *share]
+        for budget, share in product((largest, *(b for b in BUDGETS if b < largest)), [[], *shares]):
+            tried = [*step, *(f"{key}={budget}" for key, now in budgets.items() if budget < now), *share]
             try:
                 if tried and estimate(load(recipe, [*overrides, *tried]), plan.machine).fits:
                     return tried
             except UserError:
                 continue
     return None
-
-
-def _budget(config: Config, tokens: int | None) -> list[str]:
-    given = {"train.micro_batch_tokens": config.train.micro_batch_tokens}
-    if config.teacher.kind in ("local", "self"):
-        given["teacher.batch_tokens"] = config.teacher.batch_tokens
-    return [f"{key}={tokens}" for key, now in given.items() if tokens is not None and tokens < now]

@@ -13,8 +13,8 @@ from typing import Literal
 from opd.config.needs import scored_tokens
 from opd.config.placement import Servers, memory_share
 from opd.config.schema import Config
-from opd.plan.learner_memory import SIZES, tower_bytes
-from opd.plan.shapes import Decoder, ModelShape
+from opd.plan.learner_memory import SIZES, kv_token_bytes, tower_bytes
+from opd.plan.shapes import ModelShape
 
 GIB = 1 << 30
 BLOCK = 16  # tokens, vLLM's default
@@ -60,14 +60,6 @@ def blocks(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def kv_token_bytes(m: Decoder, d: int, tensor_parallel: int) -> int:
-    """Bytes of keys and values of a token on one GPU: 2 * layers * kv heads * head_dim * d.
-
-    Heads are divided among the GPUs, and replicated where there are more GPUs than heads.
-    """
-    return 2 * m.layers * max(1, m.kv_heads // tensor_parallel) * m.head_dim * d
-
-
 def weight_bytes(shape: ModelShape, d: int, tensor_parallel: int) -> int:
     """Bytes of weights on one GPU.
 
@@ -90,8 +82,7 @@ def weight_bytes(shape: ModelShape, d: int, tensor_parallel: int) -> int:
 def batched_tokens(config: Config, kind: str, memory: int) -> int:
     """Tokens of one forward pass: as the launcher or the recipe asks, else vLLM's default for a GPU of this memory."""
     s = config.rollout.server
-    flag = "--max-num-batched-tokens"
-    if flag in s.args[:-1]:
+    if (flag := "--max-num-batched-tokens") in s.args[:-1]:
         return int(s.args[s.args.index(flag) + 1])
     if kind == "teacher":
         return scored_tokens(config)
@@ -117,23 +108,7 @@ def server_memory(
     clips = max(1, tokens // max(1, shape.audio_tokens(30.0))) if shape.tower else 0
     logits = 3 * 4 * s.max_num_seqs * m.vocab
     pass_ = tokens * per_token + logits + tower_bytes(shape, d, 30.0, clips, kept=False) + CONTEXT + GRAPHS
-    return ServerMemory(
-        kind,
-        tensor_parallel,
-        int(memory * memory_share(config, share)),
-        weight_bytes(shape, d, tensor_parallel),
-        pass_,
-        tokens * m.vocab * (d + 8) if kind == "teacher" else 0,
-        kv_token_bytes(m, d, tensor_parallel),
-        s.max_model_len,
-    )
-
-
-def alike(config: Config, kinds: Kinds, memory: int) -> dict[ServerMemory, list[Servers]]:
-    """One figure for all groups of a kind with the same tensor_parallel and share. `memory`: bytes of a device."""
-    found: dict[ServerMemory, list[Servers]] = {}
-    for kind, (shape, groups) in kinds.items():
-        for g in groups:
-            figure = server_memory(config, shape, kind, g.tensor_parallel, memory, g.memory)
-            found.setdefault(figure, []).append(g)
-    return found
+    own, weights = int(memory * memory_share(config, share)), weight_bytes(shape, d, tensor_parallel)
+    beyond = tokens * m.vocab * (d + 8) if kind == "teacher" else 0
+    kv_token = kv_token_bytes(m, d, tensor_parallel)
+    return ServerMemory(kind, tensor_parallel, own, weights, pass_, beyond, kv_token, s.max_model_len)

@@ -5,9 +5,8 @@ The model is built by transformers on the `meta` device, where a tensor has a sh
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 from opd.config.load import resolve_model
 from opd.config.placement import of_routes
 from opd.config.schema import Config
-from opd.models.registry import FAMILIES, Entry
+from opd.models.registry import FAMILIES, quiet
 from opd.settings import UserError, read_yaml
 
-SHIPPED = Path(__file__).with_name("shapes.yaml")
 RATE = 16000  # samples per second of every family
 # What a family asks of its feature extractor, as Whisper's has it: windows of 30 s, a frame every 10 ms.
 EXTRACTOR = {"sampling_rate": RATE, "hop_length": 160, "n_samples": 30 * RATE, "nb_max_frames": 3000, "min_length": 0}
@@ -40,11 +38,6 @@ class Weight:
     def numel(self) -> int:
         """Elements."""
         return math.prod(self.shape)
-
-    @property
-    def expert(self) -> bool:
-        """Whether it holds experts, of which a token meets few."""
-        return ".experts." in self.name
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,6 @@ class Tower:
 
     layers: int
     width: int
-    heads: int
     intermediate: int
     positions_per_second: float
 
@@ -93,13 +85,13 @@ class ModelShape:
         """Parameters that one token of the LLM is multiplied with: experts by their share, no embeddings."""
         share = self.decoder.experts_per_token / self.decoder.experts
         llm = [w for w in self.weights if w.part == "llm" and not w.embedding]
-        return sum(w.numel * (share if w.expert else 1.0) for w in llm)
+        return sum(w.numel * (share if ".experts." in w.name else 1.0) for w in llm)
 
 
 @cache
 def shipped() -> dict[str, Any]:
     """Published checkpoints whose shapes come with opd: hub id -> source, parameters, config."""
-    return read_yaml(SHIPPED)
+    return read_yaml(Path(__file__).with_name("shapes.yaml"))
 
 
 def student_shape(config: Config) -> ModelShape:
@@ -108,10 +100,7 @@ def student_shape(config: Config) -> ModelShape:
 
 
 def teacher_shape(config: Config) -> ModelShape:
-    """Shape of the recipe's teacher, of several the largest; `self` has the student's.
-
-    Raises UserError when there is no config to read, or it is no text LLM.
-    """
+    """The teacher's shape: of several the largest, of `self` the student's. UserError: no config, or no text LLM."""
     if config.teacher.kind == "routed":
         return max(map(teacher_shape, of_routes(config).values()), key=lambda shape: shape.count())
     if config.teacher.kind == "self":
@@ -134,19 +123,18 @@ def _student(path: str, name: str | None) -> ModelShape:
     from opd.models.base import Family
 
     full, source = _config(path, "student.path")
-    entry = _entry(full.model_type, path, name)
-    family: Family = object.__new__(entry.load_class())  # without the processor that a checkpoint brings
+    entry = next((e for e in FAMILIES.values() if full.model_type in e.model_types), None)
+    if entry is None:
+        raise UserError(f"student.path {path}: model_type {full.model_type!r} is not supported; see `opd families`")
+    if name not in (None, entry.name):
+        raise UserError(f"student.family {name}: {path} is of {entry.name}; leave it out: student.family=")
+    family: Family = object.__new__(entry.load_class())  # without a checkpoint's processor
     about = family.model_config(full)
     family.config, family.extractor = about, _extractor(about)
-    hf = _on_meta(getattr(transformers, family.model_class), about)
-    return ModelShape(
-        path,
-        source,
-        _weights(hf, family.part_of),
-        _decoder(about.get_text_config()),
-        _tower(getattr(about, "audio_config", None) or about.encoder_config),
-        lambda seconds: family.audio_tokens(round(seconds * RATE)),
-    )
+    weights = _weights(_on_meta(getattr(transformers, family.model_class), about), family.part_of)
+    decoder = _decoder(about.get_text_config())
+    tower = _tower(getattr(about, "audio_config", None) or about.encoder_config)
+    return ModelShape(path, source, weights, decoder, tower, lambda s: family.audio_tokens(round(s * RATE)))
 
 
 @cache
@@ -156,8 +144,8 @@ def _teacher(path: str) -> ModelShape:
     about, source = _config(path, "teacher.path")
     if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"teacher.path {path}: expected a text LLM, found model_type {about.model_type!r}")
-    hf = _on_meta(MODEL_FOR_CAUSAL_LM_MAPPING[type(about)], about)
-    return ModelShape(path, source, _weights(hf, lambda name: "llm"), _decoder(about))
+    weights = _weights(_on_meta(MODEL_FOR_CAUSAL_LM_MAPPING[type(about)], about), lambda name: "llm")
+    return ModelShape(path, source, weights, _decoder(about))
 
 
 def _config(path: str, key: str) -> tuple[Any, str]:
@@ -171,7 +159,7 @@ def _config(path: str, key: str) -> tuple[Any, str]:
         if isinstance(try_to_load_from_cache(path, "config.json"), str):
             return AutoConfig.from_pretrained(path, local_files_only=True), "its config.json in the hub's cache"
         if path in shipped():
-            with _quiet():
+            with quiet():
                 known = AutoConfig.for_model(**shipped()[path]["config"])
             return known, "shipped shapes (opd/plan/shapes.yaml), not its config.json"
         return AutoConfig.from_pretrained(path), "its config.json on the hub"
@@ -181,15 +169,6 @@ def _config(path: str, key: str) -> tuple[Any, str]:
             f"{key} {path}: no readable config.json ({reason}); name a folder or a hub id that can be reached, or one "
             f"whose shape comes with opd: {', '.join(shipped())}"
         ) from e
-
-
-def _entry(model_type: str, path: str, name: str | None) -> Entry:
-    entry = next((e for e in FAMILIES.values() if model_type in e.model_types), None)
-    if entry is None:
-        raise UserError(f"student.path {path}: model_type {model_type!r} is not supported; see `opd families`")
-    if name not in (None, entry.name):
-        raise UserError(f"student.family {name}: {path} is of {entry.name}; leave it out: student.family=")
-    return entry
 
 
 def _extractor(about: Any) -> Any:
@@ -205,21 +184,8 @@ def _extractor(about: Any) -> Any:
 def _on_meta(model_class: Any, about: Any) -> Any:
     import torch
 
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):  # it warns of special ids that sizes do not depend on
         return model_class._from_config(about)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers warns of special ids that sizes do not depend on."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _weights(hf: Any, part_of: Callable[[str], Any]) -> tuple[Weight, ...]:
@@ -238,10 +204,9 @@ def _weights(hf: Any, part_of: Callable[[str], Any]) -> tuple[Weight, ...]:
 
 
 def _decoder(about: Any) -> Decoder:
-    per_token = getattr(about, "num_experts_per_tok", None) or 1
     mixture = next((n for k in ("num_experts", "num_local_experts") if (n := getattr(about, k, None))), 1)
     width = getattr(about, "moe_intermediate_size", None) if mixture > 1 else None
-    at_work = per_token if mixture > 1 else 1
+    at_work = getattr(about, "num_experts_per_tok", None) or 1 if mixture > 1 else 1
     return Decoder(
         layers=about.num_hidden_layers,
         hidden=about.hidden_size,
@@ -264,5 +229,4 @@ def _tower(about: Any) -> Tower:
     width = first("d_model", "hidden_size", "hidden_dim")
     ffn = getattr(about, "encoder_ffn_dim", None) or getattr(about, "intermediate_size", None) or 4 * width
     layers = first("encoder_layers", "num_hidden_layers", "num_layers")
-    heads = first("encoder_attention_heads", "num_attention_heads", "num_heads")
-    return Tower(layers, width, heads, ffn, 12.5 if getattr(about, "downsample_hidden_size", None) else 50.0)
+    return Tower(layers, width, ffn, 12.5 if getattr(about, "downsample_hidden_size", None) else 50.0)

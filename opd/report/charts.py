@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.report.blocks import Figure
-from opd.report.figure import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, figure
+from opd.report.blocks import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, Figure, figure
 from opd.report.pipelines import PHASES, Pipeline, phases
 from opd.report.runs import VIEWS, Run
 
@@ -17,7 +16,7 @@ POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
 # a constant looks like one
 CURVES = {
     "Reverse KL on the student's own samples, by view (text dashed).": [
-        ("reverse_kl/speech reverse_kl/text", "nats per token", 0.01),
+        ("reverse_kl/speech reverse_kl/text", "nats per token", 0.01)
     ],
     "Importance ratio of learner to sampler, and the share of tokens where it is cut off.": [
         ("ratio/mean", "importance ratio, mean", 0.02),
@@ -56,12 +55,11 @@ def accuracy(pipelines: list[Pipeline]) -> Figure:
             values = [(at, s["retention"] if name == "retention" else s["accuracy"][name]) for at, s in places]
             known = [(at + (k - 1.5) * 0.2, e) for at, e in values if e and e["mean"] is not None]
             if known:
-                errors = [float("nan") if e["stderr"] is None else e["stderr"] for _, e in known]
-                xs, heights = [at for at, _ in known], [e["mean"] for _, e in known]
-                axes.bar(xs, heights, 0.2, yerr=errors, ecolor=INK, color=colour, label=name)
+                xs, heights, errors = zip(*((at, e["mean"], e["stderr"]) for at, e in known), strict=True)
+                yerr = [float("nan") if error is None else error for error in errors]
+                axes.bar(xs, heights, 0.2, yerr=yerr, ecolor=INK, color=colour, label=name)
         axes.set_xticks([at for at, _ in places], ticks)
-        axes.set_ylim(0, 1.05)
-        axes.set_ylabel("accuracy")
+        axes.set(ylim=(0, 1.05), ylabel="accuracy")
 
     caption = "Accuracy by stage, with standard errors" + ("; pipelines side by side." if len(shown) > 1 else ".")
     return figure(caption, draw, (max(8.0, 1.1 * x), 3.2))
@@ -89,7 +87,10 @@ def curves(pipelines: list[Pipeline], caption: str) -> Figure:
                         style["color"] = BARS[view]
                     points = _thinned([(start + m["step"], m[name]) for m in run.steps if m.get(name) is not None])
                     if points:
-                        shown = f"{view}, {run.name}" if view in VIEWS else _legible(run.name)
+                        shown = f"{view}, {run.name}" if view in VIEWS else run.name
+                        shown = (
+                            f" {shown}" if shown.startswith("_") else shown
+                        )  # matplotlib's legends leave out _ labels
                         style["marker"] = "o" if len(points) == 1 else None
                         ax.plot(*zip(*points, strict=True), **style, linewidth=1.4, label=shown)
             _widen(ax, least)
@@ -144,7 +145,3 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // POINTS) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def _legible(label: str) -> str:
-    return f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with _ out of legends

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from opd.models.registry import whole_weights
+from opd.models.registry import quiet, whole_weights
 from opd.report.model_card import Exported, base_of, label, model_card
 from opd.report.runs import Run, read_run, student_of
 from opd.settings import UserError
@@ -22,6 +20,9 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # weights that run code as t
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 OF_THE_MODEL = ("config.json", "params.json")  # an adapter's base has its own
 RECIPE = "recipe.yaml"
+RECIPE_HEAD = (
+    "# The recipe of the last stage, every key resolved; no addresses, absolute paths cut to their last name.\n"
+)
 # Addresses and places of one machine: nobody else's business, and of no use to others.
 PRIVATE = ("launch", "rollout.urls", "rollout.transfer_dir", "teacher.urls", "run.dir")
 
@@ -35,7 +36,9 @@ def export(run: Path, out: Path, which: str = saved.LAST, merge: bool = False, o
     not load, and an `out` that is there, unless it is an earlier export and `overwrite` says to replace it.
     """
     found = pipeline(run)
-    checkpoint = saved.find(run, which, str(run)) if (run / "checkpoints").is_dir() else _none(run)
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run}: a run folder without a finished checkpoint; run its recipe first")
+    checkpoint = saved.find(run, which, str(run))
     adapter = (checkpoint / "adapter").is_dir() and not merge
     if merge and not (checkpoint / "adapter").is_dir():
         raise UserError(f"--merge: {checkpoint} has no adapter; its model is whole as it is, leave --merge out")
@@ -49,7 +52,8 @@ def export(run: Path, out: Path, which: str = saved.LAST, merge: bool = False, o
             tried = try_adapter(aside, checkpoint / "model") if adapter else try_model(aside)
         except UserError as e:  # the copy goes; what is wrong with it is wrong with what was copied
             raise UserError(str(e).replace(str(aside), str(checkpoint / "model"))) from e
-        (aside / RECIPE).write_text(_recipe(found[-1]), encoding="utf-8")
+        recipe = yaml.safe_dump(_public(found[-1].config), sort_keys=False, allow_unicode=True)
+        (aside / RECIPE).write_text(RECIPE_HEAD + recipe, encoding="utf-8")
         about = Exported(found, int(checkpoint.name[5:]), adapter, tried.model_class, tried.parameters)
         model_card(about).save(aside / "README.md")
         if out.exists():
@@ -79,17 +83,11 @@ def pipeline(run: Path) -> list[Run]:
         found.insert(0, read_run(home))
 
 
-def _none(run: Path) -> Path:
-    raise UserError(f"{run}: a run folder without a finished checkpoint; run its recipe first")
-
-
 def _may_write(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
     ours = (out / RECIPE).is_file() and (out / "README.md").is_file() and not (out / ".git").exists()
-    if not overwrite:
+    if out.exists() and not overwrite:
         raise UserError(f"--out {out}: is there already; choose another folder, or replace it with --overwrite")
-    if not ours:
+    if out.exists() and not ours:
         raise UserError(f"--out {out}: --overwrite replaces only an earlier export, and this is none; choose another")
 
 
@@ -97,9 +95,8 @@ def _copy(checkpoint: Path, out: Path, adapter: bool) -> None:
     """Model files, or those of the adapter with all of the model's that are neither weights nor its architecture."""
     for path in sorted((checkpoint / "model").iterdir()):
         if path.name.endswith(PICKLED):
-            raise UserError(
-                f"{path}: expected weights as safetensors alone; this file does not belong there, remove it"
-            )
+            expected = "expected weights as safetensors alone"
+            raise UserError(f"{path}: {expected}; this file does not belong there, remove it")
         if adapter and (path.name.endswith(WEIGHTS) or path.name in OF_THE_MODEL):
             continue
         shutil.copytree(path, out / path.name) if path.is_dir() else shutil.copyfile(path, out / path.name)
@@ -107,13 +104,8 @@ def _copy(checkpoint: Path, out: Path, adapter: bool) -> None:
         shutil.copyfile(path, out / path.name)
 
 
-def _recipe(run: Run) -> str:
-    """The resolved recipe without what concerns one machine alone; absolute paths are cut to their last name."""
-    head = "# The recipe of the last stage, every key resolved; no addresses, absolute paths cut to their last name.\n"
-    return head + yaml.safe_dump(_public(run.config), sort_keys=False, allow_unicode=True)
-
-
 def _public(node: Any, key: str = "") -> Any:
+    """Of a recipe what does not concern one machine alone; absolute paths are cut to their last name."""
     if isinstance(node, dict):
         kept = {k: f"{key}.{k}".lstrip(".") for k in node}
         return {k: _public(v, kept[k]) for k, v in node.items() if kept[k] not in PRIVATE and k != "urls"}
@@ -144,7 +136,7 @@ def try_model(folder: Path) -> Tried:
 
     whole_weights(str(folder), "checkpoint")
     family = family_of(str(folder))
-    with _quiet():
+    with quiet():  # it prints a table of its own where weights do not fit; ours is the error
         try:
             hf, info = getattr(transformers, family.model_class).from_pretrained(
                 folder, device_map="meta", output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
@@ -159,10 +151,7 @@ def try_model(folder: Path) -> Tried:
 
 
 def try_adapter(folder: Path, model: Path) -> Tried:
-    """Hold an adapter's names and shapes against those that PEFT gives it on the model's architecture.
-
-    Raises UserError for what differs.
-    """
+    """Hold an adapter's names and shapes against PEFT's own for the model. Raises UserError for what differs."""
     import peft
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors import SafetensorError, safe_open
@@ -181,26 +170,9 @@ def try_adapter(folder: Path, model: Path) -> Tried:
     except (SafetensorError, OSError) as e:
         raise UserError(f"checkpoint: {SAFETENSORS_WEIGHTS_NAME} is damaged: {e}") from e
     if wrong := sorted(n for n in expected.keys() | there.keys() if expected.get(n) != there.get(n)):
-        name = wrong[0]
-        shapes = f"expected {expected.get(name)}, found {there.get(name)}"
-        raise UserError(f"checkpoint: {len(wrong)} weights of the adapter do not fit, such as {name}: {shapes}")
+        shapes = f"{wrong[0]}: expected {expected.get(wrong[0])}, found {there.get(wrong[0])}"
+        raise UserError(f"checkpoint: {len(wrong)} weights of the adapter do not fit, such as {shapes}")
     return Tried(family.model_class, len(there), sum(v.numel() for v in state.values()))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers prints a table of its own where weights do not fit; ours is the error."""
-    from transformers.utils import logging
-
-    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bar:
-            logging.enable_progress_bar()
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------
@@ -209,19 +181,17 @@ def _quiet() -> Iterator[None]:
 def _told(runs: list[Run], checkpoint: Path, out: Path, adapter: bool, tried: Tried) -> list[str]:
     files = sorted(p for p in out.rglob("*") if p.is_file())
     lines = [f"wrote {p} ({p.stat().st_size:,} bytes)" for p in files]
-    what = "adapter" if adapter else "model"
-    lines.append(f"{checkpoint}: {what} of {tried.parameters:,} parameters in {tried.tensors} tensors, all of them fit")
+    what = f"{'adapter' if adapter else 'model'} of {tried.parameters:,} parameters in {tried.tensors} tensors"
+    lines.append(f"{checkpoint}: {what}, all of them fit")
     best = saved.best_of(runs[-1].folder)
     if best is not None and checkpoint.name != f"step_{best['step']}":
         lines.append(f"note: the best by {best['metric']} is step {best['step']}: --checkpoint best")
     base = base_of(runs)
     if adapter and "/" not in (base.hub or ""):
         told = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
-        lines.append(
-            f"note: the adapter's base is {told}, no model of the Hub: others need it too, or export with --merge"
-        )
+        others = "others need it too, or export with --merge"
+        lines.append(f"note: the adapter's base is {told}, no model of the Hub: {others}")
     if base.license is None:
-        lines.append(
-            f"note: the licence of {base.name} is not known here; fill in `license` in README.md before you push"
-        )
+        unknown = f"the licence of {base.name} is not known here"
+        lines.append(f"note: {unknown}; fill in `license` in README.md before you push")
     return lines

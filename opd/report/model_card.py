@@ -68,19 +68,28 @@ def model_card(about: Exported) -> ModelCard:
     """The card, README.md of the folder: YAML front matter as the Hub reads it, then prose."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    run, base, measured = about.runs[-1], base_of(about.runs), evaluation(about)
+    run, base = about.runs[-1], base_of(about.runs)
+    # the evaluation of these very weights, the whole one before one in training
+    measured = next((e for e in (*reversed(run.evaluations), *run.interim) if e["step"] == about.step), None)
     folder, stage = run.folder.resolve().name, _get(run, "run", "stage", "")
     name = f"{folder}-{stage}" if stage and stage not in folder else folder
     best = saved.best_of(run.folder)
+    manifests = [str(_get(r, "data", "train", "")) for r in about.runs]
+    data_sets = {re.sub(r"^hub:([^/:]*(/[^/:]*)?).*", r"\1", m) for m in manifests if m.startswith("hub:")}
     data = ModelCardData(
         base_model=base.hub,
         base_model_relation=("adapter" if about.adapter else "finetune") if base.hub else None,
-        datasets=_datasets(about.runs) or None,
+        datasets=sorted(data_sets) or None,
         language=base.language,
         license=base.license or "unknown",
         library_name="peft" if about.adapter else "transformers",
         pipeline_tag=TASK,
-        tags=["opd", "on-policy-distillation", "speech", *sorted({_objective(r, "xopd") for r in about.runs})],
+        tags=[
+            "opd",
+            "on-policy-distillation",
+            "speech",
+            *sorted({str(_get(r, "objective", "name", "xopd")) for r in about.runs}),
+        ],
         model_name=name,
         eval_results=_results(run, measured) or None,
         **base.more,
@@ -101,23 +110,15 @@ def model_card(about: Exported) -> ModelCard:
     )
 
 
-def evaluation(about: Exported) -> dict[str, Any] | None:
-    """The evaluation of these very weights, the whole one before one in training; None without any."""
-    run = about.runs[-1]
-    return next((e for e in (*reversed(run.evaluations), *run.interim) if e["step"] == about.step), None)
-
-
 def label(path: str) -> str:
     """A path as others may read it: of an absolute one its last name."""
     return path.rstrip("/").rpartition("/")[2] if path.startswith(("/", "~")) else path
 
 
-def hub_id(path: str, here: Path | None = None) -> str | None:
-    """A model's id on the Hub, if `path` is one and no folder (at `here`, where it is relative)."""
-    local = (
-        path.startswith(("runs/", "recipes/", "data/")) or Path(path).exists() or (here is not None and here.exists())
-    )
-    return path if HUB_ID.fullmatch(path) and not local else None
+def hub_id(path: str, at: Path | None = None) -> str | None:
+    """A model's id on the Hub, if `path` is one and no folder (at `at`, where it is relative)."""
+    here = path.startswith(("runs/", "recipes/", "data/")) or any(p.exists() for p in (Path(path), at) if p)
+    return path if HUB_ID.fullmatch(path) and not here else None
 
 
 def base_of(runs: list[Run]) -> Parent:
@@ -158,36 +159,21 @@ def _parent(path: str, here: Path) -> Parent:
     return found
 
 
-def _datasets(runs: list[Run]) -> list[str]:
-    """Data sets of the Hub that runs were trained on."""
-    paths = [str(_get(r, "data", "train", "")) for r in runs]
-    names = ["/".join(p.removeprefix("hub:").partition(":")[0].split("/")[:2]) for p in paths if p.startswith("hub:")]
-    return sorted(set(names))
-
-
 def _results(run: Run, e: dict[str, Any] | None) -> list[EvalResult]:
     """The metrics for the front matter: `args` has standard error and records."""
     from huggingface_hub import EvalResult
 
-    if e is None:
-        return []
     found = []
     for key, (words, unit, kind) in METRICS.items():
-        estimate = e.get(key)
+        estimate = (e or {}).get(key)
         if not estimate or estimate["mean"] is None:
             continue
-        manifest = str(_get(run, "eval", "retention" if key == "retention" else "test", NOT_RECORDED))
-        dataset = label(manifest)
+        data = label(str(_get(run, "eval", "retention" if key == "retention" else "test", NOT_RECORDED)))
+        hub = data.removeprefix("hub:")  # a data set's type, by which the Hub groups results
+        slug = re.sub(r"[^\w.-]+", "-", data) if hub == data else hub.partition(":")[0]
         args = {"unit": unit} | {k: estimate[k] for k in ("stderr", "n") if estimate.get(k) is not None}
-        found.append(
-            EvalResult(TASK, _slug(dataset), dataset, kind, estimate["mean"], metric_name=words, metric_args=args)
-        )
+        found.append(EvalResult(TASK, slug, data, kind, estimate["mean"], metric_name=words, metric_args=args))
     return found
-
-
-def _slug(name: str) -> str:
-    """A data set's type, by which the Hub groups results."""
-    return name.removeprefix("hub:").partition(":")[0] if name.startswith("hub:") else re.sub(r"[^\w.-]+", "-", name)
 
 
 def _get(run: Run, name: str, key: str, default: Any) -> Any:
@@ -195,13 +181,10 @@ def _get(run: Run, name: str, key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _objective(run: Run, default: str = NOT_RECORDED) -> str:
-    return str(_get(run, "objective", "name", default))
-
-
 def _stage(about: Exported, run: Run) -> dict[str, str]:
     """How a run trained: its name, method, paper, data, and settings in one line."""
-    objective = OBJECTIVES.get(_objective(run), Objective(_objective(run)))
+    name = str(_get(run, "objective", "name", NOT_RECORDED))
+    objective = OBJECTIVES.get(name, Objective(name))
     lora = _get(run, "student", "lora", None)
     sampled = _get(run, "rollout", "source", "") in ("student", "mix")
     facts = {

@@ -1,21 +1,47 @@
-"""The HTML page of a report: headline, tables, charts, dialogues with per-token advantage as colour."""
+"""Run folders -> report.json, report.html: headline, tables, charts, dialogues with per-token advantage as colour."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, Tokens, document
 from opd.report.charts import CURVES, accuracy, curves, times
-from opd.report.pipelines import PHASES, Pipeline, phases, seconds
-from opd.report.runs import VIEWS, Run
+from opd.report.pipelines import PHASES, Pipeline, chain, phases, seconds, summarise
+from opd.report.runs import VIEWS, Run, read_runs
 from opd.scoring.statistics import Estimate
+from opd.settings import UserError
+from opd.storage.json_lines import write_atomic
 
 FULL = 3.0  # nats: an advantage of this size or more has the full colour
 ORANGE, BLUE = "230,120,0", "0,114,178"
 
 Cell = Callable[[dict[str, Any]], str]
+
+
+def write_report(runs: list[Path], out: Path) -> list[Path]:
+    """Write `out`/report.json and `out`/report.html of one or more runs; returns their paths.
+
+    Runs whose student is another given run are stages of one pipeline and follow it; others stand side by side.
+    Raises UserError naming the file (and line) that cannot be read, or the folder that cannot be written to.
+    """
+    read = read_runs(runs)
+    if not any(r.steps or r.evaluations for r in read):
+        states = "; ".join(f"{r.folder}: {r.state}" for r in read)
+        raise UserError(f"nothing to report yet, neither a finished step nor an evaluation ({states})")
+    pipelines = chain(read)
+    report = summarise(pipelines)
+    texts = {"report.json": json.dumps(report, indent=2, default=str), "report.html": page(pipelines, report)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomic(out / name, text)
+    except OSError as e:
+        raise UserError(f"{out}: cannot write the report there ({e.strerror}); choose another --out") from e
+    return [out / name for name in texts]
 
 
 def page(pipelines: list[Pipeline], report: dict[str, Any]) -> str:
@@ -187,9 +213,8 @@ def _dialogues(runs: list[Run]) -> Iterator[Block]:
 def _chosen(run: Run) -> list[dict[str, Any]]:
     """Two graded samples of each view, of the first step kept and of the last."""
     graded = [s for s in run.samples if s["advantage"]]
-    steps = sorted({s["step"] for s in graded})
-    picked = [[s for s in graded if (s["step"], s["view"]) == (step, v)][:2] for step in steps for v in VIEWS]
-    return [s for few in picked for s in few]
+    places = product(sorted({s["step"] for s in graded}), VIEWS)
+    return [s for place in places for s in [g for g in graded if (g["step"], g["view"]) == place][:2]]
 
 
 def _token(text: str, advantage: float | None) -> tuple[str, str, str]:

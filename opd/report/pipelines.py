@@ -7,6 +7,7 @@ from typing import Any
 
 from opd.report.runs import VIEWS, Run, student_of
 from opd.scoring.statistics import Estimate, mean_stderr
+from opd.storage.checkpoints import best_of
 
 PHASES = ("rollout", "teacher", "learner", "sync", "rest")  # of a step; time/<phase> add up to time/step
 
@@ -35,10 +36,7 @@ class Pipeline:
 
 
 def chain(runs: list[Run]) -> list[Pipeline]:
-    """One pipeline for every run that no other given run continues, from the run that its student goes back to.
-
-    Two runs that start from one run are two pipelines, and both begin with it.
-    """
+    """A pipeline for each run that no other continues, from where its student goes back to; two may share a start."""
     parents: dict[str, Run] = {}
 
     def line(run: Run) -> list[Run]:
@@ -111,7 +109,12 @@ def summarise(pipelines: list[Pipeline]) -> dict[str, Any]:
             {"name": p.name, "runs": [r.name for r in p.runs], "stages": [stages.index(s) for s in p.stages]}
             for p in pipelines
         ],
-        "runs": [r.status | r.about for r in runs],
+        "runs": [
+            r.status
+            | {"name": r.name, "folder": str(r.folder), "state": r.state, "warnings": r.warnings}
+            | {"best": best_of(r.folder)}
+            for r in runs
+        ],
         "wall_s": round(sum(wall(r) for r in runs), 1),
     }
 
@@ -129,9 +132,6 @@ def seconds(run: Run, what: str) -> float:
 
 
 def phases(run: Run) -> dict[str, Estimate]:
-    """Mean seconds of a step and of its phases, the first step left out when there are more (it warms everything up).
-
-    A phase that a step does not have takes no time; `step` is the whole.
-    """
+    """Mean seconds of `step` and its phases, without the first, which warms up, if there are more; 0 of none."""
     counted = [m for m in run.steps[1:] or run.steps if m.get("time/step") is not None]
     return {n: mean_stderr([m.get(f"time/{n}") or 0.0 for m in counted]) for n in (*PHASES, "step")}

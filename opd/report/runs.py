@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from opd.settings import UserError
-from opd.storage.checkpoints import best_of, split
+from opd.storage.checkpoints import split
 from opd.storage.json_lines import Line, conform, read_lines
 from opd.storage.metrics import EVAL_METRICS, STEP_METRICS
 
@@ -62,12 +62,6 @@ class Run:
         return newest_warnings([*self.evaluations, *self.interim])
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What report.json says of it beside its status."""
-        about = {"name": self.name, "folder": str(self.folder), "state": self.state, "warnings": self.warnings}
-        return about | {"best": best_of(self.folder)}
-
-    @property
     def records(self) -> dict[str, Any]:
         """What its evaluations are measured on: only equal ones can be compared."""
         return {k: section(self.config, "eval").get(k) for k in MEASURED_ON}
@@ -75,28 +69,6 @@ class Run:
 
 class _Loose(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
-
-
-class _Student(_Loose):
-    path: str
-
-
-class _Settings(_Loose):
-    student: _Student
-
-
-class _About(_Loose):
-    config: _Settings
-    versions: dict[str, str]
-    git_commit: str
-
-
-class _Status(_Loose):
-    phase: str
-    detail: str = ""
-    step: int = 0
-    steps: int = 0
-    error: str | None = None
 
 
 class _Estimate(_Loose):
@@ -110,10 +82,6 @@ class _Warning(_Loose):
     text: str
 
 
-class _Step(Line):
-    seconds: float
-
-
 class _Evaluation(Line):
     stage: str
     train_seconds: float
@@ -124,10 +92,6 @@ class _Evaluation(Line):
     first: dict[str, _Estimate] | None = None
     interim: bool = False
     warnings: list[_Warning] | None = None
-
-
-class _Launch(_Loose):
-    seconds: float
 
 
 class _Sample(Line):
@@ -144,9 +108,15 @@ class _Sample(Line):
         return self
 
 
+_Student = create_model("_Student", __base__=_Loose, path=str)
+_Settings = create_model("_Settings", __base__=_Loose, student=_Student)
+_About = create_model("_About", __base__=_Loose, config=_Settings, versions=dict[str, str], git_commit=str)
+_Launch = create_model("_Launch", __base__=_Loose, seconds=float)
+_OPTIONAL: Any = {"detail": (str, ""), "step": (int, 0), "steps": (int, 0), "error": (str | None, None)}
+_Status = create_model("_Status", __base__=_Loose, phase=str, **_OPTIONAL)
 _NUMBERS: Any = {name: (float | None, None) for name in STEP_METRICS if name != "seconds"}
 _ESTIMATES: Any = dict.fromkeys(EVAL_METRICS, (_Estimate | None, None))
-_StepLine = create_model("_StepLine", __base__=_Step, **_NUMBERS)
+_StepLine = create_model("_StepLine", __base__=Line, seconds=float, **_NUMBERS)
 _EvaluationLine = create_model("_EvaluationLine", __base__=_Evaluation, **_ESTIMATES)
 
 

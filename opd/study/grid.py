@@ -1,18 +1,33 @@
-"""Which runs a study needs, as far as what is there tells: rates are chosen before reported runs have a name."""
+"""Which runs a study needs, as far as is known: a row's rate is chosen before its reported runs have a name."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from opd.config.evaluation import EvalConfig
+from opd.config.evaluation import BETTER, EvalConfig
+from opd.config.load import resolve_model
 from opd.config.schema import Config
 from opd.settings import UserError
-from opd.study import inputs as files
 from opd.study import runs
 from opd.study.runs import Outcome, Run
-from opd.study.select import Choice, choose, means
-from opd.study.spec import BASE, Row, StudySpec, read_study, rows
+from opd.study.spec import BASE, Row, SelectionSpec, StudySpec, read_study, rows
+
+HUB = "hub:"  # before the name of a manifest that is no file
+HAIR = 1e-9  # of tolerance: 0.96 - 0.94 is more than 0.02 in binary
+Means = dict[str, float]
+
+
+@dataclass
+class Choice:
+    """A row's learning rate, and the whole sweep behind it."""
+
+    rate: float
+    sweep: list[dict[str, Any]] = field(default_factory=list)  # by rate: means over seeds, what the guard says
+    notes: list[str] = field(default_factory=list)
 
 
 class Study:
@@ -38,7 +53,8 @@ class Study:
             self._configs[row.id] = (by_seed[0], by_seed[1])
             select, report = by_seed[0][0], by_seed[1][0]
             self._check_splits(row, select.eval, report.eval)
-            self.teachers[row.id] = runs.graded_by(report)
+            each = report.teacher.each.items()  # kind and path, of each of several
+            self.teachers[row.id] = sorted(f"{r} {'self' if t.kind == 'self' else t.path}".strip() for r, t in each)
             if not start and (found := report.student.path) != (expected := self.students.setdefault(row.world, found)):
                 raise UserError(f"{path}: worlds.{row.world}: expected a student.path for all rows, found {expected} "
                                 f"in that of base and {found} in that of {row.name}")  # fmt: skip
@@ -50,19 +66,17 @@ class Study:
         names = {self.spec.selection.metric, *self.spec.selection.guard}
         for key, needed in (("retention", "retention" in names), ("test", bool(names - {"retention"}))):
             chosen_on, told = getattr(select, key), getattr(report, key)
-            if self.selects(row) and needed and (chosen_on is None or files.same(chosen_on, told)):
+            if self.selects(row) and needed and (chosen_on is None or same(chosen_on, told)):
                 found = chosen_on if chosen_on == told else f"{chosen_on}, which is the file {told}"
-                raise UserError(
-                    f"{self.path}: selection.set: row {row.id} expected an eval.{key} that is not the reported runs', "
-                    f"found {found}"
-                )
+                expected = f"expected an eval.{key} that is not the reported runs'"
+                raise UserError(f"{self.path}: selection.set: row {row.id} {expected}, found {found}")
 
     def check_files(self, wanted: list[Row]) -> None:
         """Raises UserError, naming row and key, when something that runs of these rows read is not there."""
         for row in wanted:
             select, report = self._configs[row.id]
             for config in [*(select if self.selects(row) else []), *report]:
-                files.check(row.id, config, starts=row.start is not None)
+                check_files(row.id, config, starts=row.start is not None)
 
     # ---- what is there ----------------------------------------------------------------------------------------------
 
@@ -88,10 +102,7 @@ class Study:
         return self.rows[f"{row.world}/{BASE}"]
 
     def chosen_rows(self, patterns: list[str]) -> list[Row]:
-        """Rows that match a WORLD/ROW pattern (all without one) and those that they need, in order.
-
-        Raises UserError for a pattern that matches none.
-        """
+        """Rows that match WORLD/ROW patterns, or all, and what they need, in order. UserError: one has no match."""
         wanted: set[str] = set()
         for pattern in patterns or ["*"]:
             found = [r for r in self.rows.values() if fnmatch(r.id, pattern)]
@@ -185,3 +196,75 @@ class Study:
         if run.start is None or self.outcome(run.start).finished:
             return None
         return f"starts from {run.start.name}, which is {self.outcome(run.start).state}"
+
+
+def same(one: str | None, other: str | None) -> bool:
+    """Whether two manifests are one, however their paths are spelt; names on a hub are compared as they are."""
+    if one is None or other is None or one.startswith(HUB) or other.startswith(HUB):
+        return one == other
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def check_files(row: str, config: Config, starts: bool) -> None:
+    """Raises UserError that names row and key when a manifest, or a local model's folder, of a run is not there.
+
+    `starts`: its student is that of another row's run, which may be still to come. Reads no file, loads no model.
+    """
+    e = config.eval
+    for key, path in (("data.train", config.data.train), ("eval.test", e.test), ("eval.retention", e.retention)):
+        if path and not path.startswith(HUB) and not Path(path).is_file():
+            raise UserError(f"row {row}: {key} {path}: no such manifest")
+    models = [] if starts else [("student.path", config.student.path)]
+    for route, teacher in config.teacher.each.items():
+        if teacher.path:
+            models.append((f"teacher.routes.{route}.path" if route else "teacher.path", teacher.path))
+    for key, path in models:
+        try:
+            resolve_model(path, key)
+        except UserError as error:
+            raise UserError(f"row {row}: {error}") from error
+
+
+def means(evaluations: list[dict[str, Any]], names: list[str], where: str) -> Means:
+    """Mean of each metric over evaluations. Raises UserError when one was not measured."""
+    found = {}
+    for name in names:
+        values = [(e.get(name) or {}).get("mean") for e in evaluations]
+        known = [v for v in values if v is not None]
+        if not values or len(known) < len(values):
+            raise UserError(f"{where}: selection needs {name}, which its evaluations lack; see selection.set")
+        found[name] = fmean(known)
+    return found
+
+
+def choose(spec: SelectionSpec, base: Means, sweep: dict[float, Means], failed: list[float]) -> Choice:
+    """The rate with the best metric among those whose guarded metrics stay close enough to `base`.
+
+    Where none does, the one whose worst excess over what the guard allows is least. Ties go to the smaller rate.
+    `sweep`: means over the selection seeds by rate, without the rates that `failed`.
+    """
+    assert sweep
+    lines = []
+    for rate in sorted(sweep):
+        excess = [BETTER[g] * (base[g] - sweep[rate][g]) - allowed for g, allowed in spec.guard.items()]
+        worst = max(excess, default=0.0)
+        lines.append({"rate": rate, **sweep[rate], "excess": worst, "passes": worst <= HAIR})
+    passing = [line for line in lines if line["passes"]]
+    notes = []
+    if passing:
+        on, scores = spec.metric, [BETTER[spec.metric] * line[spec.metric] for line in passing]
+    else:
+        on, scores = "what they lose", [-line["excess"] for line in lines]
+        allowed = ", ".join(f"{g} by {v:g}" for g, v in spec.guard.items())
+        notes.append(f"no learning rate keeps what the guard asks ({allowed}): the one that loses least")
+    equally = [line for line, score in zip(passing or lines, scores, strict=True) if score >= max(scores) - HAIR]
+    best = equally[0]
+    if len(equally) > 1:
+        equal = ", ".join(f"{line['rate']:g}" for line in equally)
+        notes.append(f"the rates {equal} tie on {on}: the smallest of them is taken")
+    rates = sorted([*sweep, *failed])
+    if passing and len(rates) > 1 and best["rate"] in (rates[0], rates[-1]):
+        notes.append(f"the chosen rate is the {'smallest' if best['rate'] == rates[0] else 'largest'} that was tried")
+    if failed:
+        notes.append(f"chosen without {', '.join(f'{r:g}' for r in sorted(failed))}, where a run failed")
+    return Choice(best["rate"], lines, notes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, mode
 from typing import Any
@@ -27,7 +26,7 @@ Interval = dict[str, Any]  # mean, half (of the interval's width, None for one v
 Measured = dict[str, DataFrame]  # of ALL, a metric a column; of each of GROUPED, a group a column; a line a seed
 
 
-def write(study: Study, say: Callable[[str], None]) -> None:
+def write(study: Study) -> None:
     """Write study.json, study.md and study.html. Raises UserError where that is not possible.
 
     Those that are there and hold a complete row which is not complete any more are moved aside first.
@@ -38,13 +37,12 @@ def write(study: Study, say: Callable[[str], None]) -> None:
     texts = {"study.json": json.dumps(content, indent=2), **pages(content)}
     try:
         study.out.mkdir(parents=True, exist_ok=True)
-        lost = [row for row in _complete(study.out) if row not in _complete_rows(content)]
-        if lost:
-            say(f"kept the earlier tables as {_move_aside(study.out, list(texts))}: complete there, not any more: "
-                f"{', '.join(lost)}")  # fmt: skip
+        if lost := [row for row in _complete(study.out) if row not in _complete_rows(content)]:
+            kept = f"kept the earlier tables as {_move_aside(study.out, list(texts))}"
+            print(f"{kept}: complete there, not any more: {', '.join(lost)}", flush=True)
         for name, text in texts.items():
             write_atomic(study.out / name, text)
-            say(f"wrote {study.out / name}")
+            print(f"wrote {study.out / name}", flush=True)
     except OSError as e:
         raise UserError(f"{study.out}: cannot write the study there ({e.strerror})") from e
 
@@ -80,8 +78,7 @@ def summarise(study: Study) -> dict[str, Any]:
     for world in spec.worlds:
         measured: dict[str, Measured] = {}
         rows = [_row(study, r, measured) for r in study.rows.values() if r.world == world]
-        learnt = [r["samples"] for r in rows if r["samples"]]
-        usual = mode(learnt) if learnt else None
+        usual = mode([r["samples"] for r in rows if r["samples"]] or [None])
         for r in rows:
             r["matched"] = r["samples"] == usual if r["samples"] else None
             for other in (BASE, spec.reference) if r["name"] != BASE else ():
@@ -157,8 +154,8 @@ def _bad(study: Study, some: list[Run]) -> str:
     outcomes = [_outcome(study, r) for r in some]
     failed = sum(o.state == "failed" for o in outcomes)
     unusable = [o.error for o in outcomes if o.state == "conflict"]
-    found = [f", {failed} failed"] if failed else []
-    return "".join([*found, *([f", {len(unusable)} cannot be used ({unusable[0]})"] if unusable else [])])
+    told = f", {failed} failed" if failed else ""
+    return told + (f", {len(unusable)} cannot be used ({unusable[0]})" if unusable else "")
 
 
 def _run(study: Study, run: Run) -> dict[str, Any]:
@@ -189,16 +186,11 @@ def _measured(study: Study, done: list[Run], what: str) -> Measured:
     found: dict[str, list[dict[str, Any]]] = {of: [] for of in (ALL, *GROUPED)}
     for run in done:
         evaluation = study.outcome(run).evaluation
-        groups = evaluation.get("groups") or {}
-        found[ALL].append({name: evaluation.get(name) for name in EVAL_METRICS})
-        for of in GROUPED:
-            found[of].append(groups.get(of) or {})
-    seeds = [r.seed for r in done]
-    measured = {}
-    for of, lines in found.items():
-        wanted = [{n: (e or {}).get(what) for n, e in line.items()} for line in lines]
-        measured[of] = DataFrame(wanted, seeds, EVAL_METRICS if of == ALL else None, dtype=float)
-    return measured
+        groups = (evaluation.get("groups") or {}) | {ALL: {name: evaluation.get(name) for name in EVAL_METRICS}}
+        for of, lines in found.items():
+            lines.append({name: (e or {}).get(what) for name, e in (groups.get(of) or {}).items()})
+    columns, seeds = {ALL: EVAL_METRICS}, [r.seed for r in done]
+    return {of: DataFrame(lines, seeds, columns.get(of), dtype=float) for of, lines in found.items()}
 
 
 def _regraded(means: DataFrame, base: DataFrame) -> DataFrame:

@@ -51,7 +51,7 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        """Of the recipe, for the command line."""
+        """Of the recipe, for the command line; `{world}` and `{seed}` in those of the study's file are this run's."""
         own: dict[str, Any] = {"run.dir": str(self.folder), "train.keep_checkpoints": 1}
         # a later stage goes on with other prompts: the same seed would begin with those of the stage before
         own["run.seed"] = self.seed + LATER * (len(self.lineage) - 1)
@@ -61,13 +61,11 @@ class Run:
             own |= {"optim.lr": self.rate, "eval.start": None, "eval.end": True, "eval.patience": None}
         if self.start is not None:
             own["student.path"] = str(self.start.folder)
-        return as_arguments({k: self._filled(v) for k, v in {**self.row.overrides, **self.split}.items()} | own)
-
-    def _filled(self, value: Any) -> Any:
-        """An override of the study's file: `{world}` and `{seed}` in it become this run's."""
-        return (
-            value.replace("{world}", self.row.world).replace(SEED, str(self.seed)) if isinstance(value, str) else value
-        )
+        given = self.row.overrides | self.split
+        for key, value in given.items():
+            if isinstance(value, str):
+                given[key] = value.replace("{world}", self.row.world).replace(SEED, str(self.seed))
+        return as_arguments(given | own)
 
     @property
     def lineage(self) -> list[Run]:
@@ -100,12 +98,6 @@ def config_of(run: Run) -> Config:
         return load_config(run.row.recipe, run.overrides)
     except UserError as e:
         raise UserError(f"row {run.row.id}: {e}") from e
-
-
-def graded_by(config: Config) -> list[str]:
-    """What tells a run's teacher from that of another: kind and path, of each of several."""
-    each = config.teacher.each.items()
-    return sorted(f"{route} {'self' if t.kind == 'self' else t.path}".strip() for route, t in each)
 
 
 def outcome(run: Run) -> Outcome:

@@ -138,10 +138,7 @@ def read_study(path: Path) -> StudySpec:
 
 
 def rows(spec: StudySpec, path: Path) -> list[Row]:
-    """All rows in the order of the file, world by world, the untrained student first.
-
-    Raises UserError when a method starts from a row that is not listed before it, or two rows have one name.
-    """
+    """All rows by world, the untrained student first. Raises UserError for a name twice, or `from` no row before."""
     found: list[Row] = []
     for world, of_world in spec.worlds.items():
         names = {BASE}

@@ -245,14 +245,14 @@ def measured(row: Record, corpus: list[Record]) -> dict[str, dict[str, dict[int,
 
 def intervals(told: Record, other: Record | None = None) -> Record:
     """Means over seeds with their intervals; against another row, of the differences paired by seed."""
-    from opd.study.stats import interval, paired
+    from pandas import DataFrame
+
+    from opd.study.results import interval, paired
 
     found: Record = {}
     for name, of in told.items():
-        found[name] = {
-            skill: paired(values, other[name][skill]) if other else interval([*values.values()])
-            for skill, values in of.items()
-        }
+        values = DataFrame(of)
+        found[name] = paired(values, DataFrame(other[name])) if other else {s: interval(values[s]) for s in values}
     return found
 
 

@@ -195,7 +195,7 @@ def run(case: Case) -> dict[str, Any]:
         if case.reference == "cuda":
             torch.cuda.empty_cache()
     plan, lengths = planned(config, samples, case)
-    out |= {"planned": plan.learner_peak_bytes, "planned_resident": plan.learner.resident, "worst": plan.learner.worst}
+    out |= {"planned": plan.learner.peak, "planned_resident": plan.learner.resident, "worst": plan.learner.worst}
     out["planned_parts"] = plan.learner.device | plan.learner.phases[plan.learner.worst]
     out["prompt_tokens"] = [lengths.speech, lengths.text]
     out["largest_micro_batch"] = max(collate(m).ids.numel() for m in batch.micro_batches)

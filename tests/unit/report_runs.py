@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from opd.report.command import write_report
+from opd.report.page import write_report
 from opd.report.pipelines import Pipeline
 
 EVIL = "<script>alert('x')</script>\"&"

@@ -10,8 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.card.sheet import SHOWN, Asked, Sheet, in_several, leaks, sheet_of
-from opd.report.blocks import Block, Bullets, Details, Figure, Heading, Paragraph, Table, document, markdown
-from opd.report.figure import COLOURS, figure
+from opd.report.blocks import (
+    COLOURS,
+    Block,
+    Bullets,
+    Details,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    document,
+    figure,
+    markdown,
+)
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic
 

@@ -55,7 +55,7 @@ STUDENT = ModelShape(
         *llm(50),
     ),
     Decoder(layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocab=50),
-    Tower(layers=3, width=4, heads=2, intermediate=6, positions_per_second=50.0),
+    Tower(layers=3, width=4, intermediate=6, positions_per_second=50.0),
     lambda seconds: round(25 * seconds),
 )
 TEACHER = ModelShape("teacher", "", llm(40), Decoder(3, 8, 2, 2, 4, 12, 40))

@@ -6,8 +6,7 @@ import re
 
 from report_runs import EVIL, Page
 
-from opd.report.blocks import Bullets, Details, Figure, Heading, Paragraph, Table, Tokens, document, markdown
-from opd.report.figure import figure
+from opd.report.blocks import Bullets, Details, Figure, Heading, Paragraph, Table, Tokens, document, figure, markdown
 
 ALL = [
     Heading(EVIL, 1),

@@ -9,7 +9,7 @@ import pytest
 from report_runs import evaluation, make_run, sample, written
 
 from opd.cli import main
-from opd.report.command import write_report
+from opd.report.page import write_report
 from opd.settings import UserError
 
 

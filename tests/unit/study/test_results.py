@@ -17,12 +17,11 @@ from report_runs import Page
 from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 
 from opd.report.blocks import Paragraph, Table, markdown
-from opd.study.charts import charts
 from opd.study.command import main
 from opd.study.grid import Study
 from opd.study.results import interval, paired, summarise
 from opd.study.runs import Run
-from opd.study.tables import blocks
+from opd.study.tables import blocks, charts
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def numbers(run: Run) -> dict[str, float]:
 @pytest.fixture(autouse=True)
 def _at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace(tmp_path, monkeypatch)
-    monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
+    monkeypatch.setattr("opd.study.command.POLL_S", 0.0)
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ def test_the_table_by_hand(path: Path) -> None:
 def test_the_plot_of_costs_by_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(path, [], None, False, False, FakeLauncher(lambda r: numbers(r) | {"forgetting": 0.1}))
     drawn: list[Any] = []
-    monkeypatch.setattr("opd.study.charts.figure", lambda caption, draw, *_: drawn.append(draw) or "")
+    monkeypatch.setattr("opd.study.tables.figure", lambda caption, draw, *_: drawn.append(draw) or "")
     charts(summarise(Study(path))["worlds"][0])
     figure = Figure()
     drawn[-1](figure)

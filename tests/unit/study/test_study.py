@@ -16,11 +16,10 @@ from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 from opd.config.load import load_config
 from opd.processes.commands import Command
 from opd.settings import UserError
-from opd.study import schedule
+from opd.study import command
 from opd.study.command import main
-from opd.study.grid import Study
+from opd.study.grid import Study, choose
 from opd.study.runs import Run
-from opd.study.select import choose
 from opd.study.spec import SelectionSpec
 
 KD_BEST = 4e-4
@@ -29,7 +28,7 @@ KD_BEST = 4e-4
 @pytest.fixture(autouse=True)
 def _at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace(tmp_path, monkeypatch)
-    monkeypatch.setattr("opd.study.schedule.POLL_S", 0.0)
+    monkeypatch.setattr("opd.study.command.POLL_S", 0.0)
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -275,16 +274,16 @@ def test_a_run_is_an_ordinary_launch_with_a_log(tmp_path: Path, monkeypatch: pyt
     study = Study(study_file(tmp_path))
     of_kd = study.run(study.rows["well/kd"], "select", 1e-4, 100)
     assert of_kd is not None
-    argv = schedule.command(of_kd).argv
+    argv = command.command(of_kd).argv
     assert argv == [sys.executable, "-m", "opd.cli", "launch", KD, *of_kd.overrides, "--plain"]
     told = Command("told", [sys.executable, "-c", "print('told'); raise SystemExit(3)"], {})
-    monkeypatch.setattr(schedule, "command", lambda _: told)
-    launcher = schedule.Subprocesses()
+    monkeypatch.setattr(command, "command", lambda _: told)
+    launcher = command.Launcher()
     started = launcher.start(of_kd)
     while started.code is None:
         time.sleep(0.02)
     launcher.stop([started])
-    assert started.code == 3 and schedule.tail(of_kd.log) == ["told"]
+    assert started.code == 3 and command.tail(of_kd.log) == ["told"]
     of_kd.log.unlink()
     of_kd.log.mkdir()
     with pytest.raises(UserError, match=r"seed_100.log: expected a log that can be written"):
