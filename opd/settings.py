@@ -24,7 +24,9 @@ KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a soc
 
 def regular_file(path: str | Path, kind: str) -> Path:
     """The path, where it leads to a stored file: reading a device or a pipe may never end, and is no second time alike.
-    `kind`: what is looked for, in messages. Raises UserError for anything else, and where there is nothing."""
+
+    `kind`: what is looked for, in messages. Raises UserError for anything else, and where there is nothing.
+    """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as e:
@@ -40,7 +42,9 @@ def regular_file(path: str | Path, kind: str) -> Path:
 
 def open_text(path: str | Path, kind: str = "text file", newline: str | None = None) -> TextIO:
     """A user's text file, in UTF-8; the byte-order mark that Windows tools write is no part of it.
-    Raises UserError as `regular_file` does, and for a file that cannot be opened."""
+
+    Raises UserError as `regular_file` does, and for a file that cannot be opened.
+    """
     try:
         return open(regular_file(path, kind), encoding="utf-8-sig", newline=newline)
     except OSError as e:
@@ -55,7 +59,9 @@ def read_text(path: str | Path, kind: str = "text file") -> str:
 
 def text_lines(path: str | Path, kind: str = "text file") -> Iterator[tuple[str, str | ValueError]]:
     """(place, line) of a user's text file but for blank ones; a ValueError in the place of one that is no UTF-8.
-    Raises UserError as `open_text` does."""
+
+    Raises UserError as `open_text` does.
+    """
     with open_text(path, kind) as f:
         for number, line in enumerate(f.buffer, 1):
             try:

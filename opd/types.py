@@ -121,8 +121,10 @@ def packed(items: Iterable[T], fits: Callable[[list[T], T], bool]) -> list[list[
 
 def render(prompt: Prompt, view: View) -> list[Message]:
     """Chat messages of one view.
+
     The speech view keeps every audio part (without its transcript: the student must hear it, not read it); the text
-    view puts a text part with the transcript in its place. Everything else is identical."""
+    view puts a text part with the transcript in its place. Everything else is identical.
+    """
 
     def shown(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "audio":

@@ -24,8 +24,10 @@ DEEPSPEED_OWNS = ("zero_optimization", "aio", "comms_logger", "flops_profiler", 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """The DeepSpeed config: ZeRO from the JSON file, everything else from the recipe.
+
     An accelerate config's `deepspeed_config_file` (in the environment that `accelerate launch` sets) comes first.
-    Raises UserError when the file sets what the recipe owns, naming both."""
+    Raises UserError when the file sets what the recipe owns, naming both.
+    """
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or config.train.deepspeed
     try:
         settings: dict[str, Any] = json.loads(read_text(path, "file"))

@@ -17,8 +17,10 @@ from opd.storage import checkpoints as saved
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), teacher: bool = True) -> Config:
     """Read a YAML recipe and apply dotted overrides such as `optim.lr=1e-4`.
+
     What the recipe leaves open is filled in. `teacher`: False where nothing asks it. Raises UserError that names the
-    file and key, what was expected and what was found."""
+    file and key, what was expected and what was found.
+    """
     path = Path(recipe)
     if not path.is_file():
         found = "expected a recipe file, found none" if path.exists() else "no such recipe file"
@@ -65,8 +67,10 @@ def _run_dir(recipe: Path, config: Config) -> str:
 
 def resolve_model(path: str, key: str) -> str:
     """A checkpoint folder as it is; RUN, RUN:best or RUN:40 become `model/` of that checkpoint; else a hub id.
+
     Raises UserError, naming the setting `key`, when a run folder holds no such checkpoint, a local-looking path does
-    not exist, or the hub has no model of a name without owner."""
+    not exist, or the hub has no model of a name without owner.
+    """
     run, which = saved.split(path)
     if (run / "checkpoints").is_dir():
         return str(saved.find(run, which, f"{key} {path}") / "model")
@@ -87,7 +91,9 @@ SECONDS = 5.0  # for an answer
 @cache
 def refused(name: str) -> str:
     """Why the hub has no model of this name for us, asked once and without retries; empty: it has, or its cache here.
-    A model's id is owner/name; a few old ones, such as gpt2, have no owner, and a mistyped folder looks like them."""
+
+    A model's id is owner/name; a few old ones, such as gpt2, have no owner, and a mistyped folder looks like them.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -169,7 +175,9 @@ def _check_devices(config: Config, placement: Placement) -> None:
 
 def unread(config: Config) -> list[str]:
     """Settings that are not at their defaults and that nothing in this recipe reads: which, and by what, in words.
-    They are allowed: a study's rows share overrides."""
+
+    They are allowed: a study's rows share overrides.
+    """
     o, t, r, idle = config.objective, config.teacher, config.rollout, config.objective.idle()
     found = [f"objective.{k} is not read by {idle[k]}" for k in _changed(o) if k in idle]
     if t.kind != "routed" and "field" in _changed(t):

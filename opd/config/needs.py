@@ -63,8 +63,10 @@ def uses_start(config: Config) -> bool:
 
 def copies_start(config: Config) -> bool:
     """Whether that takes a second copy of the student.
+
     With student.lora the learner's own weights without adapters are the start, unless the reference hears and something
-    of the audio path is trained in full."""
+    of the audio path is trained in full.
+    """
     if not uses_start(config) or config.student.lora is None:
         return uses_start(config)
     moved = list(config.student.train) != ["llm"]

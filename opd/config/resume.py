@@ -24,8 +24,10 @@ class Taken(UserError):
 
 def check(config: Config) -> str:
     """What starting this recipe in its run folder would do: "new", "resume" or "finished".
+
     Raises Taken when the folder holds a run of another configuration, naming the keys that differ, or files that a new
-    run would delete though no run wrote them."""
+    run would delete though no run wrote them.
+    """
     folder = Path(config.run.dir)
     stored = folder / "config.yaml"
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())

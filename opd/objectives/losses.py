@@ -36,8 +36,10 @@ def entropy(p: Tensor) -> Tensor:
 
 def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """Generalised Jensen-Shannon divergence of log-probabilities (GKD, arXiv 2306.13649, eq. 1).
+
     beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. At the ends, where it
-    vanishes, its limits take its place: beta = 0 KL(teacher || student), forward; beta = 1 KL(student || teacher)."""
+    vanishes, its limits take its place: beta = 0 KL(teacher || student), forward; beta = 1 KL(student || teacher).
+    """
     if beta == 0.0:
         return divergence(teacher, student)
     if beta == 1.0:
@@ -174,7 +176,9 @@ def sft_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def kd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Off-policy distillation (arXiv 2509.14930): CE(y) + mu tau^2 KL(teacher^tau || student^tau).
-    y is the teacher's response. At mu = 0 it is sequence-level distillation, without the teacher's logits."""
+
+    y is the teacher's response. At mu = 0 it is sequence-level distillation, without the teacher's logits.
+    """
     ce = -t.pick(t.student())
     if not o.reads_logits:
         return Terms(ce, {"kd/ce": ce})
@@ -194,8 +198,10 @@ def xopd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def reverse_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Dense reverse KL at every token that the student sampled: loss = KL(student || teacher).
+
     The expectation of `xopd`'s gradient over the next token, without its variance. Over the full vocabulary, or with
-    objective.top_k over the student's K best ids and a bucket for the rest (`reverse_kl_with_tail`)."""
+    objective.top_k over the student's K best ids and a bucket for the rest (`reverse_kl_with_tail`).
+    """
     student = t.student()
     kl = divergence(student, t.teacher()) if o.top_k is None else reverse_kl_with_tail(*t.kept(student))
     return Terms(kl, {"reverse_kl": kl})
@@ -208,7 +214,9 @@ def forward_kl_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Generalised JSD with objective.beta (GKD, arXiv 2306.13649, eq. 1), on whatever responses the source gives.
-    With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`)."""
+
+    With objective.top_k the teacher is known on its K best ids, renormalised there (`jsd_on_teacher_top`).
+    """
     student = t.student()
     if o.top_k is None:
         return Terms(generalized_jsd(student, t.teacher(), o.beta), {})
@@ -218,8 +226,10 @@ def jsd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Entropy-aware on-policy distillation (arXiv 2603.07079): KL(student || teacher) + [H > h] KL(teacher || student).
+
     H is the teacher's entropy at the token, h objective.entropy_threshold (nats): forward KL comes in where the teacher
-    is unsure, so that a student keeps what it would also have said."""
+    is unsure, so that a student keeps what it would also have said.
+    """
     student, teacher = t.student(), t.teacher()
     reverse, unsure = divergence(student, teacher), (entropy(teacher) > o.entropy_threshold).to(student.dtype)
     loss = reverse + unsure * divergence(teacher, student)
@@ -228,8 +238,10 @@ def entropy_aware_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def cord_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Reverse KL weighted by token importance and position (the token level of CORD, arXiv 2601.16547).
+
     loss = w_t KL(student || teacher), w as `cord_weights` has it from a preview of the same KL, a constant. CORD's
-    second level, a judged reward for whole responses by GRPO, is left out: nothing here is rewarded."""
+    second level, a judged reward for whole responses by GRPO, is left out: nothing here is rewarded.
+    """
     assert t.importance is not None
     kl = divergence(t.student(), t.teacher())
     return Terms(t.importance * kl, {"reverse_kl": kl, "cord/weight": t.importance})
@@ -269,7 +281,9 @@ def salad_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 def uld_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """Universal logit distillation from a teacher with another tokenizer (arXiv 2402.12030).
-    One number for a whole response, as teachers/cross_tokenizer.py aligns it. All of its tokens carry it."""
+
+    One number for a whole response, as teachers/cross_tokenizer.py aligns it. All of its tokens carry it.
+    """
     assert t.aligned is not None
     loss = t.aligned.expand(len(t.targets))
     return Terms(loss, {"uld": loss})
@@ -292,7 +306,9 @@ LOSSES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
 
 def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     """The recipe's objective, with what every objective shares: the reference penalty and common metrics.
-    objective.reference adds c KL(student || student at the start) in the response's own view."""
+
+    objective.reference adds c KL(student || student at the start) in the response's own view.
+    """
     terms = LOSSES[o.name](t, o)
     if t.reference is not None:
         kl = divergence(t.student(), torch.log_softmax(t.reference, -1))

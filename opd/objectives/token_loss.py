@@ -81,7 +81,9 @@ class TokenLoss:
         aligned: Aligned | None = None,
     ) -> None:
         """`teacher`, `reference`: logits of the same tokens, without gradient; `aligned`: see `uld`.
-        `previews`: whether the objective needs to see all tokens before it weighs the first (`preview`)."""
+
+        `previews`: whether the objective needs to see all tokens before it weighs the first (`preview`).
+        """
         self.objective, self.temperature = objective, temperature
         self.teacher, self.reference, self.aligned = teacher, reference, aligned
         real = mb.mask.bool()
@@ -137,7 +139,9 @@ def summed_loss(
     hidden: Tensor, head: torch.nn.Linear, loss_of: Callable[[Tensor, slice], Tensor], parts: list[slice]
 ) -> Tensor:
     """The sum of `loss_of(head(hidden[part]), part)`, with gradients for `hidden` [N, H] and the output layer.
-    `loss_of` must depend on nothing else that has a gradient."""
+
+    `loss_of` must depend on nothing else that has a gradient.
+    """
     return _SummedLoss.apply(hidden, head.weight, head.bias, loss_of, parts)
 
 

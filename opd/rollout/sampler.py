@@ -27,7 +27,9 @@ class VllmSampler:
 
     def usable(self) -> list[str]:
         """URLs of the servers that hold the learner's weights; rank 0 tells once of each that is left out.
-        Raises ServerError, naming both versions, when there is none."""
+
+        Raises ServerError, naming both versions, when there is none.
+        """
         found = on_each(self.servers, lambda server: server.get("/weight_info")["weight_version"])
         others = {s.url: v for s, v in zip(self.servers, found, strict=True) if v != str(self.version)}
         usable = [s.url for s in self.servers if s.url not in others]
@@ -153,7 +155,9 @@ class VllmSampler:
 
 def _best(entries: list[dict[str, Any]], k: int) -> np.ndarray:
     """[T, K] ids of the sampler's best tokens, -1 where it told of fewer.
-    vLLM puts the sampled token first; where that is not among the K best it takes the last one's place."""
+
+    vLLM puts the sampled token first; where that is not among the K best it takes the last one's place.
+    """
     out = np.full((len(entries), k), -1, np.int64)
     for t, entry in enumerate(entries):
         ids = [int(e["token"].removeprefix("token_id:")) for e in entry["top_logprobs"]]

@@ -18,7 +18,9 @@ class ResponseSource(Protocol):
 
     def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         """Rollouts of every view with a share in the objective.
-        prompts: (position in the global batch, prompt); clips: waveforms by audio path."""
+
+        prompts: (position in the global batch, prompt); clips: waveforms by audio path.
+        """
 
 
 class StudentSource:
@@ -73,8 +75,10 @@ def decode(family: Family, ids: tuple[int, ...]) -> str:
 
 class MixSource:
     """The student answers some of a step's prompts, the teacher the others (GKD, arXiv 2306.13649, its lambda).
+
     rollout.student_share of the prompts, drawn by run seed, step and position, go to the student. The teacher writes
-    one response to a prompt, the student n: in means over responses the teacher's then stands for n."""
+    one response to a prompt, the student n: in means over responses the teacher's then stands for n.
+    """
 
     def __init__(self, student: StudentSource, teacher: TeacherSource, config: Config) -> None:
         self.student, self.teacher, self.config = student, teacher, config

@@ -12,8 +12,10 @@ from opd.settings import UserError
 
 class Journal:
     """Results by key, of all shards of a stage; this process appends to the file of its own shard.
+
     A line is {"key", "record"} or {"key", "drop", "id"}. A last line that was cut off is taken out. Raises UserError
-    for a file that is damaged elsewhere."""
+    for a file that is damaged elsewhere.
+    """
 
     def __init__(self, folder: Path, shard: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,10 @@ class Line(BaseModel):
 
 def read_lines(path: Path, shape: type[BaseModel] = Line) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file, in order; none when there is no such file.
+
     A last line without its line end that does not parse was cut off while it was written, and is left out. Raises
-    UserError naming file and line for any other line that is not an object of this shape."""
+    UserError naming file and line for any other line that is not an object of this shape.
+    """
     if not path.exists():
         return
     try:

@@ -40,7 +40,9 @@ class Sink(NamedTuple):
 
 class MetricsLog:
     """The run folder's JSON lines and status; made on rank 0 only.
-    Raises UserError when a requested sink's package is not installed."""
+
+    Raises UserError when a requested sink's package is not installed.
+    """
 
     def __init__(self, run_dir: Path, sinks: list[str], project: str, run_name: str) -> None:
         self.run_dir = run_dir
@@ -80,7 +82,9 @@ class MetricsLog:
 
     def truncate_after(self, step: int) -> None:
         """Drop every line of a later step, and a last line that was cut off, before a resumed run writes again.
-        Sinks keep what they have. Raises UserError naming file and line when another line is broken."""
+
+        Sinks keep what they have. Raises UserError naming file and line when another line is broken.
+        """
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             path = self.run_dir / name
             if path.is_file():

@@ -51,7 +51,9 @@ def status_of(folder: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def lock(folder: Path, node: int = 0, of: str = "run.dir", by: str = "opd launch") -> Iterator[None]:
     """Make the run folder and hold it for one launcher of each node; the system lets go of it however that ends.
-    Raises UserError when another launcher holds it or it cannot be written: `of` is the setting, `by` the launcher."""
+
+    Raises UserError when another launcher holds it or it cannot be written: `of` is the setting, `by` the launcher.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         f = open(folder / (f".lock-{node}" if node else ".lock"), "w")  # noqa: SIM115 - closed below

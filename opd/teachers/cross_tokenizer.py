@@ -38,7 +38,9 @@ class Retold:
 
 class CrossTokenizerTeacher(LocalTeacher):
     """A local model that need not share the student's tokenizer: it gives neither scores nor logits of its tokens.
-    Both tokenizers must be byte-level BPE, as those of Qwen, Llama 3 and Mistral v0.3 are."""
+
+    Both tokenizers must be byte-level BPE, as those of Qwen, Llama 3 and Mistral v0.3 are.
+    """
 
     gives_logits = gives_scores = False
 
@@ -53,8 +55,10 @@ class CrossTokenizerTeacher(LocalTeacher):
 
     def aligned(self, samples: list[Sample]) -> Aligned:
         """The loss of a response [T, V] of `samples`, by its number; reads all of them at once.
+
         A response needs its whole logits, and the teacher's, for probabilities are sorted over the vocabulary: memory
-        is that of the longest response instead of a chunk."""
+        is that of the longest response instead of a chunk.
+        """
         retold = [self.retell(s.scored.rollout) for s in samples]
         prompts = [self.prompt_ids(s.scored.rollout.prompt) for s in samples]
         states = self._read([(p, tuple(r.theirs)) for p, r in zip(prompts, retold, strict=True)])
@@ -74,7 +78,9 @@ class CrossTokenizerTeacher(LocalTeacher):
 
     def retell(self, rollout: Rollout) -> Retold:
         """The response as the teacher would have put it; ends of turn are aligned with each other.
-        From the first byte on that is no text, such as half a character at the length limit, nothing is aligned."""
+
+        From the first byte on that is no text, such as half a character at the length limit, nothing is aligned.
+        """
         trl = _trl("utils")
         tokenizer, eos = self.family.tokenizer, self.family.eos_ids
         ended = rollout.token_ids[-1] in eos

@@ -25,8 +25,10 @@ from opd.types import Prompt, Rollout, Sample, ScoredRollout, packed
 
 class LocalTeacher(_Reader):
     """A Hugging Face model in the learner process; also gives full-vocabulary logits.
+
     With teacher.shard each rank holds a part of it (ZeRO-3). Every forward pass then takes all ranks: each of them
-    calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work."""
+    calls a method as often as the others, if only with nothing to read, and idle passes make up for unequal work.
+    """
 
     gives_logits = True
 
@@ -88,8 +90,10 @@ class LocalTeacher(_Reader):
 
     def logits(self, samples: list[Sample]) -> Logits:
         """Logits of the samples' response tokens, one response after another, banned ids and ids it lacks at EXCLUDED.
+
         Reads them at once; makes the logits of a chunk when they are asked for. A sharded teacher, of whose output
-        layer no rank has the whole, makes all of them first."""
+        layer no rank has the whole, makes all of them first.
+        """
         rollouts = [s.scored.rollout for s in samples]
         states = self._read([(self.prompt_ids(r.prompt), r.token_ids) for r in rollouts])
         return lambda part: self._project(states[part])

@@ -61,7 +61,9 @@ class ReferenceModel:
 
     def logits(self, mb: MicroBatch, inputs: dict[str, Any]) -> Logits:
         """Logits of the micro-batch's response tokens, each in its own view.
-        inputs: `Learner.inputs` of it. Trained parts of the audio path are its own."""
+
+        inputs: `Learner.inputs` of it. Trained parts of the audio path are its own.
+        """
         states = self("states", whole=self.sharded, **at_responses(inputs, mb.mask))
         return lambda part: self.project(states[part])
 

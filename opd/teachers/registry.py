@@ -35,7 +35,9 @@ def make_start(config: Config, family: Family, device: torch.device, learner: Ru
 
 class RoutedTeacher:
     """Asks each teacher what is routed to it and puts the answers back in order.
-    Every teacher is asked every time, if only with nothing: a sharded one needs all ranks."""
+
+    Every teacher is asked every time, if only with nothing: a sharded one needs all ranks.
+    """
 
     gives_scores = True
 

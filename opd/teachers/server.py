@@ -18,8 +18,10 @@ from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 class ServerTeacher(_Reader):
     """A vLLM server that scores token ids by prompt log-probs.
+
     It normalises over its full vocabulary: ids that the student may not use (audio placeholders, padded rows) are not
-    masked there. A text LLM gives them next to nothing, so the difference to the local teacher is of that size."""
+    masked there. A text LLM gives them next to nothing, so the difference to the local teacher is of that size.
+    """
 
     gives_logits = False
 

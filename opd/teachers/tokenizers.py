@@ -38,7 +38,9 @@ TEXTS = (
 
 def check_tokenizers(family: Family, teacher: Any, teacher_path: str, texts: Iterable[str] = TEXTS) -> None:
     """Refuse a teacher whose tokenizer gives any shared id another meaning, or other ids to any of the texts.
-    The differing tokens are named. Ids that only the student has must be the audio-only ones, which are banned."""
+
+    The differing tokens are named. Ids that only the student has must be the audio-only ones, which are banned.
+    """
     ours = {i: t for t, i in family.tokenizer.get_vocab().items()}
     theirs = {i: t for t, i in teacher.get_vocab().items()}
     banned = set(family.banned_ids)

@@ -25,7 +25,9 @@ from opd.train.build import run
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """`python -m opd.train RECIPE [key=value ...]`: exit code 0 done, 2 a user's mistake, 1 anything else.
-    Ends the process."""
+
+    Ends the process.
+    """
     parser = argparse.ArgumentParser(prog="opd train", description="One learner process; start it with accelerate.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

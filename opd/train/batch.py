@@ -26,7 +26,9 @@ def view_shares(config: Config) -> dict[View, float]:
 
 def make_samples(scored: list[ScoredRollout], clips: Clips, family: Family) -> list[Sample]:
     """Tokenise the prompts of scored rollouts, each in its own view, for the student.
-    `clips` maps audio paths to waveforms. Responses are taken as they are: never re-tokenised."""
+
+    `clips` maps audio paths to waveforms. Responses are taken as they are: never re-tokenised.
+    """
     samples = []
     for s in scored:
         keys = audio_paths(s.rollout.prompt, s.rollout.view)
@@ -71,7 +73,9 @@ def _counts(rollout: Rollout, config: Config) -> float:
 
 def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
     """Pack groups of samples with the same prompt, longest row first, into micro-batches of padded tokens <= `budget`.
-    A group whose row alone would pass the budget is cut; a lone sample may pass it."""
+
+    A group whose row alone would pass the budget is cut; a lone sample may pass it.
+    """
     groups = [[samples[i] for i in group] for group in _groups(samples)]
     rows = [row for group in groups for row in packed(group, lambda row, s: _row_length([*row, s]) <= budget)]
     rows.sort(key=_row_length, reverse=True)

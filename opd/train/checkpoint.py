@@ -52,7 +52,9 @@ def save(
 
 def settle(run_dir: str, keep: int, best: dict[str, Any] | None) -> None:
     """Name the best checkpoint in `checkpoints/best.json`, then drop all but that and the newest `keep`.
-    `best`: `step` and what else the file shall say; a step whose checkpoint is not there is not named."""
+
+    `best`: `step` and what else the file shall say; a step whose checkpoint is not there is not named.
+    """
     found = checkpoints(run_dir)
     named = f"step_{best['step']}" if best else ""
     if best and named in [p.name for p in found]:
@@ -64,8 +66,10 @@ def settle(run_dir: str, keep: int, best: dict[str, Any] | None) -> None:
 
 def save_model(learner: Learner, folder: Path) -> None:
     """Write the whole student as Hugging Face files: gathered few parameters at a time, held by rank 0.
+
     The names are those of published checkpoints, which vLLM knows and transformers translates as it loads.
-    (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)"""
+    (`save_pretrained` of some families doubles prefixes, and vLLM then finds nothing.)
+    """
     state = {name: value for name, value in learner.gathered(trainable_only=False) if value is not None}
     if learner.rank == 0:
         learner.family.save(learner.model.hf, state, folder)

@@ -80,7 +80,9 @@ class Evaluator:
 
     def interim(self) -> dict[str, Any]:
         """Accuracies, lengths and retention on the first eval.every_limit records: cheap enough for every few steps.
-        Divergences only where eval.best is one of them, on eval.kl_limit records as in `run`."""
+
+        Divergences only where eval.best is one of them, on eval.kl_limit records as in `run`.
+        """
         out: dict[str, Any] = {}
         limit = self.config.eval.every_limit
         if self.test:

@@ -34,8 +34,10 @@ def folder() -> Path:
 
 def build(settings: dict[str, Any] | None = None) -> Path:
     """Compile, or just load, what DeepSpeed will ask for under `settings` (its JSON); returns the folder.
+
     Each process calls it before DeepSpeed starts; processes of one host take turns. Afterwards DeepSpeed finds the
-    extensions loaded. Raises UserError when they do not compile."""
+    extensions loaded. Raises UserError when they do not compile.
+    """
     where = folder()
     where.mkdir(parents=True, exist_ok=True)
     os.environ[VARIABLE] = str(where)

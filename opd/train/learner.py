@@ -74,7 +74,9 @@ class Learner:
 
     def step(self, batch: Batch, step: int, teacher: Any = None) -> StepResult:
         """One gradient step on the batches of all ranks.
-        `teacher.logits(samples)` gives its distributions to objectives that read them."""
+
+        `teacher.logits(samples)` gives its distributions to objectives that read them.
+        """
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -142,7 +144,9 @@ class Learner:
 
     def inputs(self, mb: MicroBatch, audio: dict[str, Tensor], clips: Clips) -> dict[str, Any]:
         """What `SpeechLM` takes of a micro-batch; `audio`: what `encode` gave for its clips.
-        Without clips a silent one, where something of the audio path is trained."""
+
+        Without clips a silent one, where something of the audio path is trained.
+        """
         keys = mb.clips
         if self.model.tower_trained:
             return mb.inputs | {"features": self._features([clips[k] for k in keys]) if keys else self._silent_clip}

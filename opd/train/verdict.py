@@ -63,8 +63,10 @@ def verdict(lines: Iterable[dict[str, Any]], settings: EvalConfig) -> Verdict:
 
 def warnings(before: Iterable[dict[str, Any]], now: dict[str, Any], warn: WarnConfig) -> list[dict[str, str]]:
     """What an evaluation has to warn of beside the first one of `before`: {"name": metric, "text": one line} each.
+
     A change counts when it exceeds both its margin and `warn.errors` standard errors of the difference of the two,
-    sqrt(a^2 + b^2). Both answered the same records, mostly alike, so that the true error is smaller: cautious."""
+    sqrt(a^2 + b^2). Both answered the same records, mostly alike, so that the true error is smaller: cautious.
+    """
     first = next(iter(before), None)
     if first is None:
         return []
