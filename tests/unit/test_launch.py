@@ -21,6 +21,8 @@ from opd.processes.supervise import STARTED, cause
 from opd.settings import UserError
 from opd.storage import run_folder
 
+pytestmark = pytest.mark.processes
+
 RECIPE = """
 run: {{dir: {dir}/run, seed: 5}}
 student: {{path: {dir}/student, dtype: float32}}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 BENCHMARK = str(Path(__file__).parents[3] / "benchmarks/loss_memory.py")
 
 

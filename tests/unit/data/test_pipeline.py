@@ -12,6 +12,8 @@ from opd.cli import main
 from opd.data.command import settings_of
 from opd.data.pipeline import Pipeline
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[3]
 SPOKEN = """
 source: {source}

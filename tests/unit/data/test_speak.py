@@ -232,6 +232,7 @@ def test_espeak_is_missing(monkeypatch):
         stage().check()
 
 
+@pytest.mark.processes
 class TestEspeak:
     """The built-in engine."""
 

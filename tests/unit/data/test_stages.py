@@ -24,6 +24,8 @@ from opd.prompts.manifest import read_manifest
 from opd.settings import UserError
 from opd.storage.journal import Journal
 
+pytestmark = pytest.mark.processes
+
 UNIT = Path(__file__).parents[1]
 
 

@@ -203,6 +203,7 @@ MORE = {
         ("reverse_kl", True, 20000, 1 << 15),  # a token a chunk: what is left is the gradients
     ],
 )
+@pytest.mark.processes
 def test_peak_of_a_real_pass(
     dtype: str, objective: str, checkpointing: bool, vocab: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from opd.processes import cluster
 from opd.processes.cluster import OUTCOME, PROCESS, Cluster, End
 from opd.settings import UserError
 
+pytestmark = pytest.mark.processes
+
 HOST = "127.0.0.1"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "recipes/cluster"
 RECIPE = "recipes/qwen3_omni_30b_a3b/2_xopd.yaml"

@@ -23,6 +23,8 @@ from chat import Chat  # noqa: E402
 from measure import accuracy, speaker_accuracy, word_errors  # noqa: E402
 from world import questions  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 SPLITS = ("validation", "test")
 
 

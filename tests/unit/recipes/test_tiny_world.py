@@ -103,6 +103,7 @@ def make(out: Path, *args: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.processes
 def test_make_data(tmp_path):
     sizes = ("--train", "6", "--validation", "4", "--test", "5")
     make(tmp_path, *sizes)

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from opd.train import extensions
+
+pytestmark = pytest.mark.processes
 
 NAME = "deepspeed_shm_comm"
 

@@ -11,6 +11,8 @@ from two_ranks import CASES, one_gradient, rank_of_two, samples_of
 
 from opd.models.base import family_of
 
+pytestmark = pytest.mark.processes
+
 
 def test_two_ranks_with_a_micro_batch_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
