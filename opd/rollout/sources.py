@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -98,11 +99,14 @@ def make_source(
     config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family
 ) -> ResponseSource:
     """The response source that the recipe asks for; `writer`: the teacher that writes, wherever it is."""
-    source, writing = config.rollout.source, TeacherSource(writer, config, views)
-    if source == "dataset":
-        return DatasetSource(family, config, views)
-    if source == "teacher":
-        return writing
-    assert sampler is not None, "a student that samples has a server"
-    student = StudentSource(sampler, config, views)
-    return student if source == "student" else MixSource(student, writing, config)
+    return SOURCES[config.rollout.source](config, views, sampler, writer, family)
+
+
+SOURCES: dict[str, Callable[..., ResponseSource]] = {
+    "student": lambda config, views, sampler, writer, family: StudentSource(sampler, config, views),
+    "teacher": lambda config, views, sampler, writer, family: TeacherSource(writer, config, views),
+    "dataset": lambda config, views, sampler, writer, family: DatasetSource(family, config, views),
+    "mix": lambda config, views, sampler, writer, family: MixSource(
+        StudentSource(sampler, config, views), TeacherSource(writer, config, views), config
+    ),
+}
