@@ -85,8 +85,8 @@ def eval_page(content: dict[str, Any]) -> str:
     shown = content["examples"]
     rows = [[e["id"], e["question"], e["answer"] or "–", e["speech"], e["text"]] for e in shown]
     about = f"{len(shown)} of {content['failures']}, in turn from every group."
-    examples = Table(["record", "question", "expected", "heard", "read"], rows, about, "text")
-    blocks += [Heading("Wrong when heard, right when read"), examples if shown else Paragraph("None.")]
+    examples = Table(["record", "question", "expected", "speech view", "text view"], rows, about, "text")
+    blocks += [Heading("Wrong in the speech view, right in the text view"), examples if shown else Paragraph("None.")]
     settings = {k: content[k] for k in ("settings", "versions", "git_commit", "counts") if k in content}
     return document("opd eval", [*blocks, Details("settings", [json.dumps(settings, indent=2)])], "wide")
 

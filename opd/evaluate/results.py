@@ -64,7 +64,7 @@ def _score(answer: dict[str, Any]) -> float:
 
 
 def parts(records: Sequence[Record]) -> dict[str, dict[str, Estimate]]:
-    """Further numbers of the rules that graded the test records: name -> view -> ratio of sums."""
+    """Further numbers of the rules that scored the test records: name -> view -> ratio of sums."""
     found: dict[str, dict[str, list[tuple[float, float, str]]]] = defaultdict(lambda: defaultdict(list))
     for r in records:
         for view, answer in r["views"].items() if r["part"] == "test" else ():
@@ -151,9 +151,9 @@ def _range(field: str, records: Sequence[Record], edges: list[float] | None) -> 
 
 
 def examples(records: Sequence[Record], limit: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Test records whose question is answered right when read and wrong when heard, spread over the groups.
+    """Test records that are right in the text view and wrong in the speech view, spread over the groups.
 
-    Of scores between right and wrong: that are worse by WORSE or more when heard.
+    Of scores between right and wrong: that are worse by WORSE or more in the speech view.
     """
     by_group: dict[str, list[Record]] = defaultdict(list)
     for r in records:

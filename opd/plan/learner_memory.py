@@ -286,7 +286,7 @@ def teacher_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Leng
     return {
         "teacher's activations": batch * length * layer_bytes(teacher, d, length, "sdpa"),
         "teacher's hidden states": d * tokens * teacher.decoder.hidden,
-        "teacher's rows": whole if config.teacher.shard else 8 * part * vocab,
+        "teacher's logits": whole if config.teacher.shard else 8 * part * vocab,
     }
 
 
@@ -299,7 +299,7 @@ def read_bytes(teacher: ModelShape, vocab: int, config: Config, lengths: Lengths
     wide = 4 * vocab if config.teacher.shard else SIZES[config.teacher.dtype] * teacher.decoder.hidden
     kept = mb.positions * wide
     if not config.teacher.shard:
-        del reads["teacher's rows"]
+        del reads["teacher's logits"]
     return kept, reads | {"teacher's, of the micro-batch": kept}
 
 

@@ -196,7 +196,7 @@ def _times(runs: list[Run]) -> Table:
 def _dialogues(runs: list[Run]) -> Iterator[Block]:
     shown = [(run, s) for run in runs for s in _chosen(run)]
     if not shown:
-        yield Paragraph("No graded samples: no on-policy run in this report has finished a step.")
+        yield Paragraph("No scored samples: no on-policy run in this report has finished a step.")
         return
     about = (
         "Each token is coloured by its advantage, log π(teacher) − log π(student), in nats: orange where the teacher "
@@ -211,7 +211,7 @@ def _dialogues(runs: list[Run]) -> Iterator[Block]:
 
 
 def _chosen(run: Run) -> list[dict[str, Any]]:
-    """Two graded samples of each view, of the first step kept and of the last."""
+    """Two scored samples of each view, of the first step kept and of the last."""
     graded = [s for s in run.samples if s["advantage"]]
     places = product(sorted({s["step"] for s in graded}), VIEWS)
     return [s for place in places for s in [g for g in graded if (g["step"], g["view"]) == place][:2]]

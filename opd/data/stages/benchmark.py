@@ -1,4 +1,4 @@
-"""Stage `benchmark`: a public benchmark as a manifest that `opd eval` measures, heard and read.
+"""Stage `benchmark`: a public benchmark as a manifest that `opd eval` measures, in both views.
 
 benchmarks.yaml says where they are. An audio part of the records of `make` has `clip`, what a row has of it, in the
 place of a path.

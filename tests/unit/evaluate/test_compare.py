@@ -76,7 +76,7 @@ def test_scores_between_right_and_wrong() -> None:
     assert found["drop/speech"]["mean"] == pytest.approx(100 * (1 - 1.8 / 3.8))
     assert found["drop/text"]["mean"] == pytest.approx(100 * (1 - 3.4 / 3.8))
     assert counts(some)["nonsense"] == 1
-    assert [e["id"] for e in examples(some)] == ["q0", "q3"]  # worse by a half or more when heard
+    assert [e["id"] for e in examples(some)] == ["q0", "q3"]  # worse by a half or more in the speech view
     # further numbers of a rule: ratios of sums, by view
     for r, (met, of) in zip(some, [(1, 2), (3, 3)], strict=False):
         r["views"]["speech"]["parts"] = {"strict, instructions": [met, of]}
@@ -359,4 +359,4 @@ def test_pages_escape_what_records_say(tmp_path: Path) -> None:
     about = {"settings": {"student": {"path": EVIL}}, "versions": {}, "git_commit": "abc"}
     html = page.eval_page(about | summary(read_records(path), None, {}))
     assert "<script>" not in html and html.count("&lt;script&gt;") >= 5
-    assert "Wrong when heard, right when read" in html and "3 of 3" in html
+    assert "Wrong in the speech view, right in the text view" in html and "3 of 3" in html

@@ -74,7 +74,7 @@ def of_two_ranks(c: Config, zero: dict[str, Any]) -> LearnerMemory:
 
 # Learner
 
-# A row: 30 tokens heard and 3 responses of 20 are 90; two rows in 200 tokens: 180 tokens, 120 of them answered.
+# A row: 30 tokens of the prompt and 3 responses of 20 are 90; two rows in 200 tokens: 180 tokens, 120 of them of responses.
 PASS = {
     "activations kept": 57240,  # 180 x ((2 layers + 1) x 2*8 + 90 x (2 + 1) of bias and mask)
     "gathered parameters": 1360,  # 2 x (501 // 2 + 30 + 400), below all that are above 40: 927
@@ -92,7 +92,7 @@ XOPD_PHASES = {
     "teacher scores": {
         "teacher's activations": 27360,  # 100 // 30 = 3 rows of 30 tokens, x 304
         "teacher's hidden states": 960,  # 2 x 60 x 8
-        "teacher's rows": 24000,  # 60 x 50 of the student's vocabulary, twice 4 bytes
+        "teacher's logits": 24000,  # 60 x 50 of the student's vocabulary, twice 4 bytes
         "teacher's gathered parameters": 1200,  # 2 x (250 + 30 + 320), below 704
     },
 }
@@ -177,13 +177,13 @@ def test_a_sharded_teacher_that_writes_is_gathered() -> None:
 def test_few_samples_are_a_small_chunk() -> None:
     found = memory.teacher_bytes(TEACHER, 50, config(), LENGTHS, 2)
     kept = {"teacher's activations": 2 * 30 * 304, "teacher's hidden states": 2 * 40 * 8}
-    assert found == {**kept, "teacher's rows": 8 * 40 * 50}
+    assert found == {**kept, "teacher's logits": 8 * 40 * 50}
 
 
 def test_rows_of_a_sharded_teacher_are_made_at_once() -> None:
     mb = memory.MicroBatch(4, 50, 1, 80)
     kept, reads = memory.read_bytes(TEACHER, 50, config("teacher.shard=true"), LENGTHS, mb)
-    assert kept == 4 * 80 * 50 and reads["teacher's rows"] == 8 * 60 * 50
+    assert kept == 4 * 80 * 50 and reads["teacher's logits"] == 8 * 60 * 50
 
 
 def test_a_chunk_and_what_is_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_a_chunk_and_what_is_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.loss_bytes(STUDENT, config(), mb) == {"logits and loss": 900, **of_both}
     lora = memory.loss_bytes(STUDENT, config("student.lora={}"), mb)
     assert lora == {"logits and loss": 900, "hidden states of responses": 2560}
-    assert memory.teacher_bytes(TEACHER, 50, config(), LENGTHS, 2)["teacher's rows"] == 8 * 50
+    assert memory.teacher_bytes(TEACHER, 50, config(), LENGTHS, 2)["teacher's logits"] == 8 * 50
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_a_run_before_its_first_step(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", [evaluation("base", 0)], steps=0, status=status)
     report, html = written(run, out=tmp_path / "out")
     assert report["wall_s"] == 10.0 and report["stages"][0]["steps"] == 0
-    assert "Nothing to plot yet." in html and "No graded samples" in html and len(Page(html).text) > 10
+    assert "Nothing to plot yet." in html and "No scored samples" in html and len(Page(html).text) > 10
 
 
 def test_a_run_without_evaluations_has_curves(tmp_path: Path) -> None:
