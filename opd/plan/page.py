@@ -45,9 +45,8 @@ def page(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list
     lines = [f"placement  {name}", f"student    {_model(plan.student)}"]
     lines += [f"teacher    {_model(plan.teacher) if plan.teacher else 'none: nothing in this run asks one'}"]
     for word, n in (("longest", plan.longest), ("typical", plan.typical)):
-        lines += [
-            f"{word}    {n.speech} tokens in the speech view ({n.audio:g} s), {n.text} in the text view, {n.response} of a response"
-        ]
+        views = f"{n.speech} tokens in the speech view ({n.audio:g} s), {n.text} in the text view"
+        lines += [f"{word}    {views}, {n.response} of a response"]
     lines += ["", *_learner(plan)]
     for server, groups in plan.servers.items():
         lines += ["", *_server(plan, server, at(groups))]

@@ -1,6 +1,6 @@
 """Placements: what they refuse, and the exact commands that each shipped one comes to, per node.
 
-`python tests/unit/config/test_placements.py` writes golden/*.txt beside it anew: read the difference before committing it.
+`python tests/unit/config/test_placements.py` writes golden/*.txt beside it anew: read the difference first.
 """
 
 from __future__ import annotations

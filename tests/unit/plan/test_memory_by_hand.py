@@ -74,7 +74,7 @@ def of_two_ranks(c: Config, zero: dict[str, Any]) -> LearnerMemory:
 
 # Learner
 
-# A row: 30 tokens of the prompt and 3 responses of 20 are 90; two rows in 200 tokens: 180 tokens, 120 of them of responses.
+# A row: 30 tokens of the prompt and 3 responses of 20 are 90. Two rows in 200 tokens: 180, 120 of them of responses.
 PASS = {
     "activations kept": 57240,  # 180 x ((2 layers + 1) x 2*8 + 90 x (2 + 1) of bias and mask)
     "gathered parameters": 1360,  # 2 x (501 // 2 + 30 + 400), below all that are above 40: 927
