@@ -22,9 +22,9 @@ from opd.processes.supervise import conclude, supervise
 from opd.report.page import write_report
 from opd.settings import UserError
 from opd.storage import run_folder
-from opd.storage.checkpoints import split
 from opd.storage.json_lines import read_lines
 from opd.storage.metrics import MetricsLog
+from opd.storage.run_folder import split
 
 
 def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool = False) -> int:

@@ -12,7 +12,7 @@ from opd.config.needs import asks_teacher
 from opd.config.placement import Placement, _devices, placement_of
 from opd.config.schema import Config, TeacherConfig
 from opd.settings import Section, UserError, first_line, override, read_yaml, validated
-from opd.storage import checkpoints as saved
+from opd.storage import run_folder as saved
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), teacher: bool = True) -> Config:

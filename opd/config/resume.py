@@ -11,8 +11,7 @@ import yaml
 from opd.config.load import compared, dump_config
 from opd.config.schema import Config
 from opd.settings import UserError
-from opd.storage.checkpoints import checkpoints
-from opd.storage.run_folder import git_commit, package_versions, status_of
+from opd.storage.run_folder import checkpoints, git_commit, package_versions, status_of
 
 # What a run makes once its config.yaml is there.
 MADE = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "launches.jsonl", "checkpoints")

@@ -14,7 +14,7 @@ from opd.models.registry import quiet, whole_weights
 from opd.report.model_card import Exported, base_of, label, model_card
 from opd.report.runs import Run, read_run, student_of
 from opd.settings import UserError
-from opd.storage import checkpoints as saved
+from opd.storage import run_folder as saved
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # weights that run code as they are loaded
 WEIGHTS = (".safetensors", ".safetensors.index.json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd.config.objective import OBJECTIVES, Objective
 from opd.report.runs import Run, section, student_of
-from opd.storage import checkpoints as saved
+from opd.storage import run_folder as saved
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard

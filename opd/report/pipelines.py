@@ -7,7 +7,7 @@ from typing import Any
 
 from opd.report.runs import VIEWS, Run, student_of
 from opd.scoring.statistics import Estimate, mean_stderr
-from opd.storage.checkpoints import best_of
+from opd.storage.run_folder import best_of
 
 PHASES = ("rollout", "teacher", "learner", "sync", "rest")  # of a step; time/<phase> add up to time/step
 

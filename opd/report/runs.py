@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
 
 from opd.settings import UserError
-from opd.storage.checkpoints import split
 from opd.storage.json_lines import Line, conform, read_lines
 from opd.storage.metrics import EVAL_METRICS, STEP_METRICS
+from opd.storage.run_folder import split
 
 VIEWS = ("speech", "text")
 MEASURED_ON = ("test", "retention", "limit", "kl_limit")  # settings under eval that say what an evaluation measured

@@ -12,7 +12,7 @@ from opd.config.schema import Config
 from opd.report.runs import Run as Folder
 from opd.report.runs import read_run
 from opd.settings import UserError
-from opd.storage.checkpoints import checkpoints
+from opd.storage.run_folder import checkpoints
 from opd.study.spec import BASE, LATER, Row, as_arguments
 
 SEED = "{seed}"

@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from opd.models.lora import save_adapter
 from opd.settings import UserError
-from opd.storage.checkpoints import checkpoints
 from opd.storage.json_lines import write_atomic
+from opd.storage.run_folder import checkpoints
 from opd.train.learner import Learner
 
 

@@ -16,7 +16,7 @@ from opd.report.pipelines import wall
 from opd.report.runs import read_run
 from opd.settings import UserError
 from opd.storage import run_folder
-from opd.storage.checkpoints import checkpoints
+from opd.storage.run_folder import checkpoints
 
 RECIPE = str(Path(__file__).parents[3] / "recipes/tiny/2_xopd.yaml")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from opd.config.load import resolve_model
 from opd.models.base import family_of
 from opd.settings import UserError
-from opd.storage.checkpoints import checkpoints
+from opd.storage.run_folder import checkpoints
 from opd.train import checkpoint
 
 STUDENT = str(Path(__file__).parents[3] / "recipes/tiny/student")

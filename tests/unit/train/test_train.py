@@ -14,8 +14,8 @@ import torch.distributed as dist
 from opd.config import resume
 from opd.config.load import load_config
 from opd.models.base import family_of
-from opd.storage.checkpoints import checkpoints
 from opd.storage.metrics import MetricsLog
+from opd.storage.run_folder import checkpoints
 from opd.train import __main__, checkpoint
 from opd.train import loop as train
 from opd.train.batch import make_batch

@@ -13,7 +13,7 @@ from opd.config.evaluation import BETTER, EvalConfig, Metric, WarnConfig
 from opd.config.load import load_config, resolve_model
 from opd.report.runs import newest_warnings
 from opd.settings import UserError
-from opd.storage import checkpoints as saved
+from opd.storage import run_folder as saved
 from opd.storage.metrics import EVAL_METRICS
 from opd.train.checkpoint import settle
 from opd.train.verdict import Best, measured, verdict, warnings
