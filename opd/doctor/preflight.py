@@ -9,6 +9,7 @@ import numpy as np
 
 from opd import types
 from opd.config import resume
+from opd.config.deepspeed import deepspeed_settings
 from opd.config.load import resolve_model, unread
 from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
@@ -70,8 +71,6 @@ def run_folder_(facts: Facts) -> str:
 
 def deepspeed(facts: Facts) -> str:
     """The DeepSpeed JSON sets ZeRO only."""
-    from opd.config.deepspeed import deepspeed_settings  # needs torch
-
     stage = (deepspeed_settings(facts.config).get("zero_optimization") or {}).get("stage", 0)
     return f"ZeRO stage {stage}"
 

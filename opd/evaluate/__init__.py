@@ -1,1 +1,1 @@
-"""`opd eval`: the gap between what a student hears and what it reads, and `opd compare` of several."""
+"""`opd eval`: the gap between the speech view and the text view, and `opd compare` of several."""

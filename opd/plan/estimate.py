@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from opd.config.deepspeed import deepspeed_settings
 from opd.config.load import load_config, resolve_model
 from opd.config.needs import needs_teacher, starts_student, starts_teacher
 from opd.config.placement import Group, Placement, Servers, placement_of
@@ -219,7 +220,6 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     Raises UserError when a model's config cannot be read, the DeepSpeed settings are at fault, or
     machine.response_tokens is above rollout.max_tokens.
     """
-    from opd.config.deepspeed import deepspeed_settings
 
     machine, placement = machine or Machine(), placement_of(config)
     student, teacher = student_shape(config), teacher_shape(config) if needs_teacher(config) else None
@@ -232,7 +232,7 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     typical = _lengths(config, machine, student, seconds, response)
     zero = Zero.of(deepspeed_settings(config))
     learner = learner_memory(config, zero, student, teacher, longest, placement.ranks)
-    return Plan(config, placement, machine, student, teacher, longest, typical, zero, learner)
+    return Plan(config, placement, machine, student, teacher, longest, typical, zero=zero, learner=learner)
 
 
 def alternatives(recipe: str, overrides: list[str], machine: Machine, folder: Path) -> dict[str, Plan | str]:

@@ -76,7 +76,7 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
     if tolerance is not None and (not _number(tolerance) or tolerance < 0):
         raise ValueError(f"tolerance: expected a number of 0 or more, found {tolerance!r}")
     check_answer(record.get("answer"), match, choices, str(record.get("group") or ""))
-    name = record.get("id", place)
+    name = place if record.get("id") is None else record["id"]
     if not isinstance(name, str) and not _number(name):
         raise ValueError(f"id: expected a string or a number, found {type(name).__name__}")
     return Prompt(

@@ -1,6 +1,6 @@
 """Random checkpoints of Qwen2-Audio at its true width, made where the weights are drawn fastest.
 
-opd/models/tiny.py makes small ones of every family. Here the shape is the published one (opd/shapes.yaml), the
+opd/models/tiny.py makes small ones of every family. Here the shape is the published one (opd/plan/shapes.yaml), the
 vocabulary as large as its output layer, and the weights have the size that training starts from, so that log-probs in
 bfloat16 are those of a model of this depth.
 """

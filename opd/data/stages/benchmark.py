@@ -171,13 +171,13 @@ class LoadBenchmark(Stage):
             words.append(f"'eval.judge={{url: …, model: …{more}}}'")
         lines = []
         if longest > WINDOW_S:
-            told = f"clips up to {longest} s: for a family that hears {WINDOW_S} s, load it with max_seconds={WINDOW_S}"
+            told = f"clips up to {longest} s: for a family that takes {WINDOW_S} s, load it with max_seconds={WINDOW_S}"
             lines.append(f"{told}, which leaves the longer ones out")
         lines += [f"{source} ({about.paper}): opd eval RECIPE {' '.join(words)} --out FOLDER"]
         if about.heard_only:
             told = "its clips are not only speech: no transcript says what is heard, so it measures retention"
             typed = f"its typed accuracy is that of the question with {UNHEARD!r} in the clip's place"
-            lines.append(f"{told}, heard only; as eval.test {typed}")
+            lines.append(f"{told}, in the speech view only; as eval.test {typed}")
         return lines
 
 

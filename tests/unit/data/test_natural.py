@@ -3,54 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from natural_data import RATE, SRT, encoded, noise, run, save
 
-from opd.data.engine.runner import Summary, run_stage
 from opd.data.stages.natural import Natural
-from opd.data.stages.recordings import Segment, pieces, read_segments
-from opd.prompts import audio
-from opd.prompts.manifest import read_manifest
 from opd.settings import UserError
-
-RATE = 8000
-
-
-def noise(seconds: float, seed: int = 0, level: float = 0.2) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-level, level, int(seconds * RATE)).astype(np.float32)
-
-
-def save(path: Path, wave: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave, RATE)
-    return path
-
-
-def encoded(wave: np.ndarray, format: str = "FLAC") -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, wave, RATE, format=format)
-    return buffer.getvalue()
-
-
-def run(source: object, out: Path, **settings: object) -> tuple[Summary, list[dict], list[str]]:
-    """Summary, records with the audio part taken out of the messages, reasons of what was dropped."""
-    summary = run_stage(Natural(**settings), str(source), out, workers=1)  # type: ignore[arg-type]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    _, bad = read_manifest(str(out))
-    assert not bad
-    for row in rows:
-        (message,) = row.pop("messages")
-        (part,) = message["content"]
-        assert message["role"] == "user" and part["type"] == "audio"
-        row |= {"path": out.parent / part["path"], "text": part["transcript"]}
-        audio.load(str(row["path"]), RATE, 60)
-    dropped = (out.with_suffix(".stage") / "dropped.jsonl").read_text().splitlines()
-    return summary, rows, [json.loads(line)["reason"] for line in dropped]
 
 
 def test_recordings_with_transcripts_beside_them(tmp_path: Path) -> None:
@@ -275,103 +237,6 @@ def test_webdataset_shards(tmp_path: Path, name: str) -> None:
         shard.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=f"{name}: not readable as a tar file"):
             run(shard, tmp_path / "n.jsonl")
-
-
-SRT = """1
-00:00:00,000 --> 00:00:02,000
-<i>one</i>
-
-2
-00:00:02,000 --> 00:00:04,000
-two
-and a half
-
-3
-00:00:05,000 --> 00:00:07,500
-three
-"""
-
-
-def test_transcripts_with_times(tmp_path: Path) -> None:
-    (tmp_path / "a.srt").write_text(SRT)
-    expected = [Segment(0, 2, "one"), Segment(2, 4, "two and a half"), Segment(5, 7.5, "three")]
-    assert read_segments(tmp_path / "a.srt") == expected
-    (tmp_path / "a.vtt").write_text("WEBVTT\n\n" + SRT.replace(",", ".").replace("00:00:", "00:").replace("1\n", "", 1))
-    assert read_segments(tmp_path / "a.vtt") == expected
-    (tmp_path / "a.json").write_text(json.dumps({"segments": [{**s._asdict(), "tokens": []} for s in expected]}))
-    assert read_segments(tmp_path / "a.json") == expected
-    for text, why in (
-        ('{"segments": [{"start": 0}]}', "expected"),
-        ('{"segments": []}', "holds no text"),
-        ('{"segments": [{"start": 3, "end": 1, "text": "x"}]}', "times are not in order"),
-        ('{"segments": [{"start": NaN, "end": 1, "text": "x"}]}', "times are not in order"),
-        ("[", "Expecting"),
-    ):
-        (tmp_path / "a.json").write_text(text)
-        with pytest.raises(ValueError, match=why):
-            read_segments(tmp_path / "a.json")
-
-
-def test_pieces_are_as_few_as_fit() -> None:
-    segments = [Segment(i * 2.0, i * 2.0 + 1.6, f"w{i}") for i in range(6)]
-
-    def pause(a: Segment, b: Segment) -> tuple[float, float] | None:
-        return None if a.text == "w3" else (a.end, b.start)
-
-    found = list(pieces(segments, 12.0, 5.0, pause))
-    assert [p.text for p in found] == ["w0 w1", "w2", "w3 w4", "w5"]  # w3 and w4 cannot be cut apart
-    ends = [(round(p.start, 6), round(p.end, 6)) for p in found]
-    assert ends == [(0, 3.8), (3.8, 5.8), (5.8, 9.8), (9.8, 11.8)]
-    assert [p.text for p in pieces(segments, 12.0, 60.0, pause)] == ["w0 w1 w2 w3 w4 w5"]
-    assert [p.text for p in pieces(segments, 12.0, 5.0, lambda a, b: None)] == ["w0 w1 w2 w3 w4 w5"]
-
-
-def test_long_recordings_are_cut_at_silence(tmp_path: Path) -> None:
-    # speech 0-2, hiss 2-3, speech 3-5, a breath too short to cut in, speech 5.1-7, silence 7-9, speech 9-10
-    hiss = noise(1, 9, 0.001)
-    parts = [noise(2, 1), hiss, noise(2, 2), hiss[:800], noise(1.9, 3), np.zeros(2 * RATE, np.float32), noise(1, 4)]
-    wave = np.concatenate(parts)
-    source = tmp_path / "in"
-    save(source / "talk.flac", wave)
-    times = [(0.1, 2.2, "one"), (2.8, 5.0, "two"), (5.0, 7.3, "three"), (8.9, 10.0, "four")]  # as a recogniser has them
-    told = {"segments": [{"start": a, "end": b, "text": t} for a, b, t in times]}
-    (source / "talk.json").write_text(json.dumps(told))
-    save(source / "drone.wav", noise(6, 5))
-    (source / "drone.srt").write_text(SRT)
-    save(source / "brief.wav", noise(3, 6))
-    (source / "brief.srt").write_text(SRT)
-    summary, rows, dropped = run(source, tmp_path / "m.jsonl", max_seconds=5.0)
-    assert [(r["id"], r["text"]) for r in rows] == [
-        ("brief", "one two and a half three"),
-        ("talk/1", "one"),
-        ("talk/2", "two three"),
-        ("talk/3", "four"),
-    ]
-    assert [r["seconds"] for r in rows[1:]] == pytest.approx([2.2, 0.2 + 4 + 0.2, 0.2 + 1], abs=0.03)
-    second, _ = soundfile.read(rows[2]["path"], dtype="float32")
-    assert _found(second, wave)
-    assert summary.dropped == {"too long": 1} and "drone.wav" in dropped[0] and "no silence to cut at" in dropped[0]
-    longer = run(source, tmp_path / "m.jsonl", max_seconds=5.0, pause_s=1.5)
-    assert [r["text"] for r in longer[1]] == ["one two and a half three", "four"]  # one two three is 7.2 s in one
-
-
-@pytest.mark.parametrize(("below", "cut"), [(22, False), (28, True)])
-def test_silence_is_25_decibels_below_the_speech(tmp_path: Path, below: float, cut: bool) -> None:
-    hum = noise(1, 9, 0.2 * 10 ** (-below / 20))
-    save(tmp_path / "in" / "talk.wav", np.concatenate([noise(2, 1), hum, noise(2, 2)]))
-    told = [{"start": 0.0, "end": 2.0, "text": "one"}, {"start": 3.0, "end": 5.0, "text": "two"}]
-    (tmp_path / "in" / "talk.json").write_text(json.dumps({"segments": told}))
-    save(tmp_path / "in" / "other.wav", noise(1, 3))
-    (tmp_path / "in" / "other.txt").write_text("other")
-    _, rows, dropped = run(tmp_path / "in", tmp_path / "m.jsonl", max_seconds=4.0)
-    assert [r["text"] for r in rows] == ["other", *(["one", "two"] if cut else [])]
-    assert [d.partition(":")[0] for d in dropped] == ([] if cut else ["too long"])
-
-
-def _found(piece: np.ndarray, wave: np.ndarray) -> bool:
-    """Whether a piece is a stretch of the recording, within the error of 16 bits."""
-    starts = np.arange(int(2.6 * RATE), int(3.0 * RATE))
-    return any(np.abs(wave[s : s + len(piece)] - piece).max() < 1e-4 for s in starts)
 
 
 def test_what_is_no_layout(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_model_without_arithmetic_is_not_judged(world: Path, monkeypatch: pyte
     def odd(config: Any, machine: Any) -> None:
         raise AttributeError("no num_attention_heads")
 
-    monkeypatch.setattr("opd.plan.estimate.estimate", odd)
+    monkeypatch.setattr("opd.doctor.machine.estimate", odd)
     told = preflight.check(facts_of(world).config)
     assert told[-1] == "memory: not run: no estimate: AttributeError: no num_attention_heads"
 
