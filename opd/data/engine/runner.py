@@ -159,7 +159,7 @@ class _Run:
             if not mine or again:
                 self.ticker.there += mine
                 continue
-            name = str(row["id"]) if isinstance(row, dict) and "id" in row else None
+            name = str(row["id"]) if isinstance(row, dict) and row.get("id") is not None else None
             if why is None:
                 yield (key, name), row
             else:
@@ -257,7 +257,7 @@ def _normal(row: Any, root: Path, place: str) -> Record:
     prompt = parse_record(row, root, place)
     record = {k: v for k, v in row.items() if k not in ("audio", "transcript", "id")}
     record |= {"messages": json.loads(json.dumps(prompt.messages))}
-    return {"id": prompt.id if "id" in row else content_id(record)} | record
+    return {"id": content_id(record) if row.get("id") is None else prompt.id} | record
 
 
 class _Ticker:

@@ -144,7 +144,7 @@ def test_long_clips_are_told(tmp_path: Path) -> None:
     table, out = parquet(tmp_path / "b.parquet", rows), tmp_path / "m.jsonl"
     _, prompts, _ = load("big_bench_audio", table, out)
     told = LoadBenchmark().advice("big_bench_audio", out)
-    assert told[0].startswith("clips up to 32 s: for a family that hears 30 s, load it with max_seconds=30")
+    assert told[0].startswith("clips up to 32 s: for a family that takes 30 s, load it with max_seconds=30")
     assert len(prompts) == 2 and "data.max_audio_seconds=32" in told[1] and "prompt: big_bench_audio}" in told[1]
     _, (short,), dropped = load("big_bench_audio", table, out, max_seconds=30)
     assert short.id == "0" and dropped[0].startswith("too long: 1: 31.5 s, at most 30 s expected")
@@ -229,7 +229,10 @@ def test_mmar_and_mmau(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main([*argv, "--workers", "1"]) == 0
     told = capsys.readouterr().out
     assert f"wrote {tmp_path}/p.jsonl: 1 of 1 records" in told
-    assert f"eval.retention={tmp_path}/p.jsonl eval.test= data.max_audio_seconds=30" in told and "heard only" in told
+    assert (
+        f"eval.retention={tmp_path}/p.jsonl eval.test= data.max_audio_seconds=30" in told
+        and "in the speech view only" in told
+    )
 
 
 def conversation(turns: int, **more: Any) -> dict[str, Any]:
