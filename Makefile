@@ -32,7 +32,7 @@ lint: setup ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy opd
 
-unit: setup ## the quick tests: two minutes
+unit: setup ## the quick tests: two to three minutes
 	.venv/bin/pytest tests/unit -m "not processes" -n 3 --dist loadfile
 
 clean: ## remove .venv, caches and build leftovers; keeps data/ and runs/
