@@ -9,19 +9,9 @@ from typing import Any
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, document
 from opd.scoring.statistics import Estimate
 
-TITLES = {
-    "accuracy/speech": "accuracy, spoken",
-    "accuracy/text": "accuracy, typed",
-    "accuracy/teacher": "accuracy, teacher typed",
-    "drop/speech": "drop below the teacher, spoken",
-    "drop/text": "drop below the teacher, typed",
-    "misalignment": "misalignment M",
-    "forgetting": "forgetting F",
-    "reverse_kl/speech": "reverse KL, spoken",
-    "reverse_kl/text": "reverse KL, typed",
-    "length/speech": "length, spoken",
-    "length/text": "length, typed",
-}
+KINDS = {"drop": "drop below the teacher", "reverse_kl": "reverse KL"}  # of metrics; others are titles as they are
+KINDS |= {"misalignment": "misalignment M", "forgetting": "forgetting F"}
+ASKED = {"speech": ", spoken", "text": ", typed", "teacher": ", teacher typed"}
 RULE = "by the rule"
 UNITS = "Accuracy and retention in %, drops in % of the teacher's, divergences in nats per token, lengths in tokens."
 ERRORS = "± is one standard error over questions: recordings of one question count as one."
@@ -34,7 +24,8 @@ SAMPLED = (
 def title(metric: str) -> str:
     """A metric's name for readers."""
     plain = metric.removesuffix("/sampled")
-    return TITLES.get(plain, plain) + (" (sampled)" if metric != plain else "")
+    kind, _, view = plain.partition("/")
+    return KINDS.get(kind, kind) + ASKED.get(view, "") + " (sampled)" * (metric != plain)
 
 
 def number(metric: str, value: float | None, sign: bool = False) -> str:

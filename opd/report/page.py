@@ -11,10 +11,11 @@ from typing import Any
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, Tokens, document
 from opd.report.charts import CURVES, accuracy, curves, times
 from opd.report.pipelines import PHASES, Pipeline, chain, phases, seconds, summarise
-from opd.report.runs import VIEWS, Run, read_runs
+from opd.report.runs import Run, read_runs
 from opd.scoring.statistics import Estimate
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic
+from opd.types import VIEWS
 
 FULL = 3.0  # nats: an advantage of this size or more has the full colour
 ORANGE, BLUE = "230,120,0", "0,114,178"

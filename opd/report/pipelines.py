@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opd.report.runs import VIEWS, Run, student_of
+from opd.report.runs import Run, student_of
 from opd.scoring.statistics import Estimate, mean_stderr
 from opd.storage.run_folder import best_of
+from opd.types import VIEWS
 
 PHASES = ("rollout", "teacher", "learner", "sync", "rest")  # of a step; time/<phase> add up to time/step
 

@@ -17,7 +17,6 @@ from opd.storage.json_lines import Line, conform, read_lines
 from opd.storage.metrics import EVAL_METRICS, STEP_METRICS
 from opd.storage.run_folder import split
 
-VIEWS = ("speech", "text")
 MEASURED_ON = ("test", "retention", "limit", "kl_limit")  # settings under eval that say what an evaluation measured
 
 
