@@ -45,8 +45,7 @@ class Server:
     def model(self) -> tuple[str, int]:
         """Path or hub id of the model that it holds, and how many ids it takes. UserError when it is out of reach."""
         try:
-            answer = self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s))
-            found = parse(answer, self.url)["data"][0]
+            found = parse(self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s)), self.url)["data"][0]
             return found["root"], found["max_model_len"]
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,19 +112,14 @@ class FileReceiver(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         path = os.path.realpath(os.path.join(self.folder, update_info.name))
         if os.path.dirname(path) != self.folder:
             raise ValueError(f"{update_info.name}: outside the transfer folder {self.folder}")
-        self.model.load_weights(_stream(path))
+        with safe_open(path, "pt") as f:
+            self.model.load_weights((key, f.get_tensor(key)) for key in f.keys())  # noqa: SIM118 - not a dict
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         pass
-
-
-def _stream(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, "pt") as f:
-        for key in f.keys():  # noqa: SIM118 - not a dict
-            yield key, f.get_tensor(key)
 
 
 class FileEngine(Mended, FileReceiver):

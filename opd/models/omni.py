@@ -38,8 +38,7 @@ class Omni(Family):
     def published_config(self) -> Any:
         config = copy.deepcopy(self.full_config)
         if not hasattr(config, "thinker_config"):  # vLLM knows the composite config alone
-            kind = config.model_type.removesuffix("_thinker")
-            config = AutoConfig.for_model(kind, thinker_config=config.to_dict())
+            config = AutoConfig.for_model(config.model_type.removesuffix("_thinker"), thinker_config=config.to_dict())
         for switch in ("enable_talker", "enable_audio_output"):
             if hasattr(config, switch):
                 setattr(config, switch, False)

@@ -105,8 +105,7 @@ def _write_tekken(spec: dict[str, Any], path: Path) -> int:
         "default_vocab_size": len(special) + len(words),
         "default_num_special_tokens": len(special),
     }
-    about = {"config": config, "vocab": vocab, "special_tokens": special, "audio": spec["audio"]}
-    path.write_text(json.dumps(about))
+    path.write_text(json.dumps({"config": config, "vocab": vocab, "special_tokens": special, "audio": spec["audio"]}))
     return len(special) + len(words)
 
 

@@ -102,8 +102,7 @@ class Voxtral(Merging):
         return {"mel": mel, "frames": torch.full((len(mel),), mel.shape[-1]), "windows": torch.tensor(counts)}
 
     def audio_tokens(self, samples: int) -> int:
-        windows = -(-samples // self.extractor.n_samples)
-        return windows * self.extractor.nb_max_frames // (2 * self.merged)
+        return -(-samples // self.extractor.n_samples) * self.extractor.nb_max_frames // (2 * self.merged)
 
     def chat_ids(self, messages: list[Message]) -> list[int]:
         rate, buffer = self.sampling_rate, io.BytesIO()

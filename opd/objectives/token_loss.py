@@ -58,8 +58,7 @@ class MicroBatch:
     @property
     def inputs(self) -> dict[str, Any]:
         """What `SpeechLM` takes of it beside the audio."""
-        names = ("ids", "position_ids", "attends", "row", "positions")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("ids", "position_ids", "attends", "row", "positions")}
 
     @property
     def clips(self) -> list[str]:

@@ -338,8 +338,7 @@ def learner_memory(
     local = teacher if any(t.kind in ("local", "self") for t in config.teacher.each.values()) else None
     gather = {}
     if local and any(t.shard and t.kind == "local" for t in config.teacher.each.values()):
-        sizes = [w.numel for w in local.weights]
-        shared = gathered(replace(zero, stage=3), sizes, SIZES[config.teacher.dtype], ranks)
+        shared = gathered(replace(zero, stage=3), [w.numel for w in local.weights], SIZES[config.teacher.dtype], ranks)
         gather = {"teacher's gathered parameters": shared}
     for name, (size, cut) in frozen(config, student, teacher).items():
         where = out.host if cut and zero.offload_param else out.device

@@ -66,8 +66,7 @@ def curves(pipelines: list[Pipeline], caption: str) -> Figure:
     pale = {r.name for p in pipelines for r in p.runs[:-1]} if len(pipelines) > 1 else set()
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (names, label, least) in zip(axes, panels, strict=True):
+        for ax, (names, label, least) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             ax.grid(True, axis="y")
             ax.set(xlabel="step of the pipeline", ylabel=label)
             for run, start, colour in _placed(pipelines):

@@ -160,8 +160,7 @@ def try_adapter(folder: Path, model: Path) -> Tried:
 
     family = family_of(str(model))
     hf = family.outline()
-    settings = peft.PeftConfig.from_pretrained(str(folder))
-    peft.inject_adapter_in_model(settings, hf, low_cpu_mem_usage=True)
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), hf, low_cpu_mem_usage=True)
     state = peft.get_peft_model_state_dict(hf, save_embedding_layers=False)
     expected = {f"base_model.model.{n}": list(v.shape) for n, v in state.items()}
     try:
@@ -179,8 +178,7 @@ def try_adapter(folder: Path, model: Path) -> Tried:
 
 
 def _told(runs: list[Run], checkpoint: Path, out: Path, adapter: bool, tried: Tried) -> list[str]:
-    files = sorted(p for p in out.rglob("*") if p.is_file())
-    lines = [f"wrote {p} ({p.stat().st_size:,} bytes)" for p in files]
+    lines = [f"wrote {p} ({p.stat().st_size:,} bytes)" for p in sorted(out.rglob("*")) if p.is_file()]
     what = f"{'adapter' if adapter else 'model'} of {tried.parameters:,} parameters in {tried.tensors} tensors"
     lines.append(f"{checkpoint}: {what}, all of them fit")
     best = saved.best_of(runs[-1].folder)

@@ -118,8 +118,7 @@ def hub_id(path: str, at: Path | None = None) -> str | None:
 
 def base_of(runs: list[Run]) -> Parent:
     """The model that the first run's student is."""
-    path = saved.split(str(_get(runs[0], "student", "path", "")))[0].as_posix()
-    return _parent(path, student_of(runs[0]))
+    return _parent(saved.split(str(_get(runs[0], "student", "path", "")))[0].as_posix(), student_of(runs[0]))
 
 
 def _teachers(runs: list[Run]) -> list[Parent]:

@@ -126,8 +126,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
     named = []
     for folder, path in zip(once, paths, strict=True):
         others = [p for p in paths if p is not path]
-        depths = range(1, len(path.parts) + 1)
-        depth = next(d for d in depths if all(p.parts[-d:] != path.parts[-d:] for p in others))
+        depth = next(d for d in range(1, len(path.parts) + 1) if all(p.parts[-d:] != path.parts[-d:] for p in others))
         named.append(read_run(folder, "/".join(path.parts[-depth:]).replace("//", "/")))
     return named
 

@@ -188,8 +188,7 @@ class Study:
                 return None
         if not done:
             return None
-        untrained = means([o.evaluation for o in base], names, f"row {self.base(row).id}")
-        return choose(spec, untrained, done, failed)
+        return choose(spec, means([o.evaluation for o in base], names, f"row {self.base(row).id}"), done, failed)
 
     def problem(self, run: Run) -> str | None:
         """Why the run cannot start now: what it starts from is not done. None when it can."""

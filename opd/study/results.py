@@ -232,8 +232,7 @@ def _curve(study: Study, done: list[Run]) -> list[dict[str, Any]]:
             outcome = study.outcome(part)
             for e in [*outcome.interim, outcome.evaluation]:
                 at = {"step": steps + e["step"], "seconds": seconds + e["train_seconds"]}
-                measured = e.get("first") or e
-                points.append(at | {name: (measured.get(name) or {}).get("mean") for name in EVAL_METRICS})
+                points.append(at | {n: ((e.get("first") or e).get(n) or {}).get("mean") for n in EVAL_METRICS})
             steps, seconds = steps + outcome.steps, seconds + outcome.seconds
     by_step = DataFrame(points, dtype=float).groupby("step")
     of_all = by_step.mean().where(by_step.count() == len(done)).dropna(subset="seconds")

@@ -174,5 +174,4 @@ def as_arguments(overrides: dict[str, Any]) -> list[str]:
 def _plain(text: str) -> bool:
     """Whether YAML reads the text as itself: letters first, nothing that means something to YAML."""
     words = ("true", "false", "null", "yes", "no", "on", "off")
-    safe = all(c.isalnum() or c in "_-./" for c in text)
-    return safe and text[:1].isalpha() and text.lower() not in words
+    return all(c.isalnum() or c in "_-./" for c in text) and text[:1].isalpha() and text.lower() not in words

@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     if code:
         rank = int(os.environ.get("RANK", "0"))
         if config is not None and ours and Path(config.run.dir).is_dir():
-            log = MetricsLog(Path(config.run.dir), [], "", "")
-            log.failed(rank, config.train.steps, message, user_error=code == 2)
+            MetricsLog(Path(config.run.dir), [], "", "").failed(rank, config.train.steps, message, code == 2)
         print(f"opd: error: {message}", file=sys.stderr)
     else:
         dist.destroy_process_group()  # after a failure other ranks may wait in a collective: no orderly end is possible

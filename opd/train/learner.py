@@ -154,29 +154,26 @@ class Learner:
             return mb.inputs | {"audio": [audio[k] for k in keys]}
         return mb.inputs if self._silence is None else mb.inputs | {"audio": self._silence}
 
-    @torch.no_grad()
     def eval_logits(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """One micro-batch and its logits [B, T, V] without gradient; every rank calls it as often as every other."""
-        self.model.eval()
-        mb = collate(samples).to(self.device)
-        logits = self.call("response_logits", **self.inputs(mb, self.encode(clips, samples), clips))
-        self.model.train()
-        return mb, logits
+        return self._evaluated("response_logits", samples, clips, lambda inputs, mask: inputs)
 
-    @torch.no_grad()
     def eval_states(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """As `eval_logits`, the hidden states [N, H] of the response tokens alone, one response after another."""
+        return self._evaluated("states", samples, clips, at_responses)
+
+    @torch.no_grad()
+    def _evaluated(self, task: Task, samples: list[Sample], clips: Clips, given: Any) -> tuple[MicroBatch, Tensor]:
         self.model.eval()
         mb = collate(samples).to(self.device)
-        states = self.call("states", **at_responses(self.inputs(mb, self.encode(clips, samples), clips), mb.mask))
+        found = self.call(task, **given(self.inputs(mb, self.encode(clips, samples), clips), mb.mask))
         self.model.train()
-        return mb, states
+        return mb, found
 
     @torch.no_grad()
     def at_output_layer(self, run: Callable[[], Tensor]) -> Tensor:
         """`run()`, in which `model.project` makes logits of states; every rank calls it as often as every other."""
-        found: Tensor = self.call("at_output_layer", run=run)
-        return found
+        return self.call("at_output_layer", run=run)
 
     def call(self, task: Task, **inputs: Any) -> Any:
         """`SpeechLM.forward` through DeepSpeed's engine."""

@@ -118,8 +118,7 @@ def evaluate(parts: Parts, stage: str, step: int, interim: bool = False) -> None
         }
         head = {"stage": stage, "step": step, "train_seconds": parts.seconds}
         line = head | {"eval_seconds": time.perf_counter() - began} | result | about
-        before = read_lines(Path(parts.config.run.dir, "eval.jsonl"))
-        found = warnings(before, line, parts.config.eval.warn)
+        found = warnings(read_lines(Path(parts.config.run.dir, "eval.jsonl")), line, parts.config.eval.warn)
         parts.log.evaluation(line | {"warnings": found})
         for one in found:
             print(f"warning: {one['text']}", flush=True)

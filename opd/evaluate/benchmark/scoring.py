@@ -194,7 +194,8 @@ class Tasks(TaskManager):
         try:
             found = super().load_task_or_group(*args, **kwargs)
         except Exception as e:
-            names, cause = ", ".join(self.benchmark.tasks), _cause(e)
+            attempt = getattr(e, "last_attempt", None)  # what was retried in vain, where that is all an error says
+            names, cause = ", ".join(self.benchmark.tasks), (attempt.exception() or e) if attempt is not None else e
             raise UserError(f"tasks {names}: do not load: {type(cause).__name__}: {cause}"[:600]) from e
         self.loaded = _leaves(found)
         for name, task in self.loaded.items():
@@ -236,12 +237,6 @@ def _undecoded(then: Callable[..., Any] | None) -> Callable[[Any], Any]:
         return then(docs) if then else docs
 
     return process
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was retried in vain, where that is all an error says."""
-    attempt = getattr(error, "last_attempt", None)
-    return (attempt.exception() or error) if attempt is not None else error
 
 
 def _leaves(found: dict[Any, Any]) -> dict[str, Task]:
