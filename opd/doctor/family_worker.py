@@ -16,7 +16,7 @@ from torch import Tensor
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.doctor.families import LORA, PUSHES
-from opd.doctor.probe import PlainStudent, Probe, Weights, chosen
+from opd.doctor.probe import PlainStudent, Probe, chosen
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family, family_of
 from opd.models.lora import adapters
@@ -28,7 +28,7 @@ from opd.prompts.manifest import read_manifest
 from opd.storage.metrics import MetricsLog
 from opd.train import checkpoint, extensions
 from opd.train.batch import make_batch, make_samples
-from opd.train.learner import Learner
+from opd.train.learner import Learner, Weights
 from opd.types import VIEWS, Batch, Prompt, Rollout, Sample, ScoredRollout
 
 NOISE = 0.05  # standard deviation of what is added to each weight

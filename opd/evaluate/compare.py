@@ -68,7 +68,9 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
     """
     if len({f.resolve() for f in folders}) < max(2, len(folders)):
         raise UserError("opd compare: expected two or more different folders")
-    columns = [_read(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+    paths = [Path(os.path.abspath(f)).parts for f in folders]  # their last names, as many as tell each apart
+    depth = next(d for d in range(1, max(map(len, paths)) + 1) if len({p[-d:] for p in paths}) == len(paths))
+    columns = [_read(f, "/".join(p[-depth:]).replace("//", "/")) for f, p in zip(folders, paths, strict=True)]
     evaluations = [c for c in columns if c.records]
     runs = [c for c in columns if not c.records]
     notes = [note for kind in (evaluations, runs) for note in _measured_alike(kind, unlike)]
@@ -89,13 +91,6 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
         "differences": differences,
         "notes": notes,
     }
-
-
-def _names(folders: list[Path]) -> list[str]:
-    """As many last parts of each path as tell it from the others."""
-    paths = [Path(os.path.abspath(f)).parts for f in folders]
-    depth = next(d for d in range(1, max(map(len, paths)) + 1) if len({p[-d:] for p in paths}) == len(paths))
-    return ["/".join(p[-depth:]).replace("//", "/") for p in paths]
 
 
 def _read(folder: Path, name: str) -> Column:

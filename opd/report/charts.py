@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opd.report.blocks import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, Figure, figure
-from opd.report.pipelines import PHASES, Pipeline, phases
-from opd.report.runs import Run
+from opd.report.runs import PHASES, Pipeline, Run, phases
 from opd.types import VIEWS
 
 BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}

@@ -20,9 +20,7 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # weights that run code as t
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 OF_THE_MODEL = ("config.json", "params.json")  # an adapter's base has its own
 RECIPE = "recipe.yaml"
-RECIPE_HEAD = (
-    "# The recipe of the last stage, every key resolved; no addresses, absolute paths cut to their last name.\n"
-)
+HEAD = "# The recipe of the last stage, every key resolved; no addresses, absolute paths cut to their last name.\n"
 # Addresses and places of one machine: nobody else's business, and of no use to others.
 PRIVATE = ("launch", "rollout.urls", "rollout.transfer_dir", "teacher.urls", "run.dir")
 
@@ -53,7 +51,7 @@ def export(run: Path, out: Path, which: str = saved.LAST, merge: bool = False, o
         except UserError as e:  # the copy goes; what is wrong with it is wrong with what was copied
             raise UserError(str(e).replace(str(aside), str(checkpoint / "model"))) from e
         recipe = yaml.safe_dump(_public(found[-1].config), sort_keys=False, allow_unicode=True)
-        (aside / RECIPE).write_text(RECIPE_HEAD + recipe, encoding="utf-8")
+        (aside / RECIPE).write_text(HEAD + recipe, encoding="utf-8")
         about = Exported(found, int(checkpoint.name[5:]), adapter, tried.model_class, tried.parameters)
         model_card(about).save(aside / "README.md")
         if out.exists():

@@ -10,8 +10,7 @@ from typing import Any
 
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, Tokens, document
 from opd.report.charts import CURVES, accuracy, curves, times
-from opd.report.pipelines import PHASES, Pipeline, chain, phases, seconds, summarise
-from opd.report.runs import Run, read_runs
+from opd.report.runs import PHASES, Pipeline, Run, chain, phases, read_runs, seconds, summarise
 from opd.scoring.statistics import Estimate
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic

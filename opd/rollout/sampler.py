@@ -118,9 +118,7 @@ class VllmSampler:
             todo = [i for i, answer in zip(asked, found, strict=True) if answer.url not in urls]
         return [a.content for a in answers if a is not None]
 
-    def _request(
-        self, messages: list[Message], clips: dict[str, Any], n: int, temp: float, seed: int
-    ) -> dict[str, Any]:
+    def _request(self, messages: list[Message], clips: Clips, n: int, temp: float, seed: int) -> dict[str, Any]:
         bans = {str(i): BAN for i in self.family.banned_ids}
         body: dict[str, Any] = {"model": "student", "n": n, "temperature": temp, "seed": seed}
         body |= {"messages": self._spoken(messages, clips), "add_generation_prompt": True}

