@@ -1,7 +1,5 @@
 """What receives weights inside vLLM's workers: from files, by NCCL, by CUDA IPC. Loaded by plugin.py's names."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Any

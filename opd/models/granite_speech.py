@@ -3,8 +3,6 @@
 Text teacher: the Granite instruct LLM of the same generation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

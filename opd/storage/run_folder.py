@@ -1,7 +1,5 @@
 """The run folder: what is in it, whose it is, and which checkpoint a name means. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
