@@ -20,13 +20,8 @@ from opd.storage.metrics import EVAL_METRICS
 
 RESAMPLES = 10_000
 BLOCK = 4_000_000  # counts of questions in memory at a time
-MEASURED = {  # settings of an evaluation that say how it measures, not what; by their names in a recipe
-    "match": "eval.match",
-    "tolerance": "eval.tolerance",
-    "judge": "eval.judge",
-    "max_tokens": "rollout.max_tokens",
-    "max_audio_seconds": "data.max_audio_seconds",
-}
+# settings of a recipe that say how an evaluation measures, not what; in its own settings without the section
+MEASURED = ("eval.match", "eval.tolerance", "eval.judge", "rollout.max_tokens", "data.max_audio_seconds")
 
 
 @dataclass
@@ -96,7 +91,7 @@ def _read(folder: Path, name: str) -> Column:
         records = read_records(folder)
         if (settings := stored(folder)) is None:
             raise UserError(f"{folder}: expected {SETTINGS} of an evaluation beside {RECORDS}, found none")
-        how = {recipe: settings.get(k) for k, recipe in MEASURED.items()} | {"version": settings.get("version")}
+        how = {k: settings.get(k.partition(".")[2]) for k in MEASURED} | {"version": settings.get("version")}
         return Column(name, folder, metrics(records), {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
     if not (folder / "config.yaml").is_file():
         wanted = f"a run (config.yaml) or a finished evaluation ({RECORDS})"
@@ -107,7 +102,7 @@ def _read(folder: Path, name: str) -> Column:
         raise UserError(f"{folder}: {run.state}; it has no evaluation to compare")
     last = run.evaluations[-1]
     found = {n: last[n] for n in EVAL_METRICS if last.get(n)}
-    how = {f"{a}.{b}": section(run.config, a).get(b) for a, b in (k.split(".") for k in MEASURED.values())}
+    how = {f"{a}.{b}": section(run.config, a).get(b) for a, b in (k.split(".") for k in MEASURED)}
     return Column(name, folder, found, measured_on=run.records, how=how)
 
 

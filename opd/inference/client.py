@@ -46,10 +46,8 @@ class Server:
             found = parse(self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s)), self.url)["data"][0]
             return found["root"], found["max_model_len"]
         except (httpx.HTTPError, httpx.InvalidURL) as e:
-            raise UserError(
-                f"{self.url}: no vLLM server answers there ({type(e).__name__}); start it, mend the URL in the recipe, "
-                "or leave the list empty and let `opd launch` start one"
-            ) from e
+            remedy = "start it, mend the URL in the recipe, or leave the list empty and let `opd launch` start one"
+            raise UserError(f"{self.url}: no vLLM server answers there ({type(e).__name__}); {remedy}") from e
         except (ServerError, KeyError, IndexError, TypeError) as e:
             raise UserError(f"{self.url}: answers, but not as a vLLM server does: /v1/models names no model") from e
 

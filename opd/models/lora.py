@@ -43,10 +43,8 @@ def targets(hf: Any, family: Family, lora: LoraConfig) -> list[str]:
     for target in lora.targets:
         if not any(_ends(n, target) for n in layers):
             known = ", ".join(sorted({n.rpartition(".")[2] for n in layers}))
-            raise UserError(
-                f"student.lora.targets: expected names of the LLM's linear layers, found {target!r}; "
-                f"{family.path} has {known} (of one decoder layer: such as {layers[0]})"
-            )
+            told = f"expected names of the LLM's linear layers, found {target!r}; {family.path} has {known}"
+            raise UserError(f"student.lora.targets: {told} (of one decoder layer: such as {layers[0]})")
     return [n for n in layers if not lora.targets or any(_ends(n, t) for t in lora.targets)]
 
 

@@ -126,10 +126,8 @@ class Qwen3Asr(Family):
     def check(self) -> None:
         super().check()
         if not (self.config.get_text_config().tie_word_embeddings or self.config.tie_word_embeddings):
-            raise UserError(
-                f"student.path {self.path}: tie_word_embeddings is false: transformers and vLLM name an output layer "
-                "of its own differently; published checkpoints share it with the embeddings"
-            )
+            told = "tie_word_embeddings is false: transformers and vLLM name an output layer of its own differently"
+            raise UserError(f"student.path {self.path}: {told}; published checkpoints share it with the embeddings")
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         options = {"sampling_rate": self.sampling_rate, "return_attention_mask": True, "return_tensors": "pt"}

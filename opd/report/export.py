@@ -52,14 +52,12 @@ def export(run: Path, out: Path, which: str = saved.LAST, merge: bool = False, o
         (aside / RECIPE).write_text(HEAD + recipe, encoding="utf-8")
         about = Exported(found, int(checkpoint.name[5:]), adapter, tried.model_class, tried.parameters)
         model_card(about).save(aside / "README.md")
+        old = aside.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            old = aside.with_name(f".{out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(out, old)
-            os.replace(aside, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, out)
+        os.replace(aside, out)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise UserError(f"{out}: cannot be written there ({e.strerror or e}); choose another --out") from e
     finally:

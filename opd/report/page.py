@@ -32,7 +32,8 @@ def write_report(runs: list[Path], out: Path) -> list[Path]:
         raise UserError(f"nothing to report yet, neither a finished step nor an evaluation ({states})")
     pipelines = chain(read)
     report = summarise(pipelines)
-    texts = {"report.json": json.dumps(report, indent=2, default=str), "report.html": page(pipelines, report)}
+    html = document(f"opd report: {', '.join(p.name for p in pipelines)}", _blocks(pipelines, report))
+    texts = {"report.json": json.dumps(report, indent=2, default=str), "report.html": html}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -40,11 +41,6 @@ def write_report(runs: list[Path], out: Path) -> list[Path]:
     except OSError as e:
         raise UserError(f"{out}: cannot write the report there ({e.strerror}); choose another --out") from e
     return [out / name for name in texts]
-
-
-def page(pipelines: list[Pipeline], report: dict[str, Any]) -> str:
-    """One HTML document that loads nothing from anywhere."""
-    return document(f"opd report: {', '.join(p.name for p in pipelines)}", _blocks(pipelines, report))
 
 
 def _blocks(pipelines: list[Pipeline], report: dict[str, Any]) -> Iterator[Block]:
@@ -196,11 +192,9 @@ def _dialogues(runs: list[Run]) -> Iterator[Block]:
     if not shown:
         yield Paragraph("No scored samples: no on-policy run in this report has finished a step.")
         return
-    about = (
-        "Each token is coloured by its advantage, log π(teacher) − log π(student), in nats: orange where the teacher "
-        "finds it less likely than the student does, blue where more; full colour at 3 nats. Point at a token for its "
-        "number."
-    )
+    about = "Each token is coloured by its advantage, log π(teacher) − log π(student), in nats: orange where the "
+    about += "teacher finds it less likely than the student does, blue where more; full colour at 3 nats. "
+    about += "Point at a token for its number."
     yield Tokens(about, "", [_token(f" {a:+g} " if a else " 0 ", float(a)) for a in range(-3, 4)])
     for run, s in shown:
         cut = ", truncated" if s.get("truncated") else ""

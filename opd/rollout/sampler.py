@@ -33,10 +33,9 @@ class VllmSampler:
         usable = [s.url for s in self.servers if s.url not in others]
         if not usable:
             url, version = next(iter(others.items()))
-            raise ServerError(
-                f"{url}: holds weights of version {version}, the learner is at {self.version}; "
-                "the push was lost or the server was restarted: start the same command again to resume"
-            )
+            about = f"holds weights of version {version}, the learner is at {self.version}"
+            remedy = "the push was lost or the server was restarted: start the same command again to resume"
+            raise ServerError(f"{url}: {about}; {remedy}")
         for url, version in others.items():
             if self.rank == 0 and url not in self._left_out:
                 about = f"holds weights of version {version}, the learner is at {self.version}"
@@ -165,7 +164,6 @@ def _check_prompt(prompt: Prompt, view: View, expected: list[int], found: list[i
     if found != expected:
         same = min(len(expected), len(found))
         at = next((i for i in range(same) if expected[i] != found[i]), same)
-        raise ServerError(
-            f"prompt {prompt.id} ({view} view): the server reads {len(found)} ids, the learner {len(expected)}; "
-            f"first difference at {at}: {found[at : at + 5]}, {expected[at : at + 5]}"
-        )
+        told = f"the server reads {len(found)} ids, the learner {len(expected)}; first difference at {at}"
+        told += f": {found[at : at + 5]}, {expected[at : at + 5]}"
+        raise ServerError(f"prompt {prompt.id} ({view} view): {told}")

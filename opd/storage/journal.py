@@ -76,10 +76,9 @@ class Journal:
             try:
                 self._places[_key(line)] = path, offset
             except ValueError as e:
-                raise UserError(
-                    f"{path}: at byte {offset}: expected a stage's result, found {line[:40]!r}; take the line out, and "
-                    "the stage makes that record again"
-                ) from e
+                remedy = "take the line out, and the stage makes that record again"
+                found = f"expected a stage's result, found {line[:40]!r}"
+                raise UserError(f"{path}: at byte {offset}: {found}; {remedy}") from e
             offset += len(line)
         return offset
 

@@ -8,6 +8,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,10 @@ def folder() -> Path:
     if VARIABLE in os.environ:
         return Path(os.environ[VARIABLE])
     own = Path(sys.prefix) / "torch_extensions"
-    try:
+    with suppress(OSError):
         own.mkdir(exist_ok=True)
         if os.access(own, os.W_OK):
             return own
-    except OSError:
-        pass
     return Path.home() / ".cache" / "opd" / "torch_extensions"
 
 

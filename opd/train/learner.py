@@ -22,7 +22,7 @@ from opd.models.speech_lm import SpeechLM, Task, at_responses
 from opd.objectives.token_loss import MicroBatch, TokenLoss
 from opd.settings import UserError
 from opd.train.batch import collate
-from opd.types import VIEWS, Batch, Clips, Sample
+from opd.types import VIEWS, Batch, Clips, Sample, packed
 
 if TYPE_CHECKING:
     from opd.teachers.reference import ReferenceModel
@@ -207,16 +207,11 @@ class Learner:
 
 def _groups(found: list[Piece]) -> list[list[Piece]]:
     """Runs of at most GATHERED elements together: one collective for many small parameters."""
-    groups: list[list[Piece]] = []
-    elements = 0
-    for piece in found:
-        size = sum(getattr(p, "ds_numel", p.numel()) for p in piece.parameters)
-        if not groups or elements + size > GATHERED:
-            groups.append([])
-            elements = 0
-        groups[-1].append(piece)
-        elements += size
-    return groups
+
+    def elements(pieces: list[Piece]) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for piece in pieces for p in piece.parameters)
+
+    return packed(found, lambda group, piece: elements([*group, piece]) <= GATHERED)
 
 
 class Sums:
