@@ -6,11 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -78,20 +74,20 @@ class Mended:
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
+class FileInitInfo(base.WeightTransferInitInfo):
     """What a server must know before the first update."""
 
     folder: str  # the only one that updates may be read from
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
+class FileUpdateInfo(base.WeightTransferUpdateInfo):
     """One chunk of an update."""
 
     name: str  # of a safetensors file in that folder
 
 
-class FileReceiver(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+class FileReceiver(base.WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     """Weights from safetensors files, through vLLM's layerwise reload, which undoes and redoes its weight packing."""
 
     init_info_cls = FileInitInfo

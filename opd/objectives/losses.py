@@ -10,7 +10,6 @@ N tokens of responses (a chunk of them: opd/objectives/token_loss.py), V vocabul
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -289,9 +288,7 @@ def uld_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
 
 # The loss of each of opd.config.objective.OBJECTIVES, under its name.
 OF_KL = (kd_terms, reverse_kl_terms, forward_kl_terms, jsd_terms, entropy_aware_terms, cord_terms, salad_terms)
-LOSSES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
-    loss.__name__.removesuffix("_terms"): loss for loss in (sft_terms, xopd_terms, *OF_KL, uld_terms)
-}
+LOSSES = {loss.__name__.removesuffix("_terms"): loss for loss in (sft_terms, xopd_terms, *OF_KL, uld_terms)}
 
 
 def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:

@@ -6,10 +6,8 @@ backward needs, per layer), LoRA (arXiv 2106.09685, section 4.2: only the adapte
 states), and for the rest what DeepSpeed and opd/train/learner.py do; tests hold the states to a real engine's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from opd.config import needs
 from opd.config.needs import asks_teacher_servers, copies_start, shards_start
@@ -70,7 +68,7 @@ class Zero:
     sub_group: int
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> Zero:
+    def of(cls, settings: dict[str, Any]) -> Self:
         """From the settings that DeepSpeed gets. Raises UserError for an offload that no formula here covers."""
         z = settings.get("zero_optimization") or {}
         stage = int(z.get("stage", 0))

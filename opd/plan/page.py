@@ -29,10 +29,8 @@ def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> 
     others = alternatives(recipe, overrides, at_most, folder) if plan.uses or machine.gpus else {}
     best = recommended(others)
     cure = remedy(recipe, overrides, plan) if not plan.fits else None
-    if as_json:
-        print(json.dumps(to_json(plan, others, best, cure), indent=2))
-    else:
-        print("\n".join(page(plan, others, best, cure)))
+    found = plan, others, best, cure
+    print(json.dumps(to_json(*found), indent=2) if as_json else "\n".join(page(*found)))
     return 0 if plan.fits else 1
 
 

@@ -1,13 +1,11 @@
 """Run folders as records, strictly read, with what is broken named; those that continue one another, in order."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, create_model, model_validator
@@ -104,7 +102,7 @@ class _Sample(Line):
     advantage: list[float | None]
 
     @model_validator(mode="after")
-    def _joined(self) -> _Sample:
+    def _joined(self) -> Self:
         if self.advantage and len(self.advantage) != len(self.tokens):
             raise ValueError(f"expected an advantage per token, {len(self.tokens)}, found {len(self.advantage)}")
         return self

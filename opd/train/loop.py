@@ -79,10 +79,9 @@ def report_step(parts: Parts, done: int, batch: Batch, result: StepResult, clock
     c = parts.config
     mismatch = result.metrics.get("mismatch/logprob", 0.0)
     if mismatch > c.rollout.max_mismatch:
-        raise RuntimeError(
-            f"step {done}: mean |learner - sampler| log-prob is {mismatch:.3f}, more than rollout.max_mismatch="
-            f"{c.rollout.max_mismatch:g}: the server does not hold the learner's weights, or computes otherwise"
-        )
+        most = f"rollout.max_mismatch={c.rollout.max_mismatch:g}"
+        why = "the server does not hold the learner's weights, or computes otherwise"
+        raise RuntimeError(f"step {done}: mean |learner - sampler| log-prob is {mismatch:.3f}, more than {most}: {why}")
     rollouts = [s.scored.rollout for s in batch.samples]
     line: dict[str, Any] = {"step": done, "steps": c.train.steps, **result.metrics}
     line["length/mean"] = batch.tokens / batch.responses
