@@ -52,9 +52,6 @@ def against(metric: str, d: dict[str, Any] | None) -> str:
     return f"{mean} [{low}, {high}], p {shown}"
 
 
-# ---- opd eval -------------------------------------------------------------------------------------------------------
-
-
 def eval_text(content: dict[str, Any]) -> str:
     """The metrics and the tables by group, for a terminal."""
     metrics, *others = _eval_tables(content)
@@ -113,9 +110,6 @@ def notes(content: dict[str, Any]) -> list[str]:
     return found
 
 
-# ---- opd compare ----------------------------------------------------------------------------------------------------
-
-
 def compare_text(content: dict[str, Any]) -> str:
     """The table of all metrics and the differences to the first folder, for a terminal."""
     metrics, *differences = _compare_tables(content)
@@ -144,9 +138,6 @@ def _compare_tables(content: dict[str, Any]) -> list[Table]:
         heads = [f"{name} - {cols[0]['name']}", "difference, 95 % interval", "records", "questions"]
         tables.append(Table(heads, rows))
     return tables
-
-
-# ---- opd benchmark --------------------------------------------------------------------------------------------------
 
 
 def benchmark_text(content: dict[str, Any]) -> str:

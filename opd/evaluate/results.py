@@ -92,9 +92,6 @@ def counts(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-# ---- groups ---------------------------------------------------------------------------------------------------------
-
-
 def groups(
     records: Sequence[Record], named: list[str] | None, bins: dict[str, list[float]]
 ) -> dict[str, dict[str, dict[str, Estimate]]]:

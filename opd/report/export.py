@@ -108,9 +108,6 @@ def _public(node: Any, key: str = "") -> Any:
     return label(node) if isinstance(node, str) else node
 
 
-# ---- does it load? ---------------------------------------------------------------------------------------------------
-
-
 class Tried(NamedTuple):
     """What transformers found in a folder."""
 
@@ -166,9 +163,6 @@ def try_adapter(folder: Path, model: Path) -> Tried:
         shapes = f"{wrong[0]}: expected {expected.get(wrong[0])}, found {there.get(wrong[0])}"
         raise UserError(f"checkpoint: {len(wrong)} weights of the adapter do not fit, such as {shapes}")
     return Tried(family.model_class, len(there), sum(v.numel() for v in state.values()))
-
-
-# ---- what it says ----------------------------------------------------------------------------------------------------
 
 
 def _told(runs: list[Run], checkpoint: Path, out: Path, adapter: bool, tried: Tried) -> list[str]:

@@ -71,9 +71,6 @@ def add_launch(folder: Path, began: float) -> None:
         f.write(json.dumps(line) + "\n")
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
     found = [p for p in Path(run_dir, "checkpoints").glob("step_*") if p.name[5:].isdigit() and p.is_dir()]

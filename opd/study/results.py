@@ -66,9 +66,6 @@ def _move_aside(out: Path, names: list[str]) -> str:
     return str(out / f"study.before.{number}.*")
 
 
-# ---- study.json -------------------------------------------------------------------------------------------------
-
-
 def summarise(study: Study) -> dict[str, Any]:
     """The content of study.json. A row that is not `complete` has no aggregates: what is missing is in its `state`."""
     spec = study.spec
@@ -161,9 +158,6 @@ def _run(study: Study, run: Run) -> dict[str, Any]:
     found["evaluation"] = {k: v for k, v in found["evaluation"].items() if k in (*EVAL_METRICS, "groups")}
     about = {"name": run.name, "row": run.row.id, "phase": run.phase, "rate": run.rate, "seed": run.seed}
     return about | {"recipe": run.row.recipe, "overrides": run.overrides} | found
-
-
-# ---- numbers ------------------------------------------------------------------------------------------------------
 
 
 def interval(values: Series) -> Interval:
