@@ -135,8 +135,7 @@ def _compare_tables(content: dict[str, Any]) -> list[Table]:
     for name, found in content["differences"].items():
         shown = [(n, found[n]) for n in names if n in found]
         rows = [[title(n), against(n, d), str(d["records"]), str(d["questions"])] for n, d in shown]
-        heads = [f"{name} - {cols[0]['name']}", "difference, 95 % interval", "records", "questions"]
-        tables.append(Table(heads, rows))
+        tables.append(Table([f"{name} - {cols[0]['name']}", "difference, 95 % interval", "records", "questions"], rows))
     return tables
 
 

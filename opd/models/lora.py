@@ -4,8 +4,6 @@ Whatever leaves the learner has the names and shapes of the plain model, adapter
 W + alpha / r * B A. Weight sync and checkpoints know nothing of adapters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -97,12 +95,6 @@ def switched_off(hf: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def adapters(hf: Any) -> list[Piece]:
-    """The adapters' own matrices, by their names in memory."""
-    of = tuple(f"{n}.lora_" for n in adapted(hf))
-    return [Piece(n, p) for n, p in hf.named_parameters() if of and n.startswith(of)]
-
-
 @dataclass
 class Piece:
     """One tensor of the plain model, and what of the learner it is made of."""
@@ -128,6 +120,12 @@ class Piece:
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         w, a, b = (p.data.to(exact) for p in self.parameters)
         return (w + self.layer.scaling[ADAPTER] * (b @ a)).to(self.weight.dtype).to(device)
+
+
+def adapters(hf: Any) -> list[Piece]:
+    """The adapters' own matrices, by their names in memory."""
+    of = tuple(f"{n}.lora_" for n in adapted(hf))
+    return [Piece(n, p) for n, p in hf.named_parameters() if of and n.startswith(of)]
 
 
 def pieces(hf: Any, trainable_only: bool) -> Iterator[Piece]:

@@ -76,8 +76,7 @@ def decode_seconds(
     prompts = _prompts(config, typical)
     mean = sum(prompts) / len(prompts) + typical.response / 2
     each = -(-config.train.prompts_per_step * config.rollout.n * len(prompts) // servers)
-    whole = max(prompts) + typical.response
-    most = min(server.sequences(whole), config.rollout.server.max_num_seqs)
+    most = min(server.sequences(max(prompts) + typical.response), config.rollout.server.max_num_seqs)
     at_once = max(1, min(each, most, -(-config.rollout.concurrency * ranks // servers)))
     read = server.weights + at_once * mean * server.kv_per_token
     decode = -(-each // at_once) * typical.response * read / (speeds.hbm * 1e9 * speeds.read)
