@@ -1,7 +1,5 @@
 """The workers of `opd families --check`: does the learner agree with vLLM, before and after pushes?"""
 
-from __future__ import annotations
-
 import json
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch import Tensor
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.doctor.families import LORA, PUSHES
-from opd.doctor.probe import PlainStudent, Probe, Weights, chosen
+from opd.doctor.probe import PlainStudent, Probe, chosen
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family, family_of
 from opd.models.lora import adapters
@@ -28,8 +26,8 @@ from opd.prompts.manifest import read_manifest
 from opd.storage.metrics import MetricsLog
 from opd.train import checkpoint, extensions
 from opd.train.batch import make_batch, make_samples
-from opd.train.learner import Learner
-from opd.types import VIEWS, Batch, Prompt, Rollout, Sample, ScoredRollout, View
+from opd.train.learner import Learner, Weights
+from opd.types import VIEWS, Batch, Prompt, Rollout, Sample, ScoredRollout
 
 NOISE = 0.05  # standard deviation of what is added to each weight
 
@@ -62,8 +60,7 @@ class Check(Probe):
 
     def sharded_loss(self, rollouts: list[Rollout], path: str) -> float:
         """|loss under ZeRO-3 - loss of the unsharded model of `path`| on one batch, the ranks together."""
-        plain = self.config.changed({"student.lora": None})
-        reference = PlainStudent(plain, family_of(path), self.prompts, self.clips)
+        reference = PlainStudent(self.config.changed({"student.lora": None}), family_of(path), self.prompts, self.clips)
         batch = self.batch(rollouts[self.rank :: self.world])
         losses = []
         for side in (self, reference):
@@ -77,8 +74,8 @@ class Check(Probe):
 
     def mixed_step(self, rollouts: list[Rollout]) -> float:
         """A gradient step in which one rank has speech only and the other text only; its loss."""
-        mine: View = VIEWS[self.rank % 2]
-        return self.learner.step(self.batch([r for r in rollouts if r.view == mine]), 0).metrics["loss"]
+        mine = [r for r in rollouts if r.view == VIEWS[self.rank % 2]]
+        return self.learner.step(self.batch(mine), 0).metrics["loss"]
 
     def pushes(self, of: dict[str, list[str]]) -> dict[str, list[float]]:
         """Greatest mismatch of each push of perturbed weights: [when it is left out, afterwards].

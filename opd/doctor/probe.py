@@ -4,8 +4,6 @@
 Shape legend in opd/types.py.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,10 +25,10 @@ from opd.models.speech_lm import SpeechLM
 from opd.objectives.token_loss import MicroBatch
 from opd.rollout.sampler import VllmSampler
 from opd.train.batch import collate, make_samples
+from opd.train.learner import Weights
 from opd.types import VIEWS, Prompt, Rollout, Sample, ScoredRollout, View
 
 NOISE = 0.2  # of a parameter's root mean square
-Weights = Iterator[tuple[str, Tensor | None]]  # by Hugging Face name
 
 
 @dataclass(frozen=True)
@@ -168,13 +166,9 @@ class PlainStudent(Probe):
         for piece in pieces(self.model.hf, trainable_only):
             yield piece.name, piece.value(device)
 
+    @torch.no_grad()
     def eval_logits(self, samples: list[Sample]) -> tuple[MicroBatch, Tensor]:
         mb = collate(samples).to(self.device)
-        return mb, self.logits(mb)
-
-    @torch.no_grad()
-    def logits(self, mb: MicroBatch) -> Tensor:
-        """Logits [B, T, V] of a micro-batch's response tokens."""
         clips = [self.clips[k] for k in mb.clips] or [np.zeros(self.family.sampling_rate // 2, np.float32)]
         features = {k: v.to(self.device) for k, v in self.family.features(clips).items()}
         inputs = mb.inputs
@@ -182,4 +176,4 @@ class PlainStudent(Probe):
             inputs["features"] = features
         elif mb.clips or self.model.adapter_trained:
             inputs["audio"] = self.model.encode(features)
-        return self.model.response_logits(**inputs)
+        return mb, self.model.response_logits(**inputs)

@@ -1,7 +1,5 @@
 """Checks that student and teacher mean the same by the same ids: tokenizers, chat templates, stop ids, banned ids."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable
 from typing import Any
@@ -83,10 +81,8 @@ def difference(prompt: Prompt, student: tuple[Any, list[int]], teacher: tuple[An
     (_, ours), (_, theirs) = student, teacher
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     shown = [repr(tok.decode(ids[at : at + 8])) for tok, ids in (student, teacher)]
-    return (
-        f"the text view of {prompt.id} has {len(ours)} ids for the student and {len(theirs)} for the teacher; "
-        f"they part at {at}: {shown[0]} and {shown[1]}"
-    )
+    told = f"the text view of {prompt.id} has {len(ours)} ids for the student and {len(theirs)} for the teacher"
+    return f"{told}; they part at {at}: {shown[0]} and {shown[1]}"
 
 
 def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:

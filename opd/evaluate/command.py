@@ -1,7 +1,5 @@
 """The command `opd eval`: servers up, records measured, tables written. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

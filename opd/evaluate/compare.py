@@ -1,7 +1,5 @@
 """The command `opd compare`: run folders and evaluations side by side. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
@@ -22,13 +20,8 @@ from opd.storage.metrics import EVAL_METRICS
 
 RESAMPLES = 10_000
 BLOCK = 4_000_000  # counts of questions in memory at a time
-MEASURED = {  # settings of an evaluation that say how it measures, not what; by their names in a recipe
-    "match": "eval.match",
-    "tolerance": "eval.tolerance",
-    "judge": "eval.judge",
-    "max_tokens": "rollout.max_tokens",
-    "max_audio_seconds": "data.max_audio_seconds",
-}
+# settings of a recipe that say how an evaluation measures, not what; in its own settings without the section
+MEASURED = ("eval.match", "eval.tolerance", "eval.judge", "rollout.max_tokens", "data.max_audio_seconds")
 
 
 @dataclass
@@ -68,7 +61,9 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
     """
     if len({f.resolve() for f in folders}) < max(2, len(folders)):
         raise UserError("opd compare: expected two or more different folders")
-    columns = [_read(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+    paths = [Path(os.path.abspath(f)).parts for f in folders]  # their last names, as many as tell each apart
+    depth = next(d for d in range(1, max(map(len, paths)) + 1) if len({p[-d:] for p in paths}) == len(paths))
+    columns = [_read(f, "/".join(p[-depth:]).replace("//", "/")) for f, p in zip(folders, paths, strict=True)]
     evaluations = [c for c in columns if c.records]
     runs = [c for c in columns if not c.records]
     notes = [note for kind in (evaluations, runs) for note in _measured_alike(kind, unlike)]
@@ -91,19 +86,12 @@ def compare(folders: list[Path], common: bool = False, seed: int = 0, unlike: bo
     }
 
 
-def _names(folders: list[Path]) -> list[str]:
-    """As many last parts of each path as tell it from the others."""
-    paths = [Path(os.path.abspath(f)).parts for f in folders]
-    depth = next(d for d in range(1, max(map(len, paths)) + 1) if len({p[-d:] for p in paths}) == len(paths))
-    return ["/".join(p[-depth:]).replace("//", "/") for p in paths]
-
-
 def _read(folder: Path, name: str) -> Column:
     if (folder / RECORDS).is_file():
         records = read_records(folder)
         if (settings := stored(folder)) is None:
             raise UserError(f"{folder}: expected {SETTINGS} of an evaluation beside {RECORDS}, found none")
-        how = {recipe: settings.get(k) for k, recipe in MEASURED.items()} | {"version": settings.get("version")}
+        how = {k: settings.get(k.partition(".")[2]) for k in MEASURED} | {"version": settings.get("version")}
         return Column(name, folder, metrics(records), {(r["part"], r["id"], r["record"]): r for r in records}, how=how)
     if not (folder / "config.yaml").is_file():
         wanted = f"a run (config.yaml) or a finished evaluation ({RECORDS})"
@@ -114,7 +102,7 @@ def _read(folder: Path, name: str) -> Column:
         raise UserError(f"{folder}: {run.state}; it has no evaluation to compare")
     last = run.evaluations[-1]
     found = {n: last[n] for n in EVAL_METRICS if last.get(n)}
-    how = {f"{a}.{b}": section(run.config, a).get(b) for a, b in (k.split(".") for k in MEASURED.values())}
+    how = {f"{a}.{b}": section(run.config, a).get(b) for a, b in (k.split(".") for k in MEASURED)}
     return Column(name, folder, found, measured_on=run.records, how=how)
 
 

@@ -1,7 +1,5 @@
 """What `opd eval`, `opd compare` and `opd benchmark` show: tables, and pages that load nothing from anywhere."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,19 +7,9 @@ from typing import Any
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, document
 from opd.scoring.statistics import Estimate
 
-TITLES = {
-    "accuracy/speech": "accuracy, spoken",
-    "accuracy/text": "accuracy, typed",
-    "accuracy/teacher": "accuracy, teacher typed",
-    "drop/speech": "drop below the teacher, spoken",
-    "drop/text": "drop below the teacher, typed",
-    "misalignment": "misalignment M",
-    "forgetting": "forgetting F",
-    "reverse_kl/speech": "reverse KL, spoken",
-    "reverse_kl/text": "reverse KL, typed",
-    "length/speech": "length, spoken",
-    "length/text": "length, typed",
-}
+KINDS = {"drop": "drop below the teacher", "reverse_kl": "reverse KL"}  # of metrics; others are titles as they are
+KINDS |= {"misalignment": "misalignment M", "forgetting": "forgetting F"}
+ASKED = {"speech": ", spoken", "text": ", typed", "teacher": ", teacher typed"}
 RULE = "by the rule"
 UNITS = "Accuracy and retention in %, drops in % of the teacher's, divergences in nats per token, lengths in tokens."
 ERRORS = "± is one standard error over questions: recordings of one question count as one."
@@ -34,7 +22,8 @@ SAMPLED = (
 def title(metric: str) -> str:
     """A metric's name for readers."""
     plain = metric.removesuffix("/sampled")
-    return TITLES.get(plain, plain) + (" (sampled)" if metric != plain else "")
+    kind, _, view = plain.partition("/")
+    return KINDS.get(kind, kind) + ASKED.get(view, "") + " (sampled)" * (metric != plain)
 
 
 def number(metric: str, value: float | None, sign: bool = False) -> str:
@@ -61,9 +50,6 @@ def against(metric: str, d: dict[str, Any] | None) -> str:
     p = d["p"]  # of 10,000 resamples none below 2e-4 can come
     shown = "n/a" if p != p else f"{p:.{4 if p < 0.01 else 2}f}"
     return f"{mean} [{low}, {high}], p {shown}"
-
-
-# ---- opd eval -------------------------------------------------------------------------------------------------------
 
 
 def eval_text(content: dict[str, Any]) -> str:
@@ -124,9 +110,6 @@ def notes(content: dict[str, Any]) -> list[str]:
     return found
 
 
-# ---- opd compare ----------------------------------------------------------------------------------------------------
-
-
 def compare_text(content: dict[str, Any]) -> str:
     """The table of all metrics and the differences to the first folder, for a terminal."""
     metrics, *differences = _compare_tables(content)
@@ -152,12 +135,8 @@ def _compare_tables(content: dict[str, Any]) -> list[Table]:
     for name, found in content["differences"].items():
         shown = [(n, found[n]) for n in names if n in found]
         rows = [[title(n), against(n, d), str(d["records"]), str(d["questions"])] for n, d in shown]
-        heads = [f"{name} - {cols[0]['name']}", "difference, 95 % interval", "records", "questions"]
-        tables.append(Table(heads, rows))
+        tables.append(Table([f"{name} - {cols[0]['name']}", "difference, 95 % interval", "records", "questions"], rows))
     return tables
-
-
-# ---- opd benchmark --------------------------------------------------------------------------------------------------
 
 
 def benchmark_text(content: dict[str, Any]) -> str:

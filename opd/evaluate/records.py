@@ -1,7 +1,5 @@
 """What an evaluation measures: its settings, the records, and what is measured already. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass
@@ -189,10 +187,9 @@ def fields(prompt: Prompt) -> dict[str, str]:
 def line(item: Item, measured: dict[str, Any]) -> dict[str, Any]:
     """A line of records.jsonl: what the manifest says now, and what was measured."""
     p = item.prompt
-    numbers = {"seconds": measured["seconds"]} | p.numbers
     about = {"id": p.id, "part": item.part, "record": item.record, "question": transcript(p), "answer": p.answer}
-    rest = {k: v for k, v in measured.items() if k != "seconds"}
-    return about | {"fields": fields(p), "numbers": numbers} | rest
+    more = {"fields": fields(p), "numbers": {"seconds": measured["seconds"]} | p.numbers}
+    return about | more | {k: v for k, v in measured.items() if k != "seconds"}
 
 
 def write_records(out: Path, lines: list[dict[str, Any]]) -> None:

@@ -1,7 +1,5 @@
 """Numbers from the measured records: metrics, groups, examples. Imports no torch."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -92,9 +90,6 @@ def counts(records: Sequence[Record]) -> dict[str, Any]:
         "truncated": dict(Counter(w for w in VIEWS for v, a in views if v == w and a["truncated"])),
         "nonsense": sum(a["right"] is None for _, a in views),
     }
-
-
-# ---- groups ---------------------------------------------------------------------------------------------------------
 
 
 def groups(

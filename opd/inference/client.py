@@ -1,7 +1,5 @@
 """HTTP to vLLM servers: one client per server, deliberate retries, errors that name the server."""
 
-from __future__ import annotations
-
 import asyncio
 import ssl
 import threading
@@ -45,14 +43,11 @@ class Server:
     def model(self) -> tuple[str, int]:
         """Path or hub id of the model that it holds, and how many ids it takes. UserError when it is out of reach."""
         try:
-            answer = self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s))
-            found = parse(answer, self.url)["data"][0]
+            found = parse(self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s)), self.url)["data"][0]
             return found["root"], found["max_model_len"]
         except (httpx.HTTPError, httpx.InvalidURL) as e:
-            raise UserError(
-                f"{self.url}: no vLLM server answers there ({type(e).__name__}); start it, mend the URL in the recipe, "
-                "or leave the list empty and let `opd launch` start one"
-            ) from e
+            remedy = "start it, mend the URL in the recipe, or leave the list empty and let `opd launch` start one"
+            raise UserError(f"{self.url}: no vLLM server answers there ({type(e).__name__}); {remedy}") from e
         except (ServerError, KeyError, IndexError, TypeError) as e:
             raise UserError(f"{self.url}: answers, but not as a vLLM server does: /v1/models names no model") from e
 

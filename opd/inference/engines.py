@@ -1,19 +1,12 @@
 """What receives weights inside vLLM's workers: from files, by NCCL, by CUDA IPC. Loaded by plugin.py's names."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -81,20 +74,20 @@ class Mended:
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
+class FileInitInfo(base.WeightTransferInitInfo):
     """What a server must know before the first update."""
 
     folder: str  # the only one that updates may be read from
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
+class FileUpdateInfo(base.WeightTransferUpdateInfo):
     """One chunk of an update."""
 
     name: str  # of a safetensors file in that folder
 
 
-class FileReceiver(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+class FileReceiver(base.WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     """Weights from safetensors files, through vLLM's layerwise reload, which undoes and redoes its weight packing."""
 
     init_info_cls = FileInitInfo
@@ -113,19 +106,14 @@ class FileReceiver(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         path = os.path.realpath(os.path.join(self.folder, update_info.name))
         if os.path.dirname(path) != self.folder:
             raise ValueError(f"{update_info.name}: outside the transfer folder {self.folder}")
-        self.model.load_weights(_stream(path))
+        with safe_open(path, "pt") as f:
+            self.model.load_weights((key, f.get_tensor(key)) for key in f.keys())  # noqa: SIM118 - not a dict
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         pass
-
-
-def _stream(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, "pt") as f:
-        for key in f.keys():  # noqa: SIM118 - not a dict
-            yield key, f.get_tensor(key)
 
 
 class FileEngine(Mended, FileReceiver):

@@ -1,7 +1,5 @@
 """Handles of CUDA memory as JSON: what `torch.multiprocessing` would pickle, without a pickle from the network."""
 
-from __future__ import annotations
-
 import base64
 from typing import Any
 
@@ -9,21 +7,9 @@ import torch
 
 # Arguments of `rebuild_cuda_tensor` as torch's `reduce_tensor` gives them, in order, and what JSON holds of each.
 FIELDS: dict[str, type] = {
-    "class": str,
-    "size": list,
-    "stride": list,
-    "offset": int,
-    "storage_class": str,
-    "dtype": str,
-    "device": int,
-    "handle": bytes,
-    "storage_bytes": int,
-    "storage_offset_bytes": int,
-    "requires_grad": bool,
-    "counter": bytes,
-    "counter_offset": int,
-    "event": bytes,
-    "event_sync": bool,
+    **{"class": str, "size": list, "stride": list, "offset": int, "storage_class": str, "dtype": str, "device": int},
+    **{"handle": bytes, "storage_bytes": int, "storage_offset_bytes": int, "requires_grad": bool},
+    **{"counter": bytes, "counter_offset": int, "event": bytes, "event_sync": bool},
 }
 # The only classes and dtypes that a handle may name.
 KNOWN: dict[str, dict[str, Any]] = {

@@ -1,7 +1,5 @@
 """How new weights travel to vLLM servers: files, NCCL between devices, or CUDA IPC on a shared one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile
@@ -117,8 +115,7 @@ class _Streaming(ABC):
                 "shapes": [list(tensor.shape) for _, tensor in chunk],
             }
             self._update(chunk, about, servers)
-        body = {"weight_version": str(version)}
-        on_each(servers, lambda server: server.post("/finish_weight_update", body))
+        on_each(servers, lambda server: server.post("/finish_weight_update", {"weight_version": str(version)}))
 
     @abstractmethod
     def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:
@@ -136,8 +133,7 @@ class NcclTransport(_Streaming):
             on_each(servers, lambda server: server.post("/shutdown_weight_transfer_engine"))
             self.group.destroy()
             self.group = None
-        sizes = on_each(servers, workers)
-        *offsets, world = accumulate(sizes, initial=1)  # the learner is rank 0 of the group
+        *offsets, world = accumulate(on_each(servers, workers), initial=1)  # the learner is rank 0 of the group
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         _check_reachable(address, servers)
         info = {"master_address": address, "master_port": free_port(), "world_size": world}
@@ -214,8 +210,7 @@ class IpcTransport(_Streaming):
 def export(flat: Tensor) -> dict[str, Any]:
     """{UUID of its GPU: handle} by which another process maps a tensor; the tensor must live until it has."""
     torch.cuda.synchronize(flat.device)
-    uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
-    return {uuid: ipc_handle.encode(reduce_tensor(flat)[1])}
+    return {str(torch.cuda.get_device_properties(flat.device).uuid): ipc_handle.encode(reduce_tensor(flat)[1])}
 
 
 Make = Callable[[RolloutConfig], WeightTransport]

@@ -1,9 +1,4 @@
-"""What the loop asks of a speech LLM family, and the module that the learner trains.
-
-Shape legend in opd/types.py.
-"""
-
-from __future__ import annotations
+"""What the loop asks of a speech LLM family, and the module that the learner trains. Shape legend in opd/types.py."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -139,8 +134,7 @@ class Family(ABC):
         self.save_extras(hf, folder)
         own = {name for name, _ in hf.named_parameters(remove_duplicate=False)}  # others: such as of batch norms
         state = parameters | {n: b.detach().cpu() for n, b in hf.state_dict().items() if n not in own}
-        published = {n: v for name, tensor in state.items() for n, v in self.published(name, tensor)}
-        save_torch_state_dict(published, folder)
+        save_torch_state_dict({n: v for name, x in state.items() for n, v in self.published(name, x)}, folder)
         self.save_other_weights(state, folder)
 
     def save_extras(self, hf: Any, folder: Path) -> None:

@@ -3,8 +3,6 @@
 Text teacher: the Granite instruct LLM of the same generation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +31,9 @@ class GraniteSpeech(Family):
     def check(self) -> None:
         super().check()
         if self.config.has_lora_adapter:
-            raise UserError(
-                f"student.path {self.path}: has_lora_adapter is true: its LLM needs a LoRA adapter for audio and "
-                "none for text; merge the adapter into the weights and set has_lora_adapter to false"
-            )
+            told = "has_lora_adapter is true: its LLM needs a LoRA adapter for audio and none for text"
+            remedy = "merge the adapter into the weights and set has_lora_adapter to false"
+            raise UserError(f"student.path {self.path}: {told}; {remedy}")
 
     def part_of(self, name: str) -> Any:
         return "fixed" if ".batch_norm." in name else super().part_of(name)

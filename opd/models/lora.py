@@ -4,8 +4,6 @@ Whatever leaves the learner has the names and shapes of the plain model, adapter
 W + alpha / r * B A. Weight sync and checkpoints know nothing of adapters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -43,10 +41,8 @@ def targets(hf: Any, family: Family, lora: LoraConfig) -> list[str]:
     for target in lora.targets:
         if not any(_ends(n, target) for n in layers):
             known = ", ".join(sorted({n.rpartition(".")[2] for n in layers}))
-            raise UserError(
-                f"student.lora.targets: expected names of the LLM's linear layers, found {target!r}; "
-                f"{family.path} has {known} (of one decoder layer: such as {layers[0]})"
-            )
+            told = f"expected names of the LLM's linear layers, found {target!r}; {family.path} has {known}"
+            raise UserError(f"student.lora.targets: {told} (of one decoder layer: such as {layers[0]})")
     return [n for n in layers if not lora.targets or any(_ends(n, t) for t in lora.targets)]
 
 
@@ -99,12 +95,6 @@ def switched_off(hf: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def adapters(hf: Any) -> list[Piece]:
-    """The adapters' own matrices, by their names in memory."""
-    of = tuple(f"{n}.lora_" for n in adapted(hf))
-    return [Piece(n, p) for n, p in hf.named_parameters() if of and n.startswith(of)]
-
-
 @dataclass
 class Piece:
     """One tensor of the plain model, and what of the learner it is made of."""
@@ -130,6 +120,12 @@ class Piece:
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         w, a, b = (p.data.to(exact) for p in self.parameters)
         return (w + self.layer.scaling[ADAPTER] * (b @ a)).to(self.weight.dtype).to(device)
+
+
+def adapters(hf: Any) -> list[Piece]:
+    """The adapters' own matrices, by their names in memory."""
+    of = tuple(f"{n}.lora_" for n in adapted(hf))
+    return [Piece(n, p) for n, p in hf.named_parameters() if of and n.startswith(of)]
 
 
 def pieces(hf: Any, trainable_only: bool) -> Iterator[Piece]:

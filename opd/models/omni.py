@@ -4,8 +4,6 @@ The tower's last projections play the adapter's part. Vision stays as it is; tal
 checkpoints, whose config is still the full Omni one, as vLLM expects. And Qwen3-ASR, with the tower of Qwen3-Omni.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -38,8 +36,7 @@ class Omni(Family):
     def published_config(self) -> Any:
         config = copy.deepcopy(self.full_config)
         if not hasattr(config, "thinker_config"):  # vLLM knows the composite config alone
-            kind = config.model_type.removesuffix("_thinker")
-            config = AutoConfig.for_model(kind, thinker_config=config.to_dict())
+            config = AutoConfig.for_model(config.model_type.removesuffix("_thinker"), thinker_config=config.to_dict())
         for switch in ("enable_talker", "enable_audio_output"):
             if hasattr(config, switch):
                 setattr(config, switch, False)
@@ -129,10 +126,8 @@ class Qwen3Asr(Family):
     def check(self) -> None:
         super().check()
         if not (self.config.get_text_config().tie_word_embeddings or self.config.tie_word_embeddings):
-            raise UserError(
-                f"student.path {self.path}: tie_word_embeddings is false: transformers and vLLM name an output layer "
-                "of its own differently; published checkpoints share it with the embeddings"
-            )
+            told = "tie_word_embeddings is false: transformers and vLLM name an output layer of its own differently"
+            raise UserError(f"student.path {self.path}: {told}; published checkpoints share it with the embeddings")
 
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         options = {"sampling_rate": self.sampling_rate, "return_attention_mask": True, "return_tensors": "pt"}

@@ -3,8 +3,6 @@
 A new family is one file in opd/models/ and one entry here: docs/families.md.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,17 +42,12 @@ class Entry:
 
 _SEES: dict[str, Any] = {"modalities": ("audio", "image", "video")}
 _QWEN3_TOWER: dict[str, Any] = {"shortest_s": 1.0, "tail_s": 0.02}
+_QWEN3_OMNI = {"also": ("qwen3_omni_moe_thinker",)} | _SEES | _QWEN3_TOWER
 _MISTRAL = ("--tokenizer-mode", "mistral", "--config-format", "mistral", "--load-format", "mistral")
 _ENTRIES = (
     Entry("qwen2_audio", "whisper:Qwen2Audio", "Qwen/Qwen2-7B-Instruct"),
     Entry("qwen2_5_omni", "omni:Qwen25Omni", "Qwen/Qwen2.5-7B-Instruct", also=("qwen2_5_omni_thinker",), **_SEES),
-    Entry(
-        "qwen3_omni_moe",
-        "omni:Qwen3OmniMoe",
-        "Qwen/Qwen3-30B-A3B-Instruct-2507",
-        also=("qwen3_omni_moe_thinker",),
-        **(_SEES | _QWEN3_TOWER),
-    ),
+    Entry("qwen3_omni_moe", "omni:Qwen3OmniMoe", "Qwen/Qwen3-30B-A3B-Instruct-2507", **_QWEN3_OMNI),
     Entry("voxtral", "voxtral:Voxtral", "mistralai/Ministral-8B-Instruct-2410", server=_MISTRAL, clips=5),
     Entry("audioflamingo3", "whisper:AudioFlamingo3", "Qwen/Qwen2.5-7B-Instruct", clips=1),
     Entry("glmasr", "whisper:GlmAsr", "zai-org/GLM-Edge-1.5B-Chat", clips=1),
@@ -77,9 +70,8 @@ def family_entry(path: str, name: str | None = None) -> Entry:
             raise UserError(f"student.family {name}: {path} is of model_type {found!r}; leave it out: student.family=")
         return FAMILIES[name]
     found = _config(path).get("model_type")
-    for entry in FAMILIES.values():
-        if found in entry.model_types:
-            return entry
+    if entry := next((e for e in FAMILIES.values() if found in e.model_types), None):
+        return entry
     known = ", ".join(sorted(t for e in FAMILIES.values() for t in e.model_types))
     raise UserError(f"student.path {path}: model_type {found!r} is not supported; supported: {known}")
 

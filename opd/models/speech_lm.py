@@ -1,9 +1,7 @@
 """The module that is trained: a speech LLM with its logits at the response tokens. Shape legend in opd/types.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +48,7 @@ class SpeechLM(nn.Module):
         banned[family.banned_ids] = True
         self.register_buffer("banned", banned, persistent=False)
 
-    def train(self, mode: bool = True) -> SpeechLM:
+    def train(self, mode: bool = True) -> Self:
         """As any module's, but what is frozen stays in evaluation mode: no dropout, no moving batch statistics."""
         super().train(mode)
         for name in self.frozen:

@@ -5,8 +5,6 @@ What each one holds is in opd/models/tiny.yaml.
 python -m opd.models.tiny FAMILY FOLDER      # FOLDER/student and FOLDER/teacher
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import json
@@ -100,13 +98,9 @@ def _write_tekken(spec: dict[str, Any], path: Path) -> int:
         for i, w in enumerate(words)
     ]
     special = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)]
-    config = spec["config"] | {
-        "num_vocab_tokens": len(words),
-        "default_vocab_size": len(special) + len(words),
-        "default_num_special_tokens": len(special),
-    }
-    about = {"config": config, "vocab": vocab, "special_tokens": special, "audio": spec["audio"]}
-    path.write_text(json.dumps(about))
+    config = spec["config"] | {"num_vocab_tokens": len(words), "default_num_special_tokens": len(special)}
+    config["default_vocab_size"] = len(special) + len(words)
+    path.write_text(json.dumps({"config": config, "vocab": vocab, "special_tokens": special, "audio": spec["audio"]}))
     return len(special) + len(words)
 
 

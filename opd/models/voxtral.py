@@ -4,8 +4,6 @@ vLLM reads Mistral's own files (params.json, tekken.json, consolidated.safetenso
 A checkpoint of ours holds both. Text teacher: a Mistral LLM with the same tekken.json.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re
@@ -24,7 +22,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from opd.models.whisper import Merging
 from opd.settings import UserError
-from opd.types import Message
+from opd.types import Message, with_parts
 
 MISTRAL = ("params.json", "tekken.json")
 TOWER = "mm_whisper_embeddings.whisper_encoder."
@@ -102,17 +100,12 @@ class Voxtral(Merging):
         return {"mel": mel, "frames": torch.full((len(mel),), mel.shape[-1]), "windows": torch.tensor(counts)}
 
     def audio_tokens(self, samples: int) -> int:
-        windows = -(-samples // self.extractor.n_samples)
-        return windows * self.extractor.nb_max_frames // (2 * self.merged)
+        return -(-samples // self.extractor.n_samples) * self.extractor.nb_max_frames // (2 * self.merged)
 
     def chat_ids(self, messages: list[Message]) -> list[int]:
         rate, buffer = self.sampling_rate, io.BytesIO()
         soundfile.write(buffer, np.zeros(rate // 10, np.float32), rate, format="wav")
         silence = {"type": "audio", "base64": base64.b64encode(buffer.getvalue()).decode()}
-
-        def silent(content: Any) -> Any:
-            return content if isinstance(content, str) else [silence if p["type"] == "audio" else p for p in content]
-
-        chat = [{**m, "content": silent(m["content"])} for m in messages]
+        chat = with_parts(messages, lambda part: silence if part["type"] == "audio" else part)
         ids = self.processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0].tolist()
         return [i for token, run in groupby(ids) for i in ([token] if token == self.audio_id else run)]

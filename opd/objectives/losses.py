@@ -9,10 +9,7 @@ Their names: LOSSES.
 N tokens of responses (a chunk of them: opd/objectives/token_loss.py), V vocabulary, K kept ids.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -289,19 +286,9 @@ def uld_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     return Terms(loss, {"uld": loss})
 
 
-# The loss of each of opd.config.objective.OBJECTIVES.
-LOSSES: dict[str, Callable[[Tokens, ObjectiveConfig], Terms]] = {
-    "sft": sft_terms,
-    "kd": kd_terms,
-    "xopd": xopd_terms,
-    "reverse_kl": reverse_kl_terms,
-    "forward_kl": forward_kl_terms,
-    "jsd": jsd_terms,
-    "entropy_aware": entropy_aware_terms,
-    "cord": cord_terms,
-    "salad": salad_terms,
-    "uld": uld_terms,
-}
+# The loss of each of opd.config.objective.OBJECTIVES, under its name.
+OF_KL = (kd_terms, reverse_kl_terms, forward_kl_terms, jsd_terms, entropy_aware_terms, cord_terms, salad_terms)
+LOSSES = {loss.__name__.removesuffix("_terms"): loss for loss in (sft_terms, xopd_terms, *OF_KL, uld_terms)}
 
 
 def token_terms(t: Tokens, o: ObjectiveConfig) -> Terms:

@@ -7,11 +7,9 @@ once, chunk by chunk, while its logits are still there: nothing of size [tokens,
 N tokens of a micro-batch, one response after another, padding left out; H hidden size; V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +48,7 @@ class MicroBatch:
     top_ids: Tensor | None = None  # [B, T, K], with objective.top_k; -1 where there is none
     top_logp: Tensor | None = None  # [B, T, K], the teacher's
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> Self:
         """The same with its tensors on `device`."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
@@ -58,8 +56,7 @@ class MicroBatch:
     @property
     def inputs(self) -> dict[str, Any]:
         """What `SpeechLM` takes of it beside the audio."""
-        names = ("ids", "position_ids", "attends", "row", "positions")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("ids", "position_ids", "attends", "row", "positions")}
 
     @property
     def clips(self) -> list[str]:

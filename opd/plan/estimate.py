@@ -3,8 +3,6 @@
 The formulas are in learner_memory.py and server_memory.py, the estimate of time in step_time.py. page.py prints.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -220,7 +218,6 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     Raises UserError when a model's config cannot be read, the DeepSpeed settings are at fault, or
     machine.response_tokens is above rollout.max_tokens.
     """
-
     machine, placement = machine or Machine(), placement_of(config)
     student, teacher = student_shape(config), teacher_shape(config) if needs_teacher(config) else None
     longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
@@ -271,13 +268,11 @@ def shortfalls(plan: Plan, node: int | None = None) -> list[str]:
     used = max((u.device + 1 for u in plan.uses if u.device is not None), default=0)
     if machine.gpus is not None and used > machine.gpus:
         found.append(f"needs {used} GPUs on a node, given {machine.gpus}")
-    for server, groups in plan.servers.items():
-        if server.missing and (node is None or node in [g.node for g in groups]):
-            left = (
-                f"share {gib(server.share)} less weights {gib(server.weights)} and a forward pass {gib(server.pass_)}"
-            )
-            short = f"{gib(server.missing)} short of one sequence of {server.max_model_len} tokens"
-            found.append(f"{server.kind} server on {at(groups)}: its {left} is {short}")
+    for s, groups in plan.servers.items():
+        if s.missing and (node is None or node in [g.node for g in groups]):
+            left = f"share {gib(s.share)} less weights {gib(s.weights)} and a forward pass {gib(s.forward_pass)}"
+            short = f"{gib(s.missing)} short of one sequence of {s.max_model_len} tokens"
+            found.append(f"{s.kind} server on {at(groups)}: its {left} is {short}")
     alike: dict[str, list[Use]] = {}
     for use in [*plan.uses, *plan.hosts]:
         if use.short and use.capacity is not None and node in (None, use.node):

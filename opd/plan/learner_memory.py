@@ -6,10 +6,8 @@ backward needs, per layer), LoRA (arXiv 2106.09685, section 4.2: only the adapte
 states), and for the rest what DeepSpeed and opd/train/learner.py do; tests hold the states to a real engine's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from opd.config import needs
 from opd.config.needs import asks_teacher_servers, copies_start, shards_start
@@ -70,7 +68,7 @@ class Zero:
     sub_group: int
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> Zero:
+    def of(cls, settings: dict[str, Any]) -> Self:
         """From the settings that DeepSpeed gets. Raises UserError for an offload that no formula here covers."""
         z = settings.get("zero_optimization") or {}
         stage = int(z.get("stage", 0))
@@ -338,8 +336,7 @@ def learner_memory(
     local = teacher if any(t.kind in ("local", "self") for t in config.teacher.each.values()) else None
     gather = {}
     if local and any(t.shard and t.kind == "local" for t in config.teacher.each.values()):
-        sizes = [w.numel for w in local.weights]
-        shared = gathered(replace(zero, stage=3), sizes, SIZES[config.teacher.dtype], ranks)
+        shared = gathered(replace(zero, stage=3), [w.numel for w in local.weights], SIZES[config.teacher.dtype], ranks)
         gather = {"teacher's gathered parameters": shared}
     for name, (size, cut) in frozen(config, student, teacher).items():
         where = out.host if cut and zero.offload_param else out.device

@@ -1,7 +1,5 @@
 """`opd plan`: tables of a plan, or JSON."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from itertools import combinations, product
@@ -31,10 +29,8 @@ def main(recipe: str, overrides: list[str], machine: Machine, as_json: bool) -> 
     others = alternatives(recipe, overrides, at_most, folder) if plan.uses or machine.gpus else {}
     best = recommended(others)
     cure = remedy(recipe, overrides, plan) if not plan.fits else None
-    if as_json:
-        print(json.dumps(to_json(plan, others, best, cure), indent=2))
-    else:
-        print("\n".join(page(plan, others, best, cure)))
+    found = plan, others, best, cure
+    print(json.dumps(to_json(*found), indent=2) if as_json else "\n".join(page(*found)))
     return 0 if plan.fits else 1
 
 
@@ -88,7 +84,7 @@ def _learner(plan: Plan) -> list[str]:
 
 
 def _server(plan: Plan, s: ServerMemory, devices: str) -> list[str]:
-    rows = {"share of the GPU": s.share, "weights": s.weights, "a forward pass, context, graphs": s.pass_}
+    rows = {"share of the GPU": s.share, "weights": s.weights, "a forward pass, context, graphs": s.forward_pass}
     rows["left for keys and values"] = s.kv
     if s.beyond:
         rows["beyond its share: log-probs of prompts"] = s.beyond
@@ -96,7 +92,7 @@ def _server(plan: Plan, s: ServerMemory, devices: str) -> list[str]:
     lines = _table(f"{s.kind.capitalize()} server, each of {s.tensor_parallel} GPUs: {devices}", rows)
     most = s.max_model_len
     counts = f"{s.sequences(most)} sequences of {most} tokens, {s.sequences(typical)} of {typical}"
-    return [*lines, f"  {s.kv_token} bytes of keys and values a token; at a time {counts}"]
+    return [*lines, f"  {s.kv_per_token} bytes of keys and values a token; at a time {counts}"]
 
 
 def _places(plan: Plan) -> list[str]:
@@ -167,14 +163,10 @@ def _alternatives(plan: Plan, others: dict[str, Plan | str], best: str | None) -
 def to_json(plan: Plan, others: dict[str, Plan | str], best: str | None, cure: list[str] | None) -> dict[str, Any]:
     """The same as plain data; sizes in bytes, times in seconds."""
     roles = {"student": plan.student} | ({"teacher": plan.teacher} if plan.teacher else {})
-    servers = [
-        {
-            "kind": s.kind, "devices": [[g.node, d] for g in groups for d in g.devices],
-            "tensor_parallel": s.tensor_parallel, "share": s.share, "weights": s.weights, "forward_pass": s.pass_,
-            "beyond": s.beyond, "kv": s.kv, "kv_per_token": s.kv_token, "sequences": s.sequences(s.max_model_len),
-        }
-        for s, groups in plan.servers.items()
-    ]  # fmt: skip
+    servers = []
+    for s, groups in plan.servers.items():
+        devices = [[g.node, d] for g in groups for d in g.devices]
+        servers.append(asdict(s) | {"devices": devices, "kv": s.kv, "sequences": s.sequences(s.max_model_len)})
     t = plan.time
     seconds = asdict(t) | {"step": t.step, "run": t.step * plan.config.train.steps} if t else {}
     seconds.pop("at_once", None)

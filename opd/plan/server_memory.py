@@ -5,8 +5,6 @@ what remains to keys and values (vllm/v1/worker/gpu_worker.py, determine_availab
 (arXiv 2309.06180, section 4). Weights and blocks are exact; the forward pass is a rough figure.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,24 +33,24 @@ class ServerMemory:
     tensor_parallel: int
     share: int  # bytes that vLLM may take
     weights: int
-    pass_: int  # of one forward pass, with context and graphs
+    forward_pass: int  # of one forward pass, with context and graphs
     beyond: int  # outside its share: log-probs of prompts, which vLLM does not measure
-    kv_token: int  # bytes of keys and values of one token
+    kv_per_token: int  # bytes of keys and values of one token
     max_model_len: int
 
     @property
     def kv(self) -> int:
         """Bytes that remain for keys and values; below 0: weights and one pass are more than the share."""
-        return self.share - self.weights - self.pass_
+        return self.share - self.weights - self.forward_pass
 
     @property
     def missing(self) -> int:
         """Bytes short of one sequence of max_model_len, without which vLLM does not start; 0 where it fits."""
-        return max(0, blocks(self.max_model_len) * BLOCK * self.kv_token - self.kv)
+        return max(0, blocks(self.max_model_len) * BLOCK * self.kv_per_token - self.kv)
 
     def sequences(self, length: int) -> int:
         """How many sequences of so many tokens the cache holds at a time."""
-        return max(0, self.kv // (BLOCK * self.kv_token)) // blocks(length)
+        return max(0, self.kv // (BLOCK * self.kv_per_token)) // blocks(length)
 
 
 def blocks(tokens: int) -> int:
@@ -107,8 +105,8 @@ def server_memory(
         per_token += 2 * d * m.hidden * m.experts_per_token
     clips = max(1, tokens // max(1, shape.audio_tokens(30.0))) if shape.tower else 0
     logits = 3 * 4 * s.max_num_seqs * m.vocab
-    pass_ = tokens * per_token + logits + tower_bytes(shape, d, 30.0, clips, kept=False) + CONTEXT + GRAPHS
+    forward_pass = tokens * per_token + logits + tower_bytes(shape, d, 30.0, clips, kept=False) + CONTEXT + GRAPHS
     own, weights = int(memory * memory_share(config, share)), weight_bytes(shape, d, tensor_parallel)
     beyond = tokens * m.vocab * (d + 8) if kind == "teacher" else 0
-    kv_token = kv_token_bytes(m, d, tensor_parallel)
-    return ServerMemory(kind, tensor_parallel, own, weights, pass_, beyond, kv_token, s.max_model_len)
+    kv_per_token = kv_token_bytes(m, d, tensor_parallel)
+    return ServerMemory(kind, tensor_parallel, own, weights, forward_pass, beyond, kv_per_token, s.max_model_len)

@@ -3,8 +3,6 @@
 The model is built by transformers on the `meta` device, where a tensor has a shape and no storage: counts are exact.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from opd.config.load import resolve_model
 from opd.config.placement import of_routes
 from opd.config.schema import Config
 from opd.models.registry import FAMILIES, quiet
-from opd.settings import UserError, read_yaml
+from opd.settings import UserError, first_line, read_yaml
 
 RATE = 16000  # samples per second of every family
 # What a family asks of its feature extractor, as Whisper's has it: windows of 30 s, a frame every 10 ms.
@@ -164,11 +162,9 @@ def _config(path: str, key: str) -> tuple[Any, str]:
             return known, "shipped shapes (opd/plan/shapes.yaml), not its config.json"
         return AutoConfig.from_pretrained(path), "its config.json on the hub"
     except (OSError, ValueError, KeyError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(
-            f"{key} {path}: no readable config.json ({reason}); name a folder or a hub id that can be reached, or one "
-            f"whose shape comes with opd: {', '.join(shipped())}"
-        ) from e
+        remedy = "name a folder or a hub id that can be reached, or one whose shape comes with opd"
+        told = f"no readable config.json ({first_line(e)}); {remedy}: {', '.join(shipped())}"
+        raise UserError(f"{key} {path}: {told}") from e
 
 
 def _extractor(about: Any) -> Any:

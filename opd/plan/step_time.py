@@ -6,8 +6,6 @@ and the keys and values of all sequences for every token, so memory bandwidth bo
 `Speeds` and is printed with the estimate.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from opd.config.schema import Config
@@ -56,8 +54,7 @@ def learner_flops(config: Config, shape: ModelShape, typical: Lengths) -> float:
     n = config.rollout.n if config.rollout.student_writes else 1
     responses = len(_prompts(config, typical)) * n * typical.response * config.train.prompts_per_step
     tokens = sum(_prompts(config, typical)) * config.train.prompts_per_step + responses
-    own = "llm" in config.student.train and config.student.lora is None
-    per = 2 + 2 + (2 if own else 0)
+    per = 2 + 2 + (2 if "llm" in config.student.train and config.student.lora is None else 0)
     again = 2 if config.train.gradient_checkpointing else 0
     output = shape.decoder.vocab * shape.decoder.hidden
     tower = 0.0
@@ -79,12 +76,10 @@ def decode_seconds(
     prompts = _prompts(config, typical)
     mean = sum(prompts) / len(prompts) + typical.response / 2
     each = -(-config.train.prompts_per_step * config.rollout.n * len(prompts) // servers)
-    whole = max(prompts) + typical.response
-    most = min(server.sequences(whole), config.rollout.server.max_num_seqs)
+    most = min(server.sequences(max(prompts) + typical.response), config.rollout.server.max_num_seqs)
     at_once = max(1, min(each, most, -(-config.rollout.concurrency * ranks // servers)))
-    read = server.weights + at_once * mean * server.kv_token
-    waves = -(-each // at_once)
-    decode = waves * typical.response * read / (speeds.hbm * 1e9 * speeds.read)
+    read = server.weights + at_once * mean * server.kv_per_token
+    decode = -(-each // at_once) * typical.response * read / (speeds.hbm * 1e9 * speeds.read)
     tokens = sum(prompts) * config.train.prompts_per_step / servers
     return decode + 2 * shape.active * tokens / (server.tensor_parallel * speeds.flops(shape)), at_once
 

@@ -5,8 +5,6 @@ badly says why; a node that falls silent is lost. The hub hears all sides for a 
 nearest to the cause, and everybody ends with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket
@@ -43,12 +41,14 @@ class End:
 class Alone:
     """A run on one node: nobody to wait for."""
 
+    _end: End | None = None  # the verdict: the same on all nodes
+
     def join(self, check: Callable[[], None]) -> None:
         """Nobody else starts."""
 
     def outcome(self) -> End | None:
-        """Nobody else ends the run."""
-        return None
+        """How the run ended, once that is known here; nobody else ends the run of one node."""
+        return self._end
 
     def finished(self, check: Callable[[], None]) -> End:
         """The learner on this node is done, and so is the run."""
@@ -71,7 +71,6 @@ class Cluster(Alone):
         self.hosts, self.port, self.node, self.learners = hosts, port, node, set(learners)
         self.hub = f"{hosts[0]}:{port}"
         self.recipe, self.lost_s = recipe, lost_s
-        self._end: End | None = None  # the verdict: the same on all nodes
         self._news: list[End] = []  # hub: what was heard, before the verdict
         self._done: set[int] = set()  # hub: nodes whose learner is done
         self._peers: dict[int, socket.socket] = {}  # hub: by node; member: the hub under 0
@@ -95,10 +94,6 @@ class Cluster(Alone):
         else:
             self._connect(check)
         threading.Thread(target=self._beat, daemon=True).start()
-
-    def outcome(self) -> End | None:
-        """How the run ended, once that is known here."""
-        return self._end
 
     def finished(self, check: Callable[[], None]) -> End:
         """This node's learner is done: wait for the others'. Returns how the run ended."""

@@ -62,11 +62,9 @@ def student_server(config: Config, place: Place, resolve: Resolve = resolve_mode
     extra = ["--logprobs-mode", "processed_logprobs", "--limit-mm-per-prompt", json.dumps(limits)]
     backend = BACKENDS[config.rollout.transport or "file"]
     extra += ["--weight-transfer-config", json.dumps({"backend": backend}), *family.server]
-    if config.rollout.sleep:
-        extra.append("--enable-sleep-mode")
+    extra += ["--enable-sleep-mode"] if config.rollout.sleep else []
     command = _server(config, place, model, config.student.dtype, extra)
-    command.env["VLLM_SERVER_DEV_MODE"] = "1"
-    command.env[TRIM_AUDIO] = str(int(config.rollout.server.trim_audio))
+    command.env.update({"VLLM_SERVER_DEV_MODE": "1", TRIM_AUDIO: str(int(config.rollout.server.trim_audio))})
     if "VLLM_PLUGINS" in os.environ:  # unset loads every plugin; a choice must not leave ours out
         chosen = [name for name in os.environ["VLLM_PLUGINS"].split(",") if name]
         command.env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*chosen, PLUGIN]))
@@ -156,8 +154,7 @@ def network_interface(host: str) -> str | None:
         address = socket.gethostbyname(host)
     except OSError:
         return None
-    interfaces = psutil.net_if_addrs()
-    return next((name for name, some in interfaces.items() if any(a.address == address for a in some)), None)
+    return next((n for n, some in psutil.net_if_addrs().items() if any(a.address == address for a in some)), None)
 
 
 def _threads(n: int) -> dict[str, str]:

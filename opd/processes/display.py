@@ -1,7 +1,5 @@
 """What the launcher shows: one line per process, the run's phase, a progress bar."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from opd.config.schema import Config
 from opd.processes.guard import Process
+from opd.storage.run_folder import status_of
 from opd.types import VIEWS
 
 PLAIN_EVERY_S = 10.0
@@ -43,13 +42,6 @@ class Display(ExitStack):
         """One message above whatever is shown."""
         print(text, flush=True)
 
-    def status(self) -> dict[str, Any]:
-        """The learner's last word, {} before its first."""
-        try:
-            return json.loads((self.folder / "status.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
-
     def refresh(self) -> None:
         """Print what changed."""
         for p in self.processes:
@@ -57,7 +49,7 @@ class Display(ExitStack):
             if self._states.get(p.command.name) != state:
                 self._states[p.command.name] = state
                 self.say(f"{p.command.name}: {state} (log {p.log})")
-        status = self.status()
+        status = status_of(self.folder)
         phase = f"{status.get('phase', '')} {status.get('detail', '')}".strip()
         if phase and phase != self._phase:
             self._phase = phase
@@ -77,7 +69,7 @@ class Display(ExitStack):
 
     def newest(self) -> dict[str, Any] | None:
         """The last whole line of metrics.jsonl; None until the learner has made the folder ready for this run."""
-        if not self.status():
+        if not status_of(self.folder):
             return None
         lines, _ = _whole_lines(self.folder / "metrics.jsonl", -TAIL_BYTES)
         return _object(lines[-1]) if lines else None
@@ -109,7 +101,7 @@ class LiveDisplay(Display):
             uptime = int(time.monotonic() - p.started)
             where = p.command.url or str(p.log)
             rows.append(Text(f"  {p.command.name:8} {state:10} pid {p.guard.pid}  {uptime:4d} s  {where}"))
-        status, line = self.status(), self.newest()
+        status, line = status_of(self.folder), self.newest()
         rows.append(Text(f"  {status.get('phase', 'waiting')} {status.get('detail', '')}".rstrip()))
         rows += [Text(f"  warning: {text}", style="yellow") for text in status.get("warnings", [])]
         if line is not None:
@@ -125,8 +117,7 @@ def describe_step(m: dict[str, Any]) -> str:
     parts = [f"step {m['step']}/{m['steps']}", f"loss {_number(m, 'loss')}"]
     parts += [f"reverse KL {view} {_number(m, key)}" for view in VIEWS if (key := f"reverse_kl/{view}") in m]
     parts += [f"length {_number(m, 'length/mean', 1)}", f"{_number(m, 'samples_per_s', 0)} samples/s"]
-    left = int((m["steps"] - m["step"]) * m["seconds"] / m["step"])
-    minutes, seconds = divmod(left, 60)
+    minutes, seconds = divmod(int((m["steps"] - m["step"]) * m["seconds"] / m["step"]), 60)
     eta = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
     return ", ".join([*parts, f"ETA {eta}"])
 

@@ -1,12 +1,10 @@
 """Addresses: on which host, port and devices every server and learner rank of a run is. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Literal, Self
 
 from opd.config.needs import starts_student, starts_teacher
 from opd.config.placement import Placement, Servers, placement_of
@@ -40,7 +38,7 @@ class Place:
         return f"http://{self.host}:{self.port}"
 
     @classmethod
-    def here(cls, kind: Kind, port: int | None = None) -> Place:
+    def here(cls, kind: Kind, port: int | None = None) -> Self:
         """A lone server on this machine's CPU, at a free port."""
         return cls(kind, kind, 0, LOOPBACK, port or free_port())
 

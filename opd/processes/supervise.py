@@ -1,7 +1,5 @@
 """Sees one node's part of a run through: servers, then learner ranks; however it ends, nothing is left behind."""
 
-from __future__ import annotations
-
 import re
 import signal
 import sys
@@ -19,6 +17,7 @@ from opd.processes.commands import Command
 from opd.processes.display import Display, LiveDisplay
 from opd.processes.guard import Process, no_orphans, stop_all
 from opd.settings import RunFailed, UserError
+from opd.storage.run_folder import status_of
 
 POLL_S = 0.25
 STARTED = "=== opd starts: "  # a log file keeps what earlier starts wrote
@@ -132,7 +131,7 @@ class Watch:
         head = f"the {learner.command.name.partition('-')[0]} ended with exit code {learner.code}: "
         if gone := killed(learner.log):
             return End(1, f"{head}{gone}; see {learner.log}", PROCESS)
-        status = self.display.status()
+        status = status_of(self.display.folder)
         message = status.get("error") or cause(learner.log, learner.code or 0)
         if status.get("user_error"):
             return End(2, message, PROCESS, user_error=True)

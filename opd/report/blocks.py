@@ -1,7 +1,5 @@
 """The blocks of a page: one template makes HTML of them, `markdown` Markdown; charts are inline SVG, transparent."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,18 +16,11 @@ RED, VIOLET, GREY = "#d55e00", "#8f73d9", "#8a8a8a"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, VIOLET)
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 SETTINGS = {
-    "svg.hashsalt": "opd",
-    "svg.fonttype": "none",
+    **{"svg.hashsalt": "opd", "svg.fonttype": "none", "axes.axisbelow": True, "grid.alpha": 0.15},
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.formatter.useoffset", "legend.frameon"), False),
     "text.parse_math": False,  # a $ in a run's name is a $
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.15,
-    "legend.frameon": False,
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
-    ),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK),
 }
 
 
@@ -146,8 +137,7 @@ def figure(caption: str, draw: Callable[[Any], None], inches: tuple[float, float
         if not drawn:
             return Figure(caption)
         labelled = {label: h for a in drawn for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-        widest = max(map(len, labelled))
-        columns = max(1, min(len(labelled), 110 // (widest + 6)))
+        columns = max(1, min(len(labelled), 110 // (max(map(len, labelled)) + 6)))
         canvas.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=columns)
         lines = [line for a in drawn for line in a.get_lines() if not str(line.get_label()).startswith("_")]
         alt = " ".join([caption, *(_spoken(line, unit) for line in lines)])

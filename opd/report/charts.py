@@ -1,12 +1,10 @@
 """The charts of a report."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from opd.report.blocks import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, Figure, figure
-from opd.report.pipelines import PHASES, Pipeline, phases
-from opd.report.runs import VIEWS, Run
+from opd.report.runs import PHASES, Pipeline, Run, phases
+from opd.types import VIEWS
 
 BARS = {"speech": BLUE, "text": ORANGE, "teacher": GREY, "retention": GREEN}
 PHASE_COLOURS = dict(zip(PHASES, (BLUE, ORANGE, GREEN, PINK, GREY), strict=True))
@@ -14,26 +12,17 @@ POINTS = 1000  # of a curve at most: longer ones show means of consecutive steps
 
 # what a chart shows: of each panel its metrics, the label of its axis and the least span of that, so that noise around
 # a constant looks like one
+KL = [("reverse_kl/speech reverse_kl/text", "nats per token", 0.01)]
+RATIO = [("ratio/mean", "importance ratio, mean", 0.02), ("ratio/clipped", "importance ratio, share clipped", 0.02)]
+LENGTH = [("length/mean", "tokens", 1.0), ("length/truncated", "share truncated", 0.02)]
+LOSS = [("loss", "loss", 0.01), ("grad_norm", "gradient norm", 0.01)]
+MISMATCH = [("mismatch/logprob", "nats per token", 1e-6), ("entropy", "entropy, nats per token", 0.01)]
 CURVES = {
-    "Reverse KL on the student's own samples, by view (text dashed).": [
-        ("reverse_kl/speech reverse_kl/text", "nats per token", 0.01)
-    ],
-    "Importance ratio of learner to sampler, and the share of tokens where it is cut off.": [
-        ("ratio/mean", "importance ratio, mean", 0.02),
-        ("ratio/clipped", "importance ratio, share clipped", 0.02),
-    ],
-    "Responses: mean length, and the share that never ended.": [
-        ("length/mean", "tokens", 1.0),
-        ("length/truncated", "share truncated", 0.02),
-    ],
-    "Loss, which each objective defines for itself, and the norm of the gradient.": [
-        ("loss", "loss", 0.01),
-        ("grad_norm", "gradient norm", 0.01),
-    ],
-    "Mean |learner - sampler| log-prob of the sampled tokens, and the student's entropy.": [
-        ("mismatch/logprob", "nats per token", 1e-6),
-        ("entropy", "entropy, nats per token", 0.01),
-    ],
+    "Reverse KL on the student's own samples, by view (text dashed).": KL,
+    "Importance ratio of learner to sampler, and the share of tokens where it is cut off.": RATIO,
+    "Responses: mean length, and the share that never ended.": LENGTH,
+    "Loss, which each objective defines for itself, and the norm of the gradient.": LOSS,
+    "Mean |learner - sampler| log-prob of the sampled tokens, and the student's entropy.": MISMATCH,
 }
 
 
@@ -74,8 +63,7 @@ def curves(pipelines: list[Pipeline], caption: str) -> Figure:
     pale = {r.name for p in pipelines for r in p.runs[:-1]} if len(pipelines) > 1 else set()
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (names, label, least) in zip(axes, panels, strict=True):
+        for ax, (names, label, least) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             ax.grid(True, axis="y")
             ax.set(xlabel="step of the pipeline", ylabel=label)
             for run, start, colour in _placed(pipelines):
@@ -85,12 +73,10 @@ def curves(pipelines: list[Pipeline], caption: str) -> Figure:
                     view = name.rpartition("/")[2]
                     if view in VIEWS and len(pipelines) == 1:
                         style["color"] = BARS[view]
-                    points = _thinned([(start + m["step"], m[name]) for m in run.steps if m.get(name) is not None])
-                    if points:
+                    points = [(start + m["step"], m[name]) for m in run.steps if m.get(name) is not None]
+                    if points := _thinned(points):
                         shown = f"{view}, {run.name}" if view in VIEWS else run.name
-                        shown = (
-                            f" {shown}" if shown.startswith("_") else shown
-                        )  # matplotlib's legends leave out _ labels
+                        shown = " " * shown.startswith("_") + shown  # matplotlib's legends leave out _ labels
                         style["marker"] = "o" if len(points) == 1 else None
                         ax.plot(*zip(*points, strict=True), **style, linewidth=1.4, label=shown)
             _widen(ax, least)
@@ -119,7 +105,7 @@ def times(runs: list[Run]) -> Figure:
         for phase in PHASES if found else ():
             values = [float(seconds[phase]["mean"] or 0.0) for _, seconds in found]
             axes.barh(range(len(found)), values, 0.6, left=left, color=PHASE_COLOURS[phase], label=phase)
-            left = [a + b for a, b in zip(left, values, strict=True)]
+            left = list(map(sum, zip(left, values, strict=True)))
         axes.set_yticks(range(len(found)), [r.name for r, _ in found])
         axes.invert_yaxis()
         axes.set_xlabel("seconds per step")

@@ -1,7 +1,5 @@
 """`opd export`: a checkpoint as the folder that one pushes to the Hub. Imports no torch until it verifies."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -20,9 +18,7 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # weights that run code as t
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 OF_THE_MODEL = ("config.json", "params.json")  # an adapter's base has its own
 RECIPE = "recipe.yaml"
-RECIPE_HEAD = (
-    "# The recipe of the last stage, every key resolved; no addresses, absolute paths cut to their last name.\n"
-)
+HEAD = "# The recipe of the last stage, every key resolved; no addresses, absolute paths cut to their last name.\n"
 # Addresses and places of one machine: nobody else's business, and of no use to others.
 PRIVATE = ("launch", "rollout.urls", "rollout.transfer_dir", "teacher.urls", "run.dir")
 
@@ -53,17 +49,15 @@ def export(run: Path, out: Path, which: str = saved.LAST, merge: bool = False, o
         except UserError as e:  # the copy goes; what is wrong with it is wrong with what was copied
             raise UserError(str(e).replace(str(aside), str(checkpoint / "model"))) from e
         recipe = yaml.safe_dump(_public(found[-1].config), sort_keys=False, allow_unicode=True)
-        (aside / RECIPE).write_text(RECIPE_HEAD + recipe, encoding="utf-8")
+        (aside / RECIPE).write_text(HEAD + recipe, encoding="utf-8")
         about = Exported(found, int(checkpoint.name[5:]), adapter, tried.model_class, tried.parameters)
         model_card(about).save(aside / "README.md")
+        old = aside.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            old = aside.with_name(f".{out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(out, old)
-            os.replace(aside, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, out)
+        os.replace(aside, out)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise UserError(f"{out}: cannot be written there ({e.strerror or e}); choose another --out") from e
     finally:
@@ -114,9 +108,6 @@ def _public(node: Any, key: str = "") -> Any:
     return label(node) if isinstance(node, str) else node
 
 
-# ---- does it load? ---------------------------------------------------------------------------------------------------
-
-
 class Tried(NamedTuple):
     """What transformers found in a folder."""
 
@@ -160,8 +151,7 @@ def try_adapter(folder: Path, model: Path) -> Tried:
 
     family = family_of(str(model))
     hf = family.outline()
-    settings = peft.PeftConfig.from_pretrained(str(folder))
-    peft.inject_adapter_in_model(settings, hf, low_cpu_mem_usage=True)
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), hf, low_cpu_mem_usage=True)
     state = peft.get_peft_model_state_dict(hf, save_embedding_layers=False)
     expected = {f"base_model.model.{n}": list(v.shape) for n, v in state.items()}
     try:
@@ -175,12 +165,8 @@ def try_adapter(folder: Path, model: Path) -> Tried:
     return Tried(family.model_class, len(there), sum(v.numel() for v in state.values()))
 
 
-# ---- what it says ----------------------------------------------------------------------------------------------------
-
-
 def _told(runs: list[Run], checkpoint: Path, out: Path, adapter: bool, tried: Tried) -> list[str]:
-    files = sorted(p for p in out.rglob("*") if p.is_file())
-    lines = [f"wrote {p} ({p.stat().st_size:,} bytes)" for p in files]
+    lines = [f"wrote {p} ({p.stat().st_size:,} bytes)" for p in sorted(out.rglob("*")) if p.is_file()]
     what = f"{'adapter' if adapter else 'model'} of {tried.parameters:,} parameters in {tried.tensors} tensors"
     lines.append(f"{checkpoint}: {what}, all of them fit")
     best = saved.best_of(runs[-1].folder)

@@ -14,7 +14,6 @@ from opd.storage import run_folder as saved
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TASK = "audio-text-to-text"
@@ -75,6 +74,7 @@ def model_card(about: Exported) -> ModelCard:
     name = f"{folder}-{stage}" if stage and stage not in folder else folder
     best = saved.best_of(run.folder)
     manifests = [str(_get(r, "data", "train", "")) for r in about.runs]
+    objectives = sorted({str(_get(r, "objective", "name", "xopd")) for r in about.runs})
     data_sets = {re.sub(r"^hub:([^/:]*(/[^/:]*)?).*", r"\1", m) for m in manifests if m.startswith("hub:")}
     data = ModelCardData(
         base_model=base.hub,
@@ -84,12 +84,7 @@ def model_card(about: Exported) -> ModelCard:
         license=base.license or "unknown",
         library_name="peft" if about.adapter else "transformers",
         pipeline_tag=TASK,
-        tags=[
-            "opd",
-            "on-policy-distillation",
-            "speech",
-            *sorted({str(_get(r, "objective", "name", "xopd")) for r in about.runs}),
-        ],
+        tags=["opd", "on-policy-distillation", "speech", *objectives],
         model_name=name,
         eval_results=_results(run, measured) or None,
         **base.more,
@@ -123,8 +118,7 @@ def hub_id(path: str, at: Path | None = None) -> str | None:
 
 def base_of(runs: list[Run]) -> Parent:
     """The model that the first run's student is."""
-    path = saved.split(str(_get(runs[0], "student", "path", "")))[0].as_posix()
-    return _parent(path, student_of(runs[0]))
+    return _parent(saved.split(str(_get(runs[0], "student", "path", "")))[0].as_posix(), student_of(runs[0]))
 
 
 def _teachers(runs: list[Run]) -> list[Parent]:

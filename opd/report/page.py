@@ -1,7 +1,5 @@
 """Run folders -> report.json, report.html: headline, tables, charts, dialogues with per-token advantage as colour."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -10,11 +8,11 @@ from typing import Any
 
 from opd.report.blocks import Block, Details, Heading, Paragraph, Table, Tokens, document
 from opd.report.charts import CURVES, accuracy, curves, times
-from opd.report.pipelines import PHASES, Pipeline, chain, phases, seconds, summarise
-from opd.report.runs import VIEWS, Run, read_runs
+from opd.report.runs import PHASES, Pipeline, Run, chain, phases, read_runs, seconds, summarise
 from opd.scoring.statistics import Estimate
 from opd.settings import UserError
 from opd.storage.json_lines import write_atomic
+from opd.types import VIEWS
 
 FULL = 3.0  # nats: an advantage of this size or more has the full colour
 ORANGE, BLUE = "230,120,0", "0,114,178"
@@ -34,7 +32,8 @@ def write_report(runs: list[Path], out: Path) -> list[Path]:
         raise UserError(f"nothing to report yet, neither a finished step nor an evaluation ({states})")
     pipelines = chain(read)
     report = summarise(pipelines)
-    texts = {"report.json": json.dumps(report, indent=2, default=str), "report.html": page(pipelines, report)}
+    html = document(f"opd report: {', '.join(p.name for p in pipelines)}", _blocks(pipelines, report))
+    texts = {"report.json": json.dumps(report, indent=2, default=str), "report.html": html}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -42,11 +41,6 @@ def write_report(runs: list[Path], out: Path) -> list[Path]:
     except OSError as e:
         raise UserError(f"{out}: cannot write the report there ({e.strerror}); choose another --out") from e
     return [out / name for name in texts]
-
-
-def page(pipelines: list[Pipeline], report: dict[str, Any]) -> str:
-    """One HTML document that loads nothing from anywhere."""
-    return document(f"opd report: {', '.join(p.name for p in pipelines)}", _blocks(pipelines, report))
 
 
 def _blocks(pipelines: list[Pipeline], report: dict[str, Any]) -> Iterator[Block]:
@@ -198,11 +192,9 @@ def _dialogues(runs: list[Run]) -> Iterator[Block]:
     if not shown:
         yield Paragraph("No scored samples: no on-policy run in this report has finished a step.")
         return
-    about = (
-        "Each token is coloured by its advantage, log π(teacher) − log π(student), in nats: orange where the teacher "
-        "finds it less likely than the student does, blue where more; full colour at 3 nats. Point at a token for its "
-        "number."
-    )
+    about = "Each token is coloured by its advantage, log π(teacher) − log π(student), in nats: orange where the "
+    about += "teacher finds it less likely than the student does, blue where more; full colour at 3 nats. "
+    about += "Point at a token for its number."
     yield Tokens(about, "", [_token(f" {a:+g} " if a else " 0 ", float(a)) for a in range(-3, 4)])
     for run, s in shown:
         cut = ", truncated" if s.get("truncated") else ""

@@ -1,7 +1,5 @@
 """The student on vLLM servers: prompts in either view to sampled token ids with their log-probs."""
 
-from __future__ import annotations
-
 import sys
 import zlib
 from operator import itemgetter
@@ -35,10 +33,9 @@ class VllmSampler:
         usable = [s.url for s in self.servers if s.url not in others]
         if not usable:
             url, version = next(iter(others.items()))
-            raise ServerError(
-                f"{url}: holds weights of version {version}, the learner is at {self.version}; "
-                "the push was lost or the server was restarted: start the same command again to resume"
-            )
+            about = f"holds weights of version {version}, the learner is at {self.version}"
+            remedy = "the push was lost or the server was restarted: start the same command again to resume"
+            raise ServerError(f"{url}: {about}; {remedy}")
         for url, version in others.items():
             if self.rank == 0 and url not in self._left_out:
                 about = f"holds weights of version {version}, the learner is at {self.version}"
@@ -118,9 +115,7 @@ class VllmSampler:
             todo = [i for i, answer in zip(asked, found, strict=True) if answer.url not in urls]
         return [a.content for a in answers if a is not None]
 
-    def _request(
-        self, messages: list[Message], clips: dict[str, Any], n: int, temp: float, seed: int
-    ) -> dict[str, Any]:
+    def _request(self, messages: list[Message], clips: Clips, n: int, temp: float, seed: int) -> dict[str, Any]:
         bans = {str(i): BAN for i in self.family.banned_ids}
         body: dict[str, Any] = {"model": "student", "n": n, "temperature": temp, "seed": seed}
         body |= {"messages": self._spoken(messages, clips), "add_generation_prompt": True}
@@ -169,7 +164,6 @@ def _check_prompt(prompt: Prompt, view: View, expected: list[int], found: list[i
     if found != expected:
         same = min(len(expected), len(found))
         at = next((i for i in range(same) if expected[i] != found[i]), same)
-        raise ServerError(
-            f"prompt {prompt.id} ({view} view): the server reads {len(found)} ids, the learner {len(expected)}; "
-            f"first difference at {at}: {found[at : at + 5]}, {expected[at : at + 5]}"
-        )
+        told = f"the server reads {len(found)} ids, the learner {len(expected)}; first difference at {at}"
+        told += f": {found[at : at + 5]}, {expected[at : at + 5]}"
+        raise ServerError(f"prompt {prompt.id} ({view} view): {told}")

@@ -1,15 +1,11 @@
 """Where responses come from: the student on vLLM servers, the teacher, or the data set."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
 from opd.config.schema import Config
 from opd.models.base import Family
-from opd.rollout.sampler import VllmSampler
 from opd.settings import UserError
 from opd.types import Clips, Prompt, Rollout, View
 
@@ -25,9 +21,9 @@ class ResponseSource(Protocol):
 
 
 class StudentSource:
-    """Samples n responses per prompt and view from the student's vLLM servers."""
+    """Samples n responses per prompt and view from the student's vLLM servers (opd.rollout.sampler.VllmSampler)."""
 
-    def __init__(self, sampler: VllmSampler, config: Config, views: list[View]) -> None:
+    def __init__(self, sampler: Any, config: Config, views: list[View]) -> None:
         self.sampler, self.views = sampler, views
         self.n, self.temperature = config.rollout.n, config.rollout.temperature
 
@@ -44,11 +40,8 @@ class TeacherSource:
 
     def respond(self, prompts: list[tuple[int, Prompt]], clips: Clips, step: int) -> list[Rollout]:
         replies = self.teacher.respond([p for _, p in prompts], self.max_tokens)
-        return [
-            Rollout(p, view, ids, None, -1, truncated)
-            for view in self.views
-            for (_, p), (ids, truncated) in zip(prompts, replies, strict=True)
-        ]
+        said = [(p, ids, truncated) for (_, p), (ids, truncated) in zip(prompts, replies, strict=True)]
+        return [Rollout(p, view, ids, None, -1, truncated) for view in self.views for p, ids, truncated in said]
 
 
 class DatasetSource:
@@ -95,18 +88,13 @@ class MixSource:
         return sampled + [replace(r, stands_for=self.student.n) for r in written]
 
 
-def make_source(
-    config: Config, views: list[View], sampler: VllmSampler | None, writer: Any, family: Family
-) -> ResponseSource:
+def make_source(config: Config, views: list[View], sampler: Any, writer: Any, family: Family) -> ResponseSource:
     """The response source that the recipe asks for; `writer`: the teacher that writes, wherever it is."""
-    return SOURCES[config.rollout.source](config, views, sampler, writer, family)
-
-
-SOURCES: dict[str, Callable[..., ResponseSource]] = {
-    "student": lambda config, views, sampler, writer, family: StudentSource(sampler, config, views),
-    "teacher": lambda config, views, sampler, writer, family: TeacherSource(writer, config, views),
-    "dataset": lambda config, views, sampler, writer, family: DatasetSource(family, config, views),
-    "mix": lambda config, views, sampler, writer, family: MixSource(
-        StudentSource(sampler, config, views), TeacherSource(writer, config, views), config
-    ),
-}
+    student, teacher = StudentSource(sampler, config, views), TeacherSource(writer, config, views)
+    sources: dict[str, ResponseSource] = {
+        "student": student,
+        "teacher": teacher,
+        "dataset": DatasetSource(family, config, views),
+        "mix": MixSource(student, teacher, config),
+    }
+    return sources[config.rollout.source]

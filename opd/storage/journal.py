@@ -1,7 +1,5 @@
 """What a stage has done, in append-only files that survive an interruption at any byte."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -78,10 +76,9 @@ class Journal:
             try:
                 self._places[_key(line)] = path, offset
             except ValueError as e:
-                raise UserError(
-                    f"{path}: at byte {offset}: expected a stage's result, found {line[:40]!r}; take the line out, and "
-                    "the stage makes that record again"
-                ) from e
+                remedy = "take the line out, and the stage makes that record again"
+                found = f"expected a stage's result, found {line[:40]!r}"
+                raise UserError(f"{path}: at byte {offset}: {found}; {remedy}") from e
             offset += len(line)
         return offset
 

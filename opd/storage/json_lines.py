@@ -1,7 +1,5 @@
 """JSON lines that are read strictly, and files that are written whole."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

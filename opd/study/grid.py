@@ -1,7 +1,5 @@
 """Which runs a study needs, as far as is known: a row's rate is chosen before its reported runs have a name."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -188,8 +186,7 @@ class Study:
                 return None
         if not done:
             return None
-        untrained = means([o.evaluation for o in base], names, f"row {self.base(row).id}")
-        return choose(spec, untrained, done, failed)
+        return choose(spec, means([o.evaluation for o in base], names, f"row {self.base(row).id}"), done, failed)
 
     def problem(self, run: Run) -> str | None:
         """Why the run cannot start now: what it starts from is not done. None when it can."""
@@ -215,9 +212,8 @@ def check_files(row: str, config: Config, starts: bool) -> None:
         if path and not path.startswith(HUB) and not Path(path).is_file():
             raise UserError(f"row {row}: {key} {path}: no such manifest")
     models = [] if starts else [("student.path", config.student.path)]
-    for route, teacher in config.teacher.each.items():
-        if teacher.path:
-            models.append((f"teacher.routes.{route}.path" if route else "teacher.path", teacher.path))
+    each = [(f"teacher.routes.{r}.path" if r else "teacher.path", t.path) for r, t in config.teacher.each.items()]
+    models += [(key, path) for key, path in each if path]
     for key, path in models:
         try:
             resolve_model(path, key)

@@ -1,7 +1,5 @@
 """study.json: what the run folders say, row by row. Rewritten from them at any time. Imports no torch."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -66,9 +64,6 @@ def _move_aside(out: Path, names: list[str]) -> str:
         if path.is_file():
             path.rename(path.with_name(f"study.before.{number}{path.suffix}"))
     return str(out / f"study.before.{number}.*")
-
-
-# ---- study.json -------------------------------------------------------------------------------------------------
 
 
 def summarise(study: Study) -> dict[str, Any]:
@@ -165,9 +160,6 @@ def _run(study: Study, run: Run) -> dict[str, Any]:
     return about | {"recipe": run.row.recipe, "overrides": run.overrides} | found
 
 
-# ---- numbers ------------------------------------------------------------------------------------------------------
-
-
 def interval(values: Series) -> Interval:
     """Mean of n >= 1 values and half the width of its 95% confidence interval, t_{0.975, n-1} * s / sqrt(n)."""
     n = len(values)
@@ -232,8 +224,7 @@ def _curve(study: Study, done: list[Run]) -> list[dict[str, Any]]:
             outcome = study.outcome(part)
             for e in [*outcome.interim, outcome.evaluation]:
                 at = {"step": steps + e["step"], "seconds": seconds + e["train_seconds"]}
-                measured = e.get("first") or e
-                points.append(at | {name: (measured.get(name) or {}).get("mean") for name in EVAL_METRICS})
+                points.append(at | {n: ((e.get("first") or e).get(n) or {}).get("mean") for n in EVAL_METRICS})
             steps, seconds = steps + outcome.steps, seconds + outcome.seconds
     by_step = DataFrame(points, dtype=float).groupby("step")
     of_all = by_step.mean().where(by_step.count() == len(done)).dropna(subset="seconds")

@@ -1,7 +1,5 @@
 """A study's YAML: worlds, methods, learning rates, seeds; and the rows that it asks for. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,5 +172,4 @@ def as_arguments(overrides: dict[str, Any]) -> list[str]:
 def _plain(text: str) -> bool:
     """Whether YAML reads the text as itself: letters first, nothing that means something to YAML."""
     words = ("true", "false", "null", "yes", "no", "on", "off")
-    safe = all(c.isalnum() or c in "_-./" for c in text)
-    return safe and text[:1].isalpha() and text.lower() not in words
+    return all(c.isalnum() or c in "_-./" for c in text) and text[:1].isalpha() and text.lower() not in words

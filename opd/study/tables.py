@@ -1,7 +1,5 @@
 """What study.md and study.html say and draw, from the content of study.json."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,8 +70,7 @@ def cells(world: World) -> list[list[str]]:
             continue
         mark = "" if r["matched"] is not False else f" {STAR}"
         shown = [r["name"] + mark, rate, *(_cell(r["metrics"].get(m), s, d) for _, m, s, d in COLUMNS)]
-        trained = r["name"] != BASE
-        lines.append(shown + ([f"{r['samples']:.0f}", _cell(r["seconds"], 1, 0)] if trained else ["0", "0"]))
+        lines.append(shown + (["0", "0"] if r["name"] == BASE else [f"{r['samples']:.0f}", _cell(r["seconds"], 1, 0)]))
     return lines
 
 

@@ -1,7 +1,5 @@
 """One learner process: `python -m opd.train RECIPE`, started on every rank by accelerate, deepspeed or torchrun."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -46,8 +44,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     if code:
         rank = int(os.environ.get("RANK", "0"))
         if config is not None and ours and Path(config.run.dir).is_dir():
-            log = MetricsLog(Path(config.run.dir), [], "", "")
-            log.failed(rank, config.train.steps, message, user_error=code == 2)
+            MetricsLog(Path(config.run.dir), [], "", "").failed(rank, config.train.steps, message, code == 2)
         print(f"opd: error: {message}", file=sys.stderr)
     else:
         dist.destroy_process_group()  # after a failure other ranks may wait in a collective: no orderly end is possible

@@ -1,7 +1,5 @@
 """Builds the parts of a run from its recipe, and runs it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,8 +24,7 @@ from opd.train import checkpoint
 from opd.train.batch import view_shares
 from opd.train.evaluator import Evaluator
 from opd.train.learner import Learner
-from opd.train.loop import evaluate, judge, loop, push, sleep_servers
-from opd.train.parts import Parts, status
+from opd.train.loop import Parts, evaluate, judge, loop, push, sleep_servers, status
 
 
 def build(config: Config, log: MetricsLog | None) -> Parts:

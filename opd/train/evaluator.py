@@ -4,8 +4,6 @@ Every rank measures its share of the records; sums meet in one all-reduce, so al
 Shape legend in opd/types.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,8 +121,7 @@ class Evaluator:
         found = torch.zeros(2, len(prompts), dtype=torch.float64)
         for chunk in self._mine(prompts, CHUNK):
             clips = self._load(chunk) if view == "speech" else {}
-            jobs = [(p, view, f"{name}/{i}") for i, p in chunk]
-            answers = self.sampler.sample(jobs, clips, 1, 0.0)
+            answers = self.sampler.sample([(p, view, f"{name}/{i}") for i, p in chunk], clips, 1, 0.0)
             grades = self._scorer.grade([(r.prompt, decode(self.family, r.token_ids), r.truncated) for r in answers])
             for (i, _), r, grade in zip(chunk, answers, grades, strict=True):
                 found[:, i] = torch.tensor([grade.score or 0.0, len(r.token_ids)])
@@ -158,8 +155,7 @@ class Evaluator:
             clips = self._load(chunk)
             speech, text = (self._gold(chunk, v, clips) for v in VIEWS)
             mb, from_text = self._student(text, clips)
-            from_speech = self._student(speech, clips)[1]
-            self._gather(sums[0], chunk, self._kl(mb, from_text, from_speech))
+            self._gather(sums[0], chunk, self._kl(mb, from_text, self._student(speech, clips)[1]))
             if self.teacher.gives_logits:
                 self._gather(sums[1], chunk, self._kl(mb, self.teacher.logits(mb.samples), from_text))
             self._gather(sums[2], chunk, mb.mask.sum(-1))
@@ -184,8 +180,7 @@ class Evaluator:
                 own, whole = self.sampler.sample(jobs, clips, 1, 1.0), self.teacher.gives_logits
                 scored = [ScoredRollout(r, None) for r in own] if whole else self.teacher.score(own)
                 mb, student = self._student(make_samples(scored, clips, self.family), clips)
-                teacher = self.teacher.logits(mb.samples) if whole else None
-                self._gather(sums[0], chunk, self._kl(mb, student, teacher))
+                self._gather(sums[0], chunk, self._kl(mb, student, self.teacher.logits(mb.samples) if whole else None))
                 self._gather(sums[1], chunk, mb.mask.sum(-1))
             sums = all_reduce(sums, "sum")
             out[f"reverse_kl/{view}"] = ratio_stderr(sums[0].tolist(), sums[1].tolist(), questions(prompts))

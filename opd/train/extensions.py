@@ -4,12 +4,11 @@ torch guards a build by a file named `lock` and waits for its removal for ever, 
 the guard is flock, which the system releases with its process: whoever holds it knows every such file to be stale.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,10 @@ def folder() -> Path:
     if VARIABLE in os.environ:
         return Path(os.environ[VARIABLE])
     own = Path(sys.prefix) / "torch_extensions"
-    try:
+    with suppress(OSError):
         own.mkdir(exist_ok=True)
         if os.access(own, os.W_OK):
             return own
-    except OSError:
-        pass
     return Path.home() / ".cache" / "opd" / "torch_extensions"
 
 

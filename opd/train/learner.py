@@ -22,13 +22,13 @@ from opd.models.speech_lm import SpeechLM, Task, at_responses
 from opd.objectives.token_loss import MicroBatch, TokenLoss
 from opd.settings import UserError
 from opd.train.batch import collate
-from opd.types import VIEWS, Batch, Clips, Sample
+from opd.types import VIEWS, Batch, Clips, Sample, packed
 
 if TYPE_CHECKING:
     from opd.teachers.reference import ReferenceModel
 
-
 GATHERED = 1 << 25  # elements of sharded parameters that are whole at a time
+Weights = Iterator[tuple[str, Tensor | None]]  # by Hugging Face name
 
 
 @dataclass
@@ -60,9 +60,8 @@ class Learner:
         params = [p for p in model.parameters() if p.requires_grad]
         if not params:
             raise UserError(f"student.train {config.student.train}: {model_path} has no parameter there")
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=_optimizer(config, params, settings), config=settings
-        )
+        optimizer = _optimizer(config, params, settings)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: SpeechLM = self.engine.module
         self.model.train()
         self._silent_clip = self._features([np.zeros(family.sampling_rate // 2, np.float32)])
@@ -154,29 +153,26 @@ class Learner:
             return mb.inputs | {"audio": [audio[k] for k in keys]}
         return mb.inputs if self._silence is None else mb.inputs | {"audio": self._silence}
 
-    @torch.no_grad()
     def eval_logits(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """One micro-batch and its logits [B, T, V] without gradient; every rank calls it as often as every other."""
-        self.model.eval()
-        mb = collate(samples).to(self.device)
-        logits = self.call("response_logits", **self.inputs(mb, self.encode(clips, samples), clips))
-        self.model.train()
-        return mb, logits
+        return self._evaluated("response_logits", samples, clips, lambda inputs, mask: inputs)
 
-    @torch.no_grad()
     def eval_states(self, samples: list[Sample], clips: Clips) -> tuple[MicroBatch, Tensor]:
         """As `eval_logits`, the hidden states [N, H] of the response tokens alone, one response after another."""
+        return self._evaluated("states", samples, clips, at_responses)
+
+    @torch.no_grad()
+    def _evaluated(self, task: Task, samples: list[Sample], clips: Clips, given: Any) -> tuple[MicroBatch, Tensor]:
         self.model.eval()
         mb = collate(samples).to(self.device)
-        states = self.call("states", **at_responses(self.inputs(mb, self.encode(clips, samples), clips), mb.mask))
+        found = self.call(task, **given(self.inputs(mb, self.encode(clips, samples), clips), mb.mask))
         self.model.train()
-        return mb, states
+        return mb, found
 
     @torch.no_grad()
     def at_output_layer(self, run: Callable[[], Tensor]) -> Tensor:
         """`run()`, in which `model.project` makes logits of states; every rank calls it as often as every other."""
-        found: Tensor = self.call("at_output_layer", run=run)
-        return found
+        return self.call("at_output_layer", run=run)
 
     def call(self, task: Task, **inputs: Any) -> Any:
         """`SpeechLM.forward` through DeepSpeed's engine."""
@@ -187,9 +183,7 @@ class Learner:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def gathered(
-        self, trainable_only: bool = True, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[str, Tensor | None]]:
+    def gathered(self, trainable_only: bool = True, device: torch.device | str = "cpu") -> Weights:
         """(Hugging Face name, full tensor on rank 0's `device`, None on other ranks), few parameters at a time.
 
         With student.lora as of the plain model: adapters merged into what they adapt. `trainable_only`: what training
@@ -198,11 +192,11 @@ class Learner:
         """
         yield from self._whole(list(pieces(self.model.hf, trainable_only)), device)
 
-    def gathered_adapters(self) -> Iterator[tuple[str, Tensor | None]]:
+    def gathered_adapters(self) -> Weights:
         """As `gathered`, the adapters of student.lora themselves, by their names in memory."""
         yield from self._whole(adapters(self.model.hf), "cpu")
 
-    def _whole(self, found: list[Piece], device: torch.device | str) -> Iterator[tuple[str, Tensor | None]]:
+    def _whole(self, found: list[Piece], device: torch.device | str) -> Weights:
         import deepspeed
 
         for group in _groups(found):
@@ -213,16 +207,11 @@ class Learner:
 
 def _groups(found: list[Piece]) -> list[list[Piece]]:
     """Runs of at most GATHERED elements together: one collective for many small parameters."""
-    groups: list[list[Piece]] = []
-    elements = 0
-    for piece in found:
-        size = sum(getattr(p, "ds_numel", p.numel()) for p in piece.parameters)
-        if not groups or elements + size > GATHERED:
-            groups.append([])
-            elements = 0
-        groups[-1].append(piece)
-        elements += size
-    return groups
+
+    def elements(pieces: list[Piece]) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for piece in pieces for p in piece.parameters)
+
+    return packed(found, lambda group, piece: elements([*group, piece]) <= GATHERED)
 
 
 class Sums:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from opd.report.page import write_report
-from opd.report.pipelines import Pipeline
+from opd.report.runs import Pipeline
 
 EVIL = "<script>alert('x')</script>\"&"
 

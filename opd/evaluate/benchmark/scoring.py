@@ -4,8 +4,6 @@ Our endpoint judges in the place of its `openai` provider. lmms-eval's verifiers
 into the score 0. A judge that fails here therefore raises what `except Exception` does not catch.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -194,7 +192,8 @@ class Tasks(TaskManager):
         try:
             found = super().load_task_or_group(*args, **kwargs)
         except Exception as e:
-            names, cause = ", ".join(self.benchmark.tasks), _cause(e)
+            attempt = getattr(e, "last_attempt", None)  # what was retried in vain, where that is all an error says
+            names, cause = ", ".join(self.benchmark.tasks), (attempt.exception() or e) if attempt is not None else e
             raise UserError(f"tasks {names}: do not load: {type(cause).__name__}: {cause}"[:600]) from e
         self.loaded = _leaves(found)
         for name, task in self.loaded.items():
@@ -236,12 +235,6 @@ def _undecoded(then: Callable[..., Any] | None) -> Callable[[Any], Any]:
         return then(docs) if then else docs
 
     return process
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was retried in vain, where that is all an error says."""
-    attempt = getattr(error, "last_attempt", None)
-    return (attempt.exception() or error) if attempt is not None else error
 
 
 def _leaves(found: dict[Any, Any]) -> dict[str, Task]:

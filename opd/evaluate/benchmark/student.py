@@ -4,8 +4,6 @@ Its own back ends cannot ask them: `openai` puts decoded sound into a URL field,
 scored as an answer. Here a question goes the way of a training prompt: the same clips, chat template and banned ids.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections import Counter, defaultdict
@@ -65,8 +63,7 @@ class Student(lmms):
             left = (len(order) - start) * (time.monotonic() - began) / start if start else None
             eta = f", ETA {int(left) // 60}:{int(left) % 60:02d}" if left is not None else ""
             self.tell(f"{start} of {len(requests)} questions{eta}")
-            answers = self._answer([(requests[i], repeat[i]) for i in chunk], *same)
-            out.update(zip(chunk, answers, strict=True))
+            out |= zip(chunk, self._answer([(requests[i], repeat[i]) for i in chunk], *same), strict=True)
             start += len(chunk)
         self.tell(f"{len(requests)} questions answered, scoring")
         return [out[i] for i in range(len(requests))]
@@ -152,8 +149,7 @@ class Student(lmms):
     def _key(self, p: Prompt, clips: dict[str, np.ndarray], max_tokens: int, temperature: float, seed: int) -> str:
         sounds = [hashlib.sha256(clips[k].tobytes()).hexdigest() for k in audio_paths(p)]
         chat = [(m["role"], m["content"] if isinstance(m["content"], str) else m["content"][-1]) for m in p.messages]
-        drawn = (seed, p.id) if temperature else ()
-        content = [VERSION, self.model, chat, sounds, max_tokens, temperature, drawn]
+        content = [VERSION, self.model, chat, sounds, max_tokens, temperature, (seed, p.id) if temperature else ()]
         return hashlib.sha256(canonical(content)).hexdigest()[:32]
 
 

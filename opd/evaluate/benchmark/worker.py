@@ -1,7 +1,5 @@
 """The process that runs lmms-eval: its tasks, our servers, one table. Loads tokenizers and the processor, no model."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -194,8 +192,7 @@ def datasets_of(loaded: Mapping[str, Any]) -> dict[str, str]:
     """Data set and revision of each task, as `datasets` loaded it."""
     out = {}
     for name, task in loaded.items():
-        split = task.config.test_split or task.config.validation_split
-        sources = task.dataset[split].info.download_checksums or {}
+        sources = task.dataset[task.config.test_split or task.config.validation_split].info.download_checksums or {}
         revisions = {u.partition("@")[2].partition("/")[0] for u in sources if u.startswith("hf://")}
         config = f"/{task.config.dataset_name}" if task.config.dataset_name else ""
         out[name] = f"{task.config.dataset_path}{config}" + "".join(f"@{r}" for r in sorted(revisions) if r)

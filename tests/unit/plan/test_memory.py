@@ -319,7 +319,7 @@ def test_keys_and_values_against_vllm(model: list[str], tensor_parallel: int) ->
     about: Any = SimpleNamespace(use_mla=False, model_arch_config=arch, max_model_len=1000)
     heads = ModelConfig.get_num_kv_heads(about, parallel)
     spec = FullAttentionSpec(block_size=16, num_kv_heads=heads, head_size=m.head_dim, dtype=torch.bfloat16)
-    assert ours.kv_token * 16 == spec.page_size_bytes * m.layers
+    assert ours.kv_per_token * 16 == spec.page_size_bytes * m.layers
     num_blocks = ours.kv // (spec.page_size_bytes * m.layers)
     theirs = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layers"], spec)])
     vllm_config: Any = SimpleNamespace(model_config=about, parallel_config=parallel)
@@ -344,4 +344,4 @@ def test_a_server_that_is_too_large_says_how_much() -> None:
     shape = shapes.student_shape(c)
     s = server_memory.server_memory(c, shape, "student", 1, 40 << 30, 0.9)
     assert s.share == int((40 << 30) * 0.9) and s.kv < 0 and s.sequences(100) == 0
-    assert s.missing == 32 * 16 * s.kv_token - s.kv  # 512 tokens are 32 blocks
+    assert s.missing == 32 * 16 * s.kv_per_token - s.kv  # 512 tokens are 32 blocks

@@ -243,8 +243,8 @@ def test_a_student_server() -> None:
     assert s.share == 5 * GIB
     assert s.weights == 2 * (63 + 32 + 200 + 32 + 32 + 8 + 200)  # one head of keys: whole on both GPUs
     # 400 tokens: 4 sequences of 100 are no more. Logits of 4 sequences, a tower over one clip of 30 s.
-    assert s.pass_ == 400 * 2 * (3 * 8 + 24) + 3 * 4 * 4 * 50 + 1500 * 96 + 2 * GIB
-    assert s.kv_token == 2 * 2 * 1 * 4 * 2
+    assert s.forward_pass == 400 * 2 * (3 * 8 + 24) + 3 * 4 * 4 * 50 + 1500 * 96 + 2 * GIB
+    assert s.kv_per_token == 2 * 2 * 1 * 4 * 2
     assert s.kv == 5 * GIB - 1134 - (38400 + 2400 + 144000 + 2 * GIB) and s.missing == 0
     assert s.sequences(100) == s.kv // (16 * 32) // 7
 
@@ -253,7 +253,7 @@ def test_a_server_of_a_mixture_with_a_batch_of_its_own() -> None:
     c = config("rollout.server.max_num_seqs=4", "rollout.server.args=[--max-num-batched-tokens, '1600']")
     s = server_memory.server_memory(c, MIXTURE, "student", 2, 10 * GIB, 0.5)
     # of each token also 2 experts' inputs, 2 x 2*8 each; the tower over 1600 // 750 = 2 clips
-    assert s.pass_ == 1600 * (96 + 2 * 2 * 8 * 2) + 2400 + 2 * 144000 + 2 * GIB
+    assert s.forward_pass == 1600 * (96 + 2 * 2 * 8 * 2) + 2400 + 2 * 144000 + 2 * GIB
 
 
 def test_a_teacher_server() -> None:
@@ -261,10 +261,10 @@ def test_a_teacher_server() -> None:
     s = server_memory.server_memory(c, TEACHER, "teacher", 2, 10 * GIB, None)
     assert s.share == 9 * GIB
     assert s.weights == 2 * (160 + 32 + 16 + 8 + 160)
-    assert s.pass_ == 2048 * 2 * (3 * 8 + 18) + 3 * 4 * 4 * 40 + 2 * GIB  # opd's launcher asks for 2048 tokens
+    assert s.forward_pass == 2048 * 2 * (3 * 8 + 18) + 3 * 4 * 4 * 40 + 2 * GIB  # opd's launcher asks for 2048 tokens
     assert s.beyond == 2048 * 40 * (2 + 4 + 4)
-    assert s.kv_token == 2 * 3 * 1 * 4 * 2
-    short = replace(s, share=s.weights + s.pass_ + 1000)
+    assert s.kv_per_token == 2 * 3 * 1 * 4 * 2
+    short = replace(s, share=s.weights + s.forward_pass + 1000)
     assert short.missing == 7 * 16 * 48 - 1000 and short.sequences(16) == 1000 // (16 * 48)
 
 

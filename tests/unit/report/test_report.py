@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from report_runs import EVIL, Page, estimate, evaluation, make_run, sample, stages, step, text, written
 
-from opd.report.pipelines import chain, phases, summarise
-from opd.report.runs import read_run, read_runs
+from opd.report.runs import chain, phases, read_run, read_runs, summarise
 
 # ---- what is compared with what ---------------------------------------------------------------------------------
 

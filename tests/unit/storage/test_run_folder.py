@@ -12,8 +12,7 @@ import yaml
 from opd.config import resume
 from opd.config.load import load_config, resolve_model
 from opd.config.schema import Config
-from opd.report.pipelines import wall
-from opd.report.runs import read_run
+from opd.report.runs import read_run, wall
 from opd.settings import UserError
 from opd.storage import run_folder
 from opd.storage.run_folder import checkpoints

@@ -20,7 +20,7 @@ from opd.train import __main__, checkpoint
 from opd.train import loop as train
 from opd.train.batch import make_batch
 from opd.train.learner import StepResult
-from opd.train.parts import report_step
+from opd.train.loop import report_step
 from opd.train.verdict import Verdict
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
 
