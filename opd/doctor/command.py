@@ -1,5 +1,7 @@
 """`opd doctor`: every check of a recipe, the cheap ones of `opd launch` first, then those that need a live server."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Iterable

@@ -4,6 +4,8 @@ For each family: a real vLLM server and two real ZeRO-3 learner ranks (opd/docto
 checkpoint of ours, and two steps of X-OPD through `opd launch`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math

@@ -1,5 +1,7 @@
 """The workers of `opd families --check`: does the learner agree with vLLM, before and after pushes?"""
 
+from __future__ import annotations
+
 import json
 from contextlib import AbstractContextManager, closing
 from pathlib import Path

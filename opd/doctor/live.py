@@ -1,5 +1,7 @@
 """The checks of `opd doctor` that need a live vLLM server: the student on both sides, then the teacher."""
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 import time

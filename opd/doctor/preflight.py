@@ -1,5 +1,7 @@
 """What can be known before a server starts: files, models, tokenizers, manifests, clips, the run folder."""
 
+from __future__ import annotations
+
 import os
 import random
 

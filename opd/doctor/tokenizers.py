@@ -1,5 +1,7 @@
 """Checks that student and teacher mean the same by the same ids: tokenizers, chat templates, stop ids, banned ids."""
 
+from __future__ import annotations
+
 import unicodedata
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """The command `opd eval`: servers up, records measured, tables written. Imports no torch."""
 
+from __future__ import annotations
+
 import json
 import os
 import time

@@ -1,5 +1,7 @@
 """The command `opd compare`: run folders and evaluations side by side. Imports no torch."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Sequence

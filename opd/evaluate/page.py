@@ -1,5 +1,7 @@
 """What `opd eval`, `opd compare` and `opd benchmark` show: tables, and pages that load nothing from anywhere."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from typing import Any

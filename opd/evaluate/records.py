@@ -1,5 +1,7 @@
 """What an evaluation measures: its settings, the records, and what is measured already. Imports no torch."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import dataclass

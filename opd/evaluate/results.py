@@ -1,5 +1,7 @@
 """Numbers from the measured records: metrics, groups, examples. Imports no torch."""
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence

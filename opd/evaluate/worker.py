@@ -3,6 +3,8 @@
 It loads tokenizers and the processor, no model. Shape legend in opd/types.py.
 """
 
+from __future__ import annotations
+
 import time
 import zlib
 from dataclasses import replace

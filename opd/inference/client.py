@@ -1,5 +1,7 @@
 """HTTP to vLLM servers: one client per server, deliberate retries, errors that name the server."""
 
+from __future__ import annotations
+
 import asyncio
 import ssl
 import threading

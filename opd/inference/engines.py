@@ -1,5 +1,7 @@
 """What receives weights inside vLLM's workers: from files, by NCCL, by CUDA IPC. Loaded by plugin.py's names."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """Handles of CUDA memory as JSON: what `torch.multiprocessing` would pickle, without a pickle from the network."""
 
+from __future__ import annotations
+
 import base64
 from typing import Any
 

@@ -4,6 +4,8 @@ The weight transports of rollout.transport: vLLM imports their engines (engines.
 With OPD_TRIM_AUDIO=1 in the environment, models of trimmed_models.py stand in for vLLM's.
 """
 
+from __future__ import annotations
+
 import os
 
 BACKENDS = {"file": "opd_file", "nccl": "opd_nccl", "ipc": "opd_ipc"}  # by rollout.transport

@@ -1,5 +1,7 @@
 """How new weights travel to vLLM servers: files, NCCL between devices, or CUDA IPC on a shared one."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile

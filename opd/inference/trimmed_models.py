@@ -3,6 +3,8 @@
 plugin.py registers them in servers that the launcher starts (`rollout.server.trim_audio`).
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import Tensor

@@ -1,5 +1,7 @@
 """New weights into live vLLM servers: names, versions, cache resets, and servers that sleep meanwhile."""
 
+from __future__ import annotations
+
 from collections import deque
 from typing import Any
 

@@ -1,5 +1,7 @@
 """What the loop asks of a speech LLM family, and the module that the learner trains. Shape legend in opd/types.py."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property

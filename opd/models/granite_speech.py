@@ -3,6 +3,8 @@
 Text teacher: the Granite instruct LLM of the same generation.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -4,6 +4,8 @@ Whatever leaves the learner has the names and shapes of the plain model, adapter
 W + alpha / r * B A. Weight sync and checkpoints know nothing of adapters.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy

@@ -4,6 +4,8 @@ The tower's last projections play the adapter's part. Vision stays as it is; tal
 checkpoints, whose config is still the full Omni one, as vLLM expects. And Qwen3-ASR, with the tower of Qwen3-Omni.
 """
 
+from __future__ import annotations
+
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator

@@ -3,6 +3,8 @@
 A new family is one file in opd/models/ and one entry here: docs/families.md.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

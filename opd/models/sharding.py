@@ -1,5 +1,7 @@
 """Models under DeepSpeed ZeRO-3: each rank holds its part, and the values are those of a whole copy."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The module that is trained: a speech LLM with its logits at the response tokens. Shape legend in opd/types.py."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal, Self, get_args
 

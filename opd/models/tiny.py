@@ -5,6 +5,8 @@ What each one holds is in opd/models/tiny.yaml.
 python -m opd.models.tiny FAMILY FOLDER      # FOLDER/student and FOLDER/teacher
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import json

@@ -4,6 +4,8 @@ vLLM reads Mistral's own files (params.json, tekken.json, consolidated.safetenso
 A checkpoint of ours holds both. Text teacher: a Mistral LLM with the same tekken.json.
 """
 
+from __future__ import annotations
+
 import base64
 import io
 import re

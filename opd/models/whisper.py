@@ -1,5 +1,7 @@
 """Families with a Whisper-style tower, over the clip or over windows of 30 s."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

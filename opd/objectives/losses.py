@@ -9,6 +9,8 @@ Their names: LOSSES.
 N tokens of responses (a chunk of them: opd/objectives/token_loss.py), V vocabulary, K kept ids.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
 

@@ -7,6 +7,8 @@ once, chunk by chunk, while its logits are still there: nothing of size [tokens,
 N tokens of a micro-batch, one response after another, padding left out; H hidden size; V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self

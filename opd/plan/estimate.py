@@ -3,6 +3,8 @@
 The formulas are in learner_memory.py and server_memory.py, the estimate of time in step_time.py. page.py prints.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field

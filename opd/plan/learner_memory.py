@@ -6,6 +6,8 @@ backward needs, per layer), LoRA (arXiv 2106.09685, section 4.2: only the adapte
 states), and for the rest what DeepSpeed and opd/train/learner.py do; tests hold the states to a real engine's.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 

@@ -1,5 +1,7 @@
 """`opd plan`: tables of a plan, or JSON."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict, replace
 from itertools import combinations, product

@@ -5,6 +5,8 @@ what remains to keys and values (vllm/v1/worker/gpu_worker.py, determine_availab
 (arXiv 2309.06180, section 4). Weights and blocks are exact; the forward pass is a rough figure.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,6 +3,8 @@
 The model is built by transformers on the `meta` device, where a tensor has a shape and no storage: counts are exact.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

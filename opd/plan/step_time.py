@@ -6,6 +6,8 @@ and the keys and values of all sequences for every token, so memory bandwidth bo
 `Speeds` and is printed with the estimate.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 from opd.config.schema import Config

@@ -5,6 +5,8 @@ badly says why; a node that falls silent is lost. The hub hears all sides for a 
 nearest to the cause, and everybody ends with it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import socket

@@ -1,5 +1,7 @@
 """What the launcher shows: one line per process, the run's phase, a progress bar."""
 
+from __future__ import annotations
+
 import json
 import os
 import time

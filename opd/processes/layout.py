@@ -1,5 +1,7 @@
 """Addresses: on which host, port and devices every server and learner rank of a run is. Imports no torch."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

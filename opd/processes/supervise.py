@@ -1,5 +1,7 @@
 """Sees one node's part of a run through: servers, then learner ranks; however it ends, nothing is left behind."""
 
+from __future__ import annotations
+
 import re
 import signal
 import sys

@@ -1,5 +1,7 @@
 """A recipe's servers and one process that asks them: what `opd eval` and `opd benchmark` share. Imports no torch."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

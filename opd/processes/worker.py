@@ -1,5 +1,7 @@
 """The one entry of processes that work for a command: `python -m opd.processes.worker MODULE:FUNCTION FOLDER JSON`."""
 
+from __future__ import annotations
+
 import json
 import sys
 from importlib import import_module

@@ -1,5 +1,7 @@
 """The blocks of a page: one template makes HTML of them, `markdown` Markdown; charts are inline SVG, transparent."""
 
+from __future__ import annotations
+
 import io
 import warnings
 from collections.abc import Callable, Iterable

@@ -1,5 +1,7 @@
 """The charts of a report."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from opd.report.blocks import BLUE, COLOURS, GREEN, GREY, INK, ORANGE, PINK, Figure, figure

@@ -1,5 +1,7 @@
 """`opd export`: a checkpoint as the folder that one pushes to the Hub. Imports no torch until it verifies."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

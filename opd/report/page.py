@@ -1,5 +1,7 @@
 """Run folders -> report.json, report.html: headline, tables, charts, dialogues with per-token advantage as colour."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterator
 from itertools import product

@@ -1,5 +1,7 @@
 """Run folders as records, strictly read, with what is broken named; those that continue one another, in order."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Callable, Iterable

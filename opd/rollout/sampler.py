@@ -1,5 +1,7 @@
 """The student on vLLM servers: prompts in either view to sampled token ids with their log-probs."""
 
+from __future__ import annotations
+
 import sys
 import zlib
 from operator import itemgetter

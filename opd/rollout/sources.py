@@ -1,5 +1,7 @@
 """Where responses come from: the student on vLLM servers, the teacher, or the data set."""
 
+from __future__ import annotations
+
 import random
 from dataclasses import replace
 from typing import Any, Protocol

@@ -1,5 +1,7 @@
 """Digests of values and files, by which finished work is found again."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from functools import lru_cache

@@ -1,5 +1,7 @@
 """What a stage has done, in append-only files that survive an interruption at any byte."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path

@@ -1,5 +1,7 @@
 """JSON lines that are read strictly, and files that are written whole."""
 
+from __future__ import annotations
+
 import json
 import math
 import os

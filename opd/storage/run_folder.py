@@ -1,5 +1,7 @@
 """The run folder: what is in it, whose it is, and which checkpoint a name means. Imports no torch."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import json

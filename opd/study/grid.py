@@ -1,5 +1,7 @@
 """Which runs a study needs, as far as is known: a row's rate is chosen before its reported runs have a name."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path

@@ -1,5 +1,7 @@
 """study.json: what the run folders say, row by row. Rewritten from them at any time. Imports no torch."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A study's YAML: worlds, methods, learning rates, seeds; and the rows that it asks for. Imports no torch."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What study.md and study.html say and draw, from the content of study.json."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,5 +1,7 @@
 """One learner process: `python -m opd.train RECIPE`, started on every rank by accelerate, deepspeed or torchrun."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys

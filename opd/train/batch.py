@@ -1,5 +1,7 @@
 """From scored rollouts to micro-batches: global weights, token budget, padding. Shape legend in opd/types.py."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Builds the parts of a run from its recipe, and runs it."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch.distributed as dist

@@ -9,6 +9,8 @@
 The optimizer shards are DeepSpeed's own format, which torch unpickles: load only runs that you trust.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil

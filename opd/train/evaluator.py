@@ -4,6 +4,8 @@ Every rank measures its share of the records; sums meet in one all-reduce, so al
 Shape legend in opd/types.py.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,6 +4,8 @@ torch guards a build by a file named `lock` and waits for its removal for ever, 
 the guard is flock, which the system releases with its process: whoever holds it knows every such file to be stale.
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import subprocess

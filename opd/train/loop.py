@@ -3,6 +3,8 @@
 One process on every rank runs it.
 """
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,6 +4,8 @@ All of it is a function of the lines of eval.jsonl and of the settings: a resume
 Imports no torch.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass

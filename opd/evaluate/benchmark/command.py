@@ -1,5 +1,7 @@
 """The command `opd benchmark` and its file: servers up, lmms-eval through, one table. Imports no torch."""
 
+from __future__ import annotations
+
 import json
 from importlib.util import find_spec
 from pathlib import Path

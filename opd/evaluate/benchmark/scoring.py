@@ -4,6 +4,8 @@ Our endpoint judges in the place of its `openai` provider. lmms-eval's verifiers
 into the score 0. A judge that fails here therefore raises what `except Exception` does not catch.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os

@@ -4,6 +4,8 @@ Its own back ends cannot ask them: `openai` puts decoded sound into a URL field,
 scored as an answer. Here a question goes the way of a training prompt: the same clips, chat template and banned ids.
 """
 
+from __future__ import annotations
+
 import hashlib
 import time
 from collections import Counter, defaultdict

@@ -1,5 +1,7 @@
 """The process that runs lmms-eval: its tasks, our servers, one table. Loads tokenizers and the processor, no model."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping
