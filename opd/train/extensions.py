@@ -6,6 +6,7 @@ the guard is flock, which the system releases with its process: whoever holds it
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.settings import UserError
+from opd.storage import disk
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 
@@ -23,12 +25,9 @@ def folder() -> Path:
     if VARIABLE in os.environ:
         return Path(os.environ[VARIABLE])
     own = Path(sys.prefix) / "torch_extensions"
-    try:
-        own.mkdir(exist_ok=True)
-        if os.access(own, os.W_OK):
-            return own
-    except OSError:
-        pass
+    with contextlib.suppress(UserError):
+        disk.free(own, VARIABLE)
+        return own
     return Path.home() / ".cache" / "opd" / "torch_extensions"
 
 
