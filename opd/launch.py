@@ -22,6 +22,7 @@ from opd.processes.supervise import conclude, supervise
 from opd.report.page import write_report
 from opd.settings import UserError
 from opd.storage import run_folder
+from opd.storage.disk import filling
 from opd.storage.json_lines import read_lines
 from opd.storage.metrics import MetricsLog
 from opd.storage.run_folder import split
@@ -50,7 +51,7 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
             (folder / "status.json").unlink(missing_ok=True)
         return servers(config, where.on(node)), learner(config, recipe, overrides, where, node)
 
-    with run_folder.lock(folder, node):
+    with run_folder.lock(folder, node), filling(folder, "run.dir"):
         cluster = _cluster(config, where, node)
         try:
             end = supervise(config, parts, cluster, plain, [p.url for p in where.servers if p.node != node])
@@ -59,8 +60,8 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
             sweep(config.rollout.transfer_dir)
             if is_head:
                 run_folder.add_launch(folder, began)
-    if end.code and is_head:
-        _mark(config, end, len(where.hosts))
+        if end.code and is_head:
+            _mark(config, end, len(where.hosts))
     if code := conclude(end, "; the same command resumes from the last checkpoint"):
         return code
     if is_head:

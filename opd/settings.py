@@ -40,6 +40,18 @@ def regular_file(path: str | Path, kind: str) -> Path:
     return Path(path)
 
 
+def shipped(path: str) -> str:
+    """The path, if it leads somewhere or opd carries no such file, else that of opd's own."""
+    ours = Path(__file__).parent / path
+    return str(ours) if not os.path.exists(path) and ours.exists() else path
+
+
+def looked(path: str, last: str = "") -> str:
+    """For a message on a path of a recipe that leads nowhere: where it was looked for, at last in opd perhaps."""
+    away = os.path.isabs(path) or os.path.exists(path)
+    return "" if away else f" in {Path.cwd()} or beside the recipe{last}"
+
+
 def open_text(path: str | Path, kind: str = "text file", newline: str | None = None) -> TextIO:
     """A user's text file, in UTF-8; the byte-order mark that Windows tools write is no part of it.
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from opd.config.schema import Config
-from opd.settings import UserError, read_text
+from opd.settings import UserError, looked, read_text, shipped
 
 RECIPE_OWNS = {
     "train_batch_size": "train.prompts_per_step",
@@ -30,7 +30,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     """
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or config.train.deepspeed
     try:
-        settings: dict[str, Any] = json.loads(read_text(path, "file"))
+        settings: dict[str, Any] = json.loads(read_text(shipped(path), f"file{looked(path, ', or in opd itself')}"))
     except UserError as e:
         raise UserError(f"train.deepspeed: {e}") from e
     except ValueError as e:

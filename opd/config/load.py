@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,21 @@ from typing import Any
 from opd.config.needs import asks_teacher
 from opd.config.placement import Placement, _devices, placement_of
 from opd.config.schema import Config, TeacherConfig
-from opd.settings import Section, UserError, first_line, override, read_yaml, validated
+from opd.settings import Section, UserError, first_line, looked, override, read_yaml, validated
 from opd.storage import run_folder as saved
+
+# What names files and folders that are there before a run.
+PATHS = re.compile(
+    r"student\.path|teacher\.(routes\..+\.)?path|data\.train|data\.augment\.noise\.files|"
+    r"eval\.(test|retention)|train\.deepspeed|launch\.placement"
+)
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (), teacher: bool = True) -> Config:
     """Read a YAML recipe and apply dotted overrides such as `optim.lr=1e-4`.
 
-    What the recipe leaves open is filled in. `teacher`: False where nothing asks it. Raises UserError that names the
-    file and key, what was expected and what was found.
+    What the recipe leaves open is filled in; paths that lead nowhere from here are looked for beside it. `teacher`:
+    False where nothing asks it. Raises UserError that names the file and key, what was expected and what was found.
     """
     path = Path(recipe)
     if not path.is_file():
@@ -28,9 +36,19 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (),
     raw = read_yaml(path)
     for item in overrides:
         override(raw, item)
-    config = placed(validated(Config, raw, recipe), teacher)
+    config = placed(validated(Config, _beside(path.parent, raw), recipe), teacher)
     config = config.changed({"run.stage": config.run.stage or config.objective.name})
     return config.changed({"run.dir": config.run.dir or _run_dir(path, config)})
+
+
+def _beside(folder: Path, node: Any, key: str = "") -> Any:
+    """What a YAML file held, with paths that lead nowhere from here but somewhere from that folder led there."""
+    if isinstance(node, dict):
+        return {name: _beside(folder, child, f"{key}.{name}".lstrip(".")) for name, child in node.items()}
+    if not isinstance(node, str) or not PATHS.fullmatch(key):
+        return node
+    run, _ = saved.split(node)
+    return node if os.path.exists(run) or not os.path.exists(folder / run) else str(folder / node)
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -78,7 +96,8 @@ def resolve_model(path: str, key: str) -> str:
     if (p / "config.json").is_file():
         return path
     if p.exists() or path.startswith((".", "/", "~", "runs/", "recipes/")) or path.count("/") > 1:
-        raise UserError(f"{key} {path}: expected a checkpoint folder with config.json or a run folder, found neither")
+        expected = "expected a checkpoint folder with config.json or a run folder"
+        raise UserError(f"{key} {path}: {expected}, found neither{looked(path)}")
     if "/" not in path and (why := refused(path)):
         expected = "a checkpoint folder, a run folder or a hub id such as owner/name"
         raise UserError(f"{key} {path}: expected {expected}; there is no such folder, and of the hub: {why}")

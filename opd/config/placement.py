@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from opd.config.schema import Config
-from opd.settings import Section, UserError, read_yaml, regular_file, validated
+from opd.settings import Section, UserError, looked, read_yaml, regular_file, shipped, validated
 
 
 class Group(Section):
@@ -100,7 +100,8 @@ def _devices(groups: list[Servers] | list[Group]) -> set[tuple[int, int]]:
 
 def load_placement(path: str) -> Placement:
     """Read a placement. Raises UserError that names the file and key."""
-    return validated(Placement, read_yaml(regular_file(path, "placement")), path)
+    kind = f"placement{looked(path, ', or in opd itself')}"
+    return validated(Placement, read_yaml(regular_file(shipped(path), kind)), path)
 
 
 def placement_of(config: Config) -> Placement:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import yaml
@@ -11,6 +10,7 @@ import yaml
 from opd.config.load import compared, dump_config
 from opd.config.schema import Config
 from opd.settings import UserError
+from opd.storage import disk
 from opd.storage.run_folder import checkpoints, git_commit, package_versions, status_of
 
 # What a run makes once its config.yaml is there.
@@ -29,11 +29,10 @@ def check(config: Config) -> str:
     """
     folder = Path(config.run.dir)
     stored = folder / "config.yaml"
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
-        tempfile.TemporaryFile(dir=there).close()  # permissions do not tell: some file systems take no files
-    except OSError as e:
-        raise Taken(f"run.dir {folder}: expected a folder that can be written ({there} is none)") from e
+        disk.free(folder, "run.dir")
+    except UserError as e:
+        raise Taken(str(e)) from e
     if config.run.overwrite:
         return "new"
     if not stored.is_file():

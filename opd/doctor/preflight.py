@@ -14,7 +14,7 @@ from opd.config.load import resolve_model, unread
 from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
-from opd.doctor.machine import memory, placement, versions
+from opd.doctor.machine import caches, memory, placement, versions, weights_folder
 from opd.inference.client import Server, check_model
 from opd.models.registry import whole_weights
 from opd.prompts import audio
@@ -22,7 +22,7 @@ from opd.prompts.augment import Augmenter
 from opd.prompts.clips import ContextLimit, check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
-from opd.settings import UserError
+from opd.settings import UserError, looked
 from opd.types import audio_paths
 
 KEPT = 8  # training records that are kept with their clips for what comes after
@@ -46,7 +46,7 @@ def checks() -> tuple[Check, ...]:
     both = ("student", "teacher")
     stop = "set eos_token_id in generation_config.json to what ends a turn"
     return (
-        Check("run folder", run_folder_, "choose another run.dir, or set run.overwrite=true"),
+        Check("run folder", run_folder_, "choose another run.dir"),
         Check("DeepSpeed", deepspeed, "mend the JSON file that train.deepspeed names"),
         Check("student", student, "name a whole checkpoint (`opd families`), or mend student.lora"),
         Check("teacher", each_teacher(teacher), "name a whole checkpoint of a text LLM"),
@@ -56,11 +56,13 @@ def checks() -> tuple[Check, ...]:
         Check("versions", versions, "install what was tested: requirements/"),
         Check("tokenizers", each_teacher(v.tokenizers), "choose a teacher with the student's tokenizer", both),
         Check("chat templates", each_teacher(v.templates), "mend chat_template.jinja", ("tokenizers", "manifests")),
-        Check("clips", clips, "mend or remove them, or raise rollout.server.max_model_len", ("student", "manifests")),
+        Check("clips", clips, "mend or remove them, or have the servers take more", ("student", "manifests")),
         Check("stop ids", each_teacher(v.stop_ids), stop, ("tokenizers",)),
         Check("banned ids", v.banned_ids, "mend the family's banned_ids in opd/models/", ("student",)),
+        Check("caches", caches, "set the variable that is named to a folder that can be written"),
+        Check("new weights", weights_folder, "make room there", ("student",)),
         Check("placement", placement, "choose a placement of recipes/placements/ for the GPUs that are here"),
-        Check("memory", memory, "`opd plan` seeks what would fit: smaller micro-batches, offload, LoRA"),
+        Check("memory", memory, "`opd plan` seeks what would fit"),
     )
 
 
@@ -157,7 +159,8 @@ def _read(facts: Facts, key: str, path: str) -> str:
     try:
         prompts, bad = read_manifest(path, None if key == "data.train" else config.eval.limit)
     except UserError as e:
-        raise UserError(f"{key}: {e}" + ("" if key == "data.train" else f"; to go without it: {key}=")) from e
+        without = "" if key == "data.train" else f"; to go without it: {key}="
+        raise UserError(f"{key}: {e}{looked(path)}{without}") from e
     records = len(prompts) + len(bad)
     if bad:
         _refuse(config, key, len(bad), records, f"{bad[0]['place']}: {bad[0]['reason']}")

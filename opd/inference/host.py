@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 from opd.settings import UserError
+from opd.storage import disk
 
 LOOPBACK = "127.0.0.1"
 TRANSFER_PREFIX = f"opd-{socket.gethostname()}-"  # a shared folder may serve several hosts
@@ -15,6 +18,9 @@ TRANSFER_PREFIX = f"opd-{socket.gethostname()}-"  # a shared folder may serve se
 # was chosen, and none of those may have it by then.
 PORTS = range(20000, 32768)
 _held: list[socket.socket] = []
+SOCKETS = "VLLM_RPC_BASE_PATH"  # vLLM's word for the folder of its sockets; TMPDIR by default
+LONGEST = 107 - len("/00000000-0000-0000-0000-000000000000")  # bytes of that: Linux's limit (unix(7)), vLLM's names
+SHORT = "/tmp"
 
 
 def free_port() -> int:
@@ -34,6 +40,15 @@ def free_port() -> int:
         _held.append(claim)
         return port
     raise UserError(f"no free port on {LOOPBACK} from {min(PORTS)} to {max(PORTS)}")
+
+
+def sockets() -> dict[str, str]:
+    """What vLLM's processes are told where the paths of their sockets would be too long. UserError: no short folder."""
+    asked = os.environ.get(SOCKETS, tempfile.gettempdir())
+    if len(os.fsencode(asked)) <= LONGEST:
+        return {}
+    disk.free(SHORT, f"TMPDIR {asked} is too long for sockets, of {LONGEST} bytes at most; set {SOCKETS}, for")
+    return {SOCKETS: SHORT}
 
 
 def sweep(parent: str) -> None:

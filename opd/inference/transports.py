@@ -23,6 +23,7 @@ from opd.inference import ipc_handle
 from opd.inference.client import Server, on_each, together
 from opd.inference.host import TRANSFER_PREFIX, free_port, sweep
 from opd.settings import UserError
+from opd.storage import disk
 
 FILE_BYTES = 1 << 30
 INIT = "/init_weight_transfer_engine"
@@ -68,6 +69,8 @@ class FileTransport:
 
     def __init__(self, config: RolloutConfig) -> None:
         sweep(config.transfer_dir)
+        disk.free(config.transfer_dir, "rollout.transfer_dir")
+        os.makedirs(config.transfer_dir, exist_ok=True)
         self.folder = tempfile.mkdtemp(prefix=f"{TRANSFER_PREFIX}{os.getpid()}-", dir=config.transfer_dir)
         self._numbers = count()  # of files, none used twice: a server may cache by name
 
@@ -77,9 +80,12 @@ class FileTransport:
     def send(self, tensors: Iterable[Named], servers: list[Server], version: int) -> None:
         # every chunk is on disk before the first server starts: an update that fails half-way kills the engine
         paths: list[Path] = []
+        size = 0
         for chunk in chunks(tensors, FILE_BYTES):
             paths.append(Path(self.folder, f"{next(self._numbers):06d}.safetensors"))
-            save_file(dict(chunk), paths[-1])
+            size += sum(tensor.nbytes for _, tensor in chunk)
+            with disk.filling(Path(self.folder), f"rollout.transfer_dir: {disk.gib(size)} of new weights do not fit"):
+                save_file(dict(chunk), paths[-1])
 
         def update(server: Server) -> None:
             server.post("/start_weight_update")

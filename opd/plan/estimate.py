@@ -23,6 +23,7 @@ from opd.plan.server_memory import CONTEXT, GIB, SLEEPING, Kinds, ServerMemory, 
 from opd.plan.shapes import ModelShape, student_shape, teacher_shape
 from opd.plan.step_time import Speeds, decode_seconds, learner_flops, push_bytes, push_seconds, scoring_seconds
 from opd.settings import UserError, read_yaml
+from opd.storage.disk import gib
 
 FRAGMENTS = 0.05  # of a learner's peak, lost between the allocator's blocks: assumed
 PROCESS = GIB  # a Python process with torch, on the host: assumed
@@ -281,12 +282,6 @@ def shortfalls(plan: Plan, node: int | None = None) -> list[str]:
             said = f"{use.worst} needs {gib(use.needs)} of {gib(use.capacity)}, {gib(use.short)} short"
             alike.setdefault(said, []).append(use)
     return found + [f"{where(uses)}: {said}" for said, uses in alike.items()]
-
-
-def gib(size: float) -> str:
-    """Bytes for a reader."""
-    unit, of = next(((u, n) for u, n in (("GiB", GIB), ("MiB", 1 << 20)) if abs(size) >= n / 10), ("KiB", 1 << 10))
-    return f"{size / of:.1f} {unit}"
 
 
 def at(groups: list[Servers]) -> str:

@@ -13,10 +13,10 @@ from opd.plan.estimate import Machine, Plan, Use, alternatives, at, estimate, gi
 from opd.plan.learner_memory import Bytes
 from opd.plan.server_memory import CONTEXT, GRAPHS, ServerMemory
 from opd.plan.shapes import ModelShape
-from opd.settings import UserError
+from opd.settings import UserError, shipped
 
 PARTS = ("tower", "adapter", "llm", "fixed")  # of a model
-FOLDER = Path("recipes/placements")
+FOLDER = Path(shipped("recipes/placements"))
 BUDGETS = (8192, 4096, 2048, 1024, 512)  # of tokens, tried as a remedy
 SHARES = (0.4, 0.6, 0.8)  # of a device that a server shares with the learner
 

@@ -18,6 +18,7 @@ from opd.config.load import resolve_model
 from opd.config.needs import scored_tokens
 from opd.config.placement import Placement, memory_share
 from opd.config.schema import Config
+from opd.inference.host import sockets
 from opd.inference.plugin import BACKENDS, TRIM_AUDIO
 from opd.models.registry import family_entry
 from opd.processes.layout import Layout, Place, told
@@ -83,7 +84,7 @@ def _server(config: Config, place: Place, model: str, dtype: str, extra: list[st
     argv += ["--served-model-name", place.kind, "--host", place.host, "--port", str(place.port)]
     argv += ["--dtype", dtype, "--seed", str(config.run.seed)]
     argv += ["--max-model-len", str(s.max_model_len), "--max-num-seqs", str(s.max_num_seqs), "--max-logprobs", "-1"]
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"} | sockets()
     if place.devices:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.devices))
         argv += ["--tensor-parallel-size", str(len(place.devices))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -78,7 +79,8 @@ class MetricsLog:
         """Tell why a rank failed, unless another did so first: the others then fail for want of it."""
         before = status_of(self.run_dir)
         if before.get("phase") != "failed":
-            self.status("failed", f"rank {rank}", before.get("step", 0), steps, error, user_error)
+            with contextlib.suppress(OSError):  # of a full disk; stderr says it too
+                self.status("failed", f"rank {rank}", before.get("step", 0), steps, error, user_error)
 
     def truncate_after(self, step: int) -> None:
         """Drop every line of a later step, and a last line that was cut off, before a resumed run writes again.

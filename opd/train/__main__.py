@@ -18,6 +18,7 @@ from opd.config.deepspeed import deepspeed_settings
 from opd.config.load import load_config
 from opd.config.schema import Config
 from opd.settings import UserError
+from opd.storage.disk import filling
 from opd.storage.metrics import MetricsLog
 from opd.train import extensions
 from opd.train.build import run
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         config = load_config(args.recipe, args.overrides)
         _init_distributed(config)
-        run(config)
+        with filling(config.run.dir, "run.dir"):
+            run(config)
     except UserError as e:
         code, message, ours = 2, str(e), not isinstance(e, resume.Taken)
     except Exception as e:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from opd.models.lora import save_adapter
 from opd.settings import UserError
+from opd.storage import disk
 from opd.storage.json_lines import write_atomic
 from opd.storage.run_folder import checkpoints
 from opd.train.learner import Learner
@@ -29,20 +30,24 @@ from opd.train.learner import Learner
 def save(
     learner: Learner, run_dir: str, step: int, seconds: float, keep: int, best: dict[str, Any] | None = None
 ) -> Path:
-    """Write `checkpoints/step_N` on all ranks together, then `settle`. Returns its path."""
+    """Write `checkpoints/step_N` on all ranks together, then `settle`. Returns its path. UserError for a full disk."""
     folder = Path(run_dir, "checkpoints")
     final, aside = folder / f"step_{step}", folder / f".step_{step}.writing"
     if learner.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    save_model(learner, aside / "model")
-    save_adapters(learner, aside / "adapter")
-    learner.engine.save_checkpoint(str(aside), tag="optimizer", save_latest=False, exclude_frozen_parameters=True)
-    dist.barrier()
+    before = sum(p.stat().st_size for old in checkpoints(run_dir)[-1:] for p in old.rglob("*"))
+    told = f"{final} cannot be written" + f" (the one before: {disk.gib(before)})" * bool(before)
+    with disk.filling(folder, told, aside):
+        save_model(learner, aside / "model")
+        save_adapters(learner, aside / "adapter")
+        learner.engine.save_checkpoint(str(aside), tag="optimizer", save_latest=False, exclude_frozen_parameters=True)
+        dist.barrier()
+        if learner.rank == 0:
+            (aside / "state.json").write_text(json.dumps({"step": step, "seconds": seconds, "world": learner.world}))
+            _sync_files(aside)
     if learner.rank == 0:
-        (aside / "state.json").write_text(json.dumps({"step": step, "seconds": seconds, "world": learner.world}))
-        _sync_files(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         settle(run_dir, keep, best)

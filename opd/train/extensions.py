@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.settings import UserError
+from opd.storage import disk
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 
@@ -24,10 +25,9 @@ def folder() -> Path:
     if VARIABLE in os.environ:
         return Path(os.environ[VARIABLE])
     own = Path(sys.prefix) / "torch_extensions"
-    with suppress(OSError):
-        own.mkdir(exist_ok=True)
-        if os.access(own, os.W_OK):
-            return own
+    with suppress(UserError):
+        disk.free(own, VARIABLE)
+        return own
     return Path.home() / ".cache" / "opd" / "torch_extensions"
 
 

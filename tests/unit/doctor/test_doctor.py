@@ -26,7 +26,7 @@ __all__ = ["world"]  # a fixture
 
 CHEAP = [
     "run folder", "DeepSpeed", "student", "teacher", "settings", "servers", "manifests", "versions", "tokenizers",
-    "chat templates", "clips", "stop ids", "banned ids", "placement", "memory",
+    "chat templates", "clips", "stop ids", "banned ids", "caches", "new weights", "placement", "memory",
 ]  # fmt: skip
 LIVE = ["student server", "prompt ids", "log-probs", "samples", "weight push", "teacher reads"]
 CHECKS = {c.name: c for c in preflight.checks()}

@@ -106,7 +106,11 @@ def test_a_wheel_carries_the_tested_versions_and_the_templates(tmp_path: Path) -
     if files.returncode or not files.stdout:
         pytest.skip("the project's files are listed by git, which is not here")
     for name in files.stdout.splitlines():
-        if name.startswith(("opd/", "requirements/")) or name in ("pyproject.toml", "README.md", "LICENSE"):
+        if name.startswith(("opd/", "requirements/", "deepspeed_configs/", "recipes/placements/")) or name in (
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+        ):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / name).is_symlink():
                 os.symlink(os.readlink(ROOT / name), source / name)
@@ -117,5 +121,7 @@ def test_a_wheel_carries_the_tested_versions_and_the_templates(tmp_path: Path) -
     with zipfile.ZipFile(wheel) as z:
         assert z.read("opd/requirements/cpu.txt") == (ROOT / "requirements/cpu.txt").read_bytes(), done.stdout
         assert "opd/requirements/torch-cpu.txt" in z.namelist()
+        for file in ("deepspeed_configs/zero3.json", "recipes/placements/1gpu_shared.yaml"):
+            assert z.read(f"opd/{file}") == (ROOT / file).read_bytes()
         templates = {str(p.relative_to(ROOT)) for p in (ROOT / "opd/report").glob("*.jinja")}
         assert len(templates) == 2 and templates <= set(z.namelist())

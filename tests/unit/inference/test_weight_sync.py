@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_servers import FakeServer, serving
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from opd.config.load import load_config
@@ -177,3 +178,20 @@ def test_a_cpu_takes_weights_from_files_only(tmp_path: Path, transport: str) -> 
         config = config_of(tmp_path, f"rollout.transport={transport}", "rollout.urls=[http://127.0.0.1:9]")
         with pytest.raises(UserError, match=f"rollout.transport {transport}: the learner has no GPU; take file"):
             sync_of(config, ["http://127.0.0.1:9"])
+
+
+def test_a_full_transfer_folder_is_named_with_what_it_was_to_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transports, "save_file", full)
+    transport = FileTransport(RolloutConfig(transfer_dir=str(tmp_path / "new")))
+    told = rf"^rollout.transfer_dir: 2.0 MiB of new weights do not fit: the disk of {tmp_path}/new/.* is full.* free"
+    with pytest.raises(UserError, match=told):
+        transport.send([("a", torch.zeros(1 << 19))], [], 1)
+    transport.close()
+    assert os.listdir(tmp_path / "new") == []
+    with pytest.raises(UserError, match="^rollout.transfer_dir /proc/1/none: expected a folder that can be written"):
+        FileTransport(RolloutConfig(transfer_dir="/proc/1/none"))

@@ -10,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,24 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def quiet(threads: int) -> dict[str, str]:
     env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "1"}
     return env | {"LD_PRELOAD": f"{sys.prefix}/lib/libiomp5.so"}
+
+
+def test_sockets_have_short_paths(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    for make in (servers.student_server, servers.teacher_server):
+        assert make(config, Place("s", "student", 0, HERE, 1234)).env["VLLM_RPC_BASE_PATH"] == "/tmp"
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path))
+    assert host.sockets() == {}  # a short one that somebody chose stays
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(long))
+    assert host.sockets() == {"VLLM_RPC_BASE_PATH": "/tmp"}
+    monkeypatch.setattr(host, "SHORT", "/proc/1/none")
+    told = (
+        rf"^TMPDIR {long} is too long for sockets, of 70 bytes at most; set VLLM_RPC_BASE_PATH, for /proc/1/none: exp"
+    )
+    with pytest.raises(UserError, match=told):
+        host.sockets()
 
 
 @pytest.mark.parametrize("devices", [(), (2, 3)])

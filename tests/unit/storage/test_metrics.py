@@ -243,3 +243,12 @@ def test_the_first_failure_is_the_one_that_counts(tmp_path: Path) -> None:
     log.status("loading", "", 0, 9)
     log.failed(0, 9, "again", user_error=True)
     assert json.loads((tmp_path / "status.json").read_text())["error"] == "again"
+
+
+def test_a_full_disk_takes_no_word_on_a_failure_and_that_is_no_failure_of_its_own(tmp_path: Path) -> None:
+    log = log_in(tmp_path)
+    log.status("training", "", 7, 9)
+    (tmp_path / f".status.json.{os.getpid()}").symlink_to("/dev/full")  # where it is written
+    log.failed(0, 9, "the disk is full", user_error=True)
+    assert json.loads((tmp_path / "status.json").read_text())["phase"] == "training"
+    assert os.listdir(tmp_path) == ["status.json"]

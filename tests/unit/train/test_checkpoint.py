@@ -102,6 +102,21 @@ def test_only_the_newest_are_kept(learner: Any, small: None, tmp_path: Path) -> 
     assert names(tmp_path) == ["step_10", "step_100"]
 
 
+def test_a_full_disk_names_the_folder_and_what_a_checkpoint_takes(learner: Any, small: None, tmp_path: Path) -> None:
+    checkpoint.save(learner, str(tmp_path), 10, 3.0, keep=2)
+
+    def full(folder: str, **about: Any) -> None:
+        torch.save({"exp_avg": torch.zeros(1 << 16)}, "/dev/full")
+
+    learner.engine.save_checkpoint = full
+    told = (
+        r"/step_20 cannot be written \(the one before: \d+.\d KiB\): the disk of .*/checkpoints is full.*\[enforce fail"
+    )
+    with pytest.raises(UserError, match=told):
+        checkpoint.save(learner, str(tmp_path), 20, 6.0, keep=1)
+    assert names(tmp_path) == ["step_10"]
+
+
 def test_a_checkpoint_that_was_cut_off_is_never_seen(learner: Any, small: None, tmp_path: Path) -> None:
     checkpoint.save(learner, str(tmp_path), 10, 3.0, keep=2)
     learner.engine.fails = True
