@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from opd.settings import Section, UserError
+from opd.settings import Fatal, Section, UserError
 
 T = TypeVar("T")
 
@@ -88,5 +88,5 @@ class Failed(Exception):
     """This record could not be made this time, as when an endpoint answers nonsense: the next run tries it again."""
 
 
-class Unavailable(UserError):
+class Unavailable(Fatal):
     """Nothing more can be made for now, as when an endpoint is down: what is done is kept, the next run goes on."""

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TextIO, TypeVar, get_args
 
+import regex
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: printed as one line, exit code 2."""
+
+
+class Fatal(UserError):
+    """What no record is to blame for, such as an endpoint that is down: it ends the run or stage that met it."""
 
 
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}  # else a device
@@ -32,7 +40,7 @@ def regular_file(path: str | Path, kind: str) -> Path:
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{path}: no such {kind}") from e
     except (OSError, ValueError) as e:  # a ValueError is a zero byte in the path
-        raise UserError(f"{path}: no {kind}: {getattr(e, 'strerror', e)}") from e
+        raise UserError(f"{shown(path)}: no {kind}: {getattr(e, 'strerror', e)}") from e
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: no {kind} but {KINDS.get(stat.S_IFMT(mode), 'a device')}")
     if os.path.realpath(path).startswith(("/proc/", "/sys/")):
@@ -50,6 +58,12 @@ def looked(path: str, last: str = "") -> str:
     """For a message on a path of a recipe that leads nowhere: where it was looked for, at last in opd perhaps."""
     away = os.path.isabs(path) or os.path.exists(path)
     return "" if away else f" in {Path.cwd()} or beside the recipe{last}"
+
+
+def shown(path: object) -> str:
+    """A path in a message: the beginning of one that no file system takes, as when it is a recording itself."""
+    text = str(path)
+    return text if len(text) < 256 and text.isprintable() else f"{ascii(text[:60])}…"
 
 
 def open_text(path: str | Path, kind: str = "text file", newline: str | None = None) -> TextIO:
@@ -77,12 +91,24 @@ def text_lines(path: str | Path, kind: str = "text file") -> Iterator[tuple[str,
     with open_text(path, kind) as f:
         for number, line in enumerate(f.buffer, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                text = line.decode("utf-8-sig").strip()  # a mark also where files were joined
             except UnicodeDecodeError as e:
                 yield f"{path}:{number}", ValueError(f"not valid UTF-8 at byte {e.start + 1}")
                 continue
             if text:
                 yield f"{path}:{number}", text
+
+
+UNSEEN = regex.compile(r"[\p{M}\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]*")  # the last: blank Braille
+
+
+def plain_text(text: str) -> str:
+    """What a text says: without a byte-order mark before it and white space around it.
+
+    "" where nothing can be read: only combining marks, white space, control, format and zero-width characters.
+    """
+    text = text.strip().lstrip("\ufeff").strip()
+    return "" if UNSEEN.fullmatch(text) else text
 
 
 class RunFailed(RuntimeError):
@@ -92,6 +118,31 @@ class RunFailed(RuntimeError):
 def first_line(e: Exception) -> str:
     """What a library's error says first, which is mostly what matters."""
     return str(e).strip().partition("\n")[0] or type(e).__name__
+
+
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def attempt(make: Callable[..., T], *args: Any) -> T | ValueError:
+    """What `make` gives for one record; where it raises, a ValueError that says in one line why the record is bad.
+
+    The boundary of a record: decoders, tokenizers, paths and types fail in ways of their own. What is about the run
+    passes: Fatal, and a machine whose memory, disk or device is at fault.
+    """
+    try:
+        return make(*args)
+    except (Fatal, MemoryError):
+        raise
+    except UnicodeEncodeError:
+        return ValueError("half a surrogate pair, which is no text")
+    except Exception as e:
+        device = type(e).__name__ in ("OutOfMemoryError", "AcceleratorError")  # torch's, which is not imported here
+        if device or isinstance(e, OSError) and e.errno in MACHINE:
+            raise
+        told = first_line(e)
+        if isinstance(e, ValueError):
+            return e if told == str(e) else ValueError(told)
+        return ValueError(f"{type(e).__name__}: {told[:300]}")
 
 
 class _Loader(yaml.SafeLoader):

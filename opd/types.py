@@ -47,6 +47,13 @@ class Prompt:
     tolerance: float | None = None  # of a number that is compared
     numbered: bool = False  # the manifest has a number for its id, which is taken as text
 
+    def number(self, name: str) -> float:
+        """A number of the record, also one that a table without types spells as text; 0 where there is none."""
+        try:
+            return float(self.numbers.get(name, self.other.get(name, 0)))
+        except ValueError:
+            return 0.0
+
 
 @dataclass(frozen=True)
 class Rollout:

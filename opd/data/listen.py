@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from opd import types
 from opd.config.load import load_config
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
 from opd.prompts.clips import ClipLoader
 from opd.prompts.manifest import PromptStream, read_manifest
 from opd.report.blocks import Block, Figure, Heading, Paragraph, document
-from opd.settings import UserError
+from opd.settings import UserError, attempt
 from opd.storage.json_lines import write_atomic
 from opd.types import Prompt, audio_paths, transcript
 
@@ -40,10 +39,8 @@ def main(recipe: str, overrides: list[str], out: Path, count: int, epochs: int) 
     shown = PromptStream(prompts, min(count, len(prompts)), config.run.seed).batch(0)
     for prompt in shown:
         blocks.append(Heading(prompt.id))
-        try:
-            blocks += _record(prompt, loader, augmenter, config.data.max_audio_seconds, epochs)
-        except types.BadAudio as e:
-            blocks.append(Paragraph(str(e), "warn"))
+        made = attempt(_record, prompt, loader, augmenter, config.data.max_audio_seconds, epochs)
+        blocks += [Paragraph(str(made), "warn")] if isinstance(made, ValueError) else made
     try:
         write_atomic(out, document(title, blocks))
     except OSError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 
@@ -22,8 +23,8 @@ from opd.prompts.augment import Augmenter
 from opd.prompts.clips import ContextLimit, check_share
 from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
-from opd.settings import UserError, looked
-from opd.types import audio_paths
+from opd.settings import UserError, attempt, looked, shown
+from opd.types import Prompt, audio_paths
 
 KEPT = 8  # training records that are kept with their clips for what comes after
 
@@ -167,7 +168,7 @@ def _read(facts: Facts, key: str, path: str) -> str:
     for p in prompts if key == "data.train" else []:
         if config.rollout.source == "dataset" and p.response is None:
             raise UserError(f"{key}: {p.place}: rollout.source dataset needs a `response` in every record")
-        if (name := config.data.weight) and p.numbers.get(name, 0.0) <= 0:
+        if (name := config.data.weight) and not 0 < p.number(name) < math.inf:
             there = p.numbers.get(name, p.other.get(name))
             found = "the record has none" if there is None else f"found {there!r}"
             raise UserError(f"data.weight: {p.place}: expected a number above 0 by the name {name!r}, {found}")
@@ -182,7 +183,7 @@ def _read(facts: Facts, key: str, path: str) -> str:
         for p in prompts:
             route_of(config.teacher, p)
     if gone := [(p.place, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]:
-        fault = "{}: {}: no such audio file".format(*gone[0])
+        fault = f"{gone[0][0]}: {shown(gone[0][1])}: no such audio file"
         _refuse(config, key, len(bad) + len(dict(gone)), records, fault)
     facts.prompts[key], facts.bad[key] = prompts, bad
     numbered = [p for p in prompts if p.numbered]
@@ -209,22 +210,20 @@ def clips(facts: Facts) -> str:
 
 def _decode(facts: Facts, key: str, limit: ContextLimit) -> str:
     config, prompts, bad = facts.config, facts.prompts[key], facts.bad[key]
-    rate = limit.family.sampling_rate
     size = config.data.check if key == "data.train" and config.data.check else len(prompts)
     chosen = random.Random(config.run.seed).sample(prompts, min(size, len(prompts)))
     found = [f"{b['place']}: {b['reason']}" for b in bad]
     long, longest, seconds = 0, 0, list[float]()
     for prompt in chosen:
-        try:
-            waves = {p: audio.load(p, rate, config.data.max_audio_seconds) for p in audio_paths(prompt)}
-            seconds += [len(w) / rate for w in waves.values()]
-            waves = {p: limit.filled(w) for p, w in waves.items()}
-            longest = max(longest, limit.check(prompt, waves))
-        except types.BadAudio as e:
-            long += isinstance(e, types.TooLong)
-            found.append(f"{prompt.place}: {e}")
-            _refuse(config, key, len(found), len(chosen) + len(bad), f"{prompt.place}: {e}")
+        heard = attempt(_heard, prompt, limit, config.data.max_audio_seconds)
+        if isinstance(heard, ValueError):
+            long += isinstance(heard, types.TooLong)
+            found.append(f"{prompt.place}: {heard}")
+            _refuse(config, key, len(found), len(chosen) + len(bad), found[-1])
             continue
+        waves, ids, lengths = heard
+        seconds += lengths
+        longest = max(longest, ids)
         if key == "data.train" and len(facts.records) < KEPT:
             facts.records.append(prompt)
             facts.clips |= waves
@@ -234,3 +233,12 @@ def _decode(facts: Facts, key: str, limit: ContextLimit) -> str:
         length = f"clips of {min(seconds):.1f} to {max(seconds):.1f} s, {np.mean(seconds):.1f} on average, "
     counts = f"{key}: {len(chosen)} of {len(prompts)} decoded, {len(found)} bad, {long} of them too long, "
     return "\n  bad: ".join([f"{counts}{length}at most {longest} prompt ids{beside}", *found])
+
+
+def _heard(prompt: Prompt, limit: ContextLimit, longest: float) -> tuple[dict[str, np.ndarray], int, list[float]]:
+    """Waveforms by path, ids of the longer view, seconds of each clip."""
+    rate = limit.family.sampling_rate
+    waves = {p: audio.load(p, rate, longest) for p in audio_paths(prompt)}
+    seconds = [len(w) / rate for w in waves.values()]
+    waves = {p: limit.filled(w) for p, w in waves.items()}
+    return waves, limit.check(prompt, waves), seconds

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd import types
 from opd.config.schema import Config
 from opd.doctor import preflight
 from opd.doctor.checks import Facts
@@ -26,7 +25,7 @@ from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.scoring.scorer import Scorer
-from opd.settings import UserError
+from opd.settings import UserError, attempt
 from opd.storage.journal import Journal
 from opd.storage.metrics import MetricsLog
 from opd.teachers.server import ServerTeacher
@@ -69,10 +68,10 @@ class Gap:
         return out
 
     def _load(self, prompt: Prompt, path: str) -> np.ndarray:
-        try:
-            return audio.load(path, self.family.sampling_rate, self.config.data.max_audio_seconds)
-        except types.BadAudio as e:
-            raise UserError(f"{prompt.place}: a held-out record is bad: {e}; mend or remove it") from e
+        found = attempt(audio.load, path, self.family.sampling_rate, self.config.data.max_audio_seconds)
+        if isinstance(found, ValueError):
+            raise UserError(f"{prompt.place}: a held-out record is bad: {found}; mend or remove it") from found
+        return found
 
     def _answered(self, out: list[dict[str, Any]], at: list[int], view: str, replies: list[Answer]) -> None:
         texts = [decode(self.family, ids) for _, ids, _ in replies]

@@ -16,7 +16,7 @@ from opd import types
 from opd.config.schema import Config
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
-from opd.settings import UserError
+from opd.settings import UserError, attempt
 from opd.storage.json_lines import read_lines
 from opd.types import VIEWS, Prompt, audio_paths, render
 
@@ -72,7 +72,7 @@ class ClipLoader:
         self._augmenter = Augmenter(augment, config.run.seed, rate) if augment.active else None
 
     def load(self, prompt: Prompt, epoch: int | None = None) -> dict[str, np.ndarray] | None:
-        """Waveforms by path; None, and an entry in bad_records.jsonl, when one of them cannot be used.
+        """Waveforms by path; None, and an entry in bad_records.jsonl, when the record cannot be used.
 
         With an epoch, as data.augment would have them heard in it, by the paths of `apart(prompt)`; when one gets too
         long by that, the record's clips stay as they are.
@@ -81,19 +81,22 @@ class ClipLoader:
         """
         if prompt.place in self.bad:
             return None
-        try:
-            limit, paths = self.config.data.max_audio_seconds, audio_paths(prompt)
-            clean = {p: audio.load(p, self.rate, limit) for p in paths}
-            own = prompt if epoch is None else self.apart(prompt)
-            clips = {key: clean[p] for key, p in zip(audio_paths(own), paths, strict=True)}
-            if epoch is not None and self._augmenter is not None:
-                with suppress(types.TooLong):
-                    changed = enumerate(clips.items())
-                    return self._fitting(own, {k: self._heard(c, self.name(prompt, i), epoch) for i, (k, c) in changed})
-            return self._fitting(own, clips)
-        except types.BadAudio as e:
-            self._count(prompt, str(e))
+        found = attempt(self._load, prompt, epoch)
+        if isinstance(found, ValueError):
+            self._count(prompt, str(found))
             return None
+        return found
+
+    def _load(self, prompt: Prompt, epoch: int | None) -> dict[str, np.ndarray]:
+        limit, paths = self.config.data.max_audio_seconds, audio_paths(prompt)
+        clean = {p: audio.load(p, self.rate, limit) for p in paths}
+        own = prompt if epoch is None else self.apart(prompt)
+        clips = {key: clean[p] for key, p in zip(audio_paths(own), paths, strict=True)}
+        if epoch is not None and self._augmenter is not None:
+            with suppress(types.TooLong):
+                changed = enumerate(clips.items())
+                return self._fitting(own, {k: self._heard(c, self.name(prompt, i), epoch) for i, (k, c) in changed})
+        return self._fitting(own, clips)
 
     def apart(self, prompt: Prompt) -> Prompt:
         """The prompt with paths of its own where data.augment changes clips: records that share a clip hear it apart.

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 import sys
-from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from opd.prompts.tables import hub_bytes, records
 from opd.scoring.answers import MATCHES, check_answer
-from opd.settings import UserError, regular_file, text_lines
+from opd.settings import Fatal, UserError, attempt, plain_text, shown
+from opd.storage.json_lines import write_atomic
 from opd.types import Prompt
+
+NAME_BYTES = 255  # of a file's name, at most
 
 # of a record
 KNOWN = ("messages", "audio", "transcript", "id", "response", "answer", "match", "choices", "tolerance", "group")
 
 
 def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], list[dict[str, str]]]:
-    """Read a manifest: JSONL here; Parquet, JSON, CSV or `hub:owner/name[/config][:split]` through `datasets`.
+    """Read a manifest: JSONL, JSON, CSV and TSV here; Parquet and `hub:owner/name[/config][:split]` through `datasets`.
 
     A record is `{"messages": [...]}` whose audio parts carry `path` and `transcript`, or the short form
     `{"audio": path, "transcript": str}`; optional: id (a number is taken as text), response, answer, match, choices,
     tolerance, group, and strings and numbers by other names, for teacher.field and the groups of an evaluation. Paths
-    are relative to the manifest and must stay inside its folder.
+    are relative to the manifest and must stay inside its folder; an Audio column's bytes are put into the cache of
+    `datasets`, where a path leads to them.
 
     Returns prompts and the bad records, each {"place", "id", "reason"}. Raises UserError for an unreadable manifest.
     """
     prompts: list[Prompt] = []
     bad: list[dict[str, str]] = []
     seen: dict[str, str] = {}
-    root = Path(path).resolve().parent
+    root = folder_of(path)
     for place, record in records(path):
-        try:
-            prompt = parse_record(record, root, place)
-            if prompt.id in seen:
-                raise ValueError(f"id {prompt.id!r} was used before, at {seen[prompt.id]}")
-            seen[prompt.id] = place
-            prompts.append(prompt)
-        except ValueError as e:
+        prompt = attempt(parse_record, record, root, place)
+        if not isinstance(prompt, ValueError) and prompt.id in seen:
+            prompt = ValueError(f"id {prompt.id!r} was used before, at {seen[prompt.id]}")
+        if isinstance(prompt, ValueError):
             name = str(record.get("id", ""))[:60] if isinstance(record, dict) else ""
-            bad.append({"place": place, "id": name, "reason": str(e)})
+            bad.append({"place": place, "id": name, "reason": str(prompt)})
+            continue
+        seen[prompt.id] = place
+        prompts.append(prompt)
         if limit is not None and len(prompts) >= limit:
             break
     if not prompts and not bad:
@@ -49,15 +55,21 @@ def read_manifest(path: str, limit: int | None = None) -> tuple[list[Prompt], li
 
 
 def parse_record(record: Any, root: Path, place: str) -> Prompt:
-    """Make a Prompt of a manifest record; ValueError says which field is wrong, what was expected and found."""
+    """Make a Prompt of a manifest record; ValueError says which field is wrong, what was expected and found.
+
+    Call it through `attempt`, which has a word for all else that can be wrong.
+    """
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, found {type(record).__name__}")
+    record = unmarked(record)
     messages = record.get("messages")
     if messages is None:
-        if "audio" not in record:
-            raise ValueError("expected `messages`, or `audio` with `transcript`; found neither")
+        if missing := [key for key in ("audio", "transcript") if key not in record]:
+            names = ", ".join(map(str, record))[:200] or "nothing"
+            expected = f"no {missing[0]}: expected `messages`, or `audio` with `transcript`, found {names}"
+            raise ValueError(f"{expected}; `opd data natural` reads tables by columns.{missing[0]}=NAME")
         part = {"type": "audio", "path": record["audio"], "transcript": record.get("transcript")}
         messages = [{"role": "user", "content": [part]}]
     elif both := [key for key in ("audio", "transcript") if key in record]:
@@ -71,6 +83,9 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
         if record.get(key) is not None and not isinstance(record[key], str):
             raise ValueError(f"{key}: expected a string, found {type(record[key]).__name__}")
     choices, tolerance = record.get("choices") or [], record.get("tolerance")
+    if isinstance(tolerance, str):  # of a table without types
+        with suppress(ValueError):
+            tolerance = float(tolerance)
     if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
         raise ValueError(f"choices: expected a list of strings, found {str(choices)[:60]!r}")
     if tolerance is not None and (not _number(tolerance) or tolerance < 0):
@@ -93,6 +108,16 @@ def parse_record(record: Any, root: Path, place: str) -> Prompt:
         tolerance=tolerance,
         numbered=not isinstance(name, str),
     )
+
+
+def unmarked(node: Any) -> Any:
+    """Texts without a byte-order mark, which belongs to none. Raises UnicodeEncodeError for half a surrogate pair."""
+    if isinstance(node, str):
+        node.encode()
+        return node.lstrip("\ufeff")
+    if isinstance(node, dict):
+        return {key: unmarked(value) for key, value in node.items()}
+    return [unmarked(value) for value in node] if isinstance(node, list) else node
 
 
 def _number(value: Any) -> bool:
@@ -118,75 +143,66 @@ def _part(part: Any, where: str, root: Path) -> dict[str, Any]:
         return {"type": "text", "text": part["text"]}
     if kind != "audio":
         raise ValueError(f"{where}: expected a text part or an audio part, found {str(part)[:60]!r}")
-    if not isinstance(part.get("path"), str) or not part["path"]:
-        raise ValueError(f"{where}: the audio part has no path")
     text = part.get("transcript")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: transcript: expected a string, found {type(text).__name__}")
-    if not text or not text.strip():
+    if not text or not plain_text(text):
         raise ValueError(f"{where}: the audio part has no transcript; the teacher needs one to read")
-    path = (root / part["path"]).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{where}: {part['path']} lies outside the manifest's folder {root}")
-    return {"type": "audio", "path": str(path), "transcript": text}
+    clip = attempt(clip_of, part.get("path"), root)
+    if isinstance(clip, ValueError):
+        raise ValueError(f"{where}: {clip}")
+    path = _cached(clip["bytes"], clip["path"]) if "bytes" in clip else clip["path"]
+    return {"type": "audio", "path": path, "transcript": text}
 
 
-def records(path: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row of a manifest; a ValueError in the place of a row that cannot be read.
+def clip_of(clip: Any, root: Path) -> dict[str, Any]:
+    """`bytes`, else `path`, of a recording as a row has it: bytes, a path, or both in an Audio column.
 
-    `streaming`: do not load a hub's data set or a Parquet file whole. Raises UserError for an unreadable manifest.
+    `root`: the folder of the data set, or its `hub:` name. Raises ValueError where there is none, or one elsewhere.
     """
-    if path.startswith("hub:") or Path(path).suffix in (".parquet", ".json", ".csv"):
-        yield from datasets_records(path, streaming)
-        return
-    for place, line in text_lines(path, "manifest"):
-        try:
-            yield place, line if isinstance(line, ValueError) else json.loads(line)
-        except json.JSONDecodeError as e:
-            yield place, ValueError(f"not valid JSON: {e.msg} at column {e.colno}")
-        except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
-            yield place, ValueError(f"not readable as JSON: {e}")
+    clip = clip if isinstance(clip, dict) else {"bytes" if isinstance(clip, bytes) else "path": clip}
+    content, path = clip.get("bytes"), clip.get("path")
+    if content is not None:
+        return {"bytes": content, "path": str(path or "")}
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"expected a recording's path or bytes, found {str(path)[:60]!r}")
+    if str(root).startswith("hub:"):
+        return {"bytes": hub_bytes(path), "path": path}
+    return {"path": str(within(root, path))}
 
 
-def datasets_records(
-    path: str, streaming: bool, prepare: Callable[[Any], Any] = lambda data: data
-) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row of a hub's data set or a file that `datasets` reads, after `prepare` of the data set.
-
-    Raises UserError for what cannot be read.
-    """
+def _cached(content: bytes, name: str) -> str:
+    """A file of these bytes in the cache of `datasets`, named by them."""
     import datasets
 
-    name, _, split = path.removeprefix("hub:").partition(":")
-    owner, _, rest = name.partition("/")
-    title, _, part = rest.partition("/")
-    hub = path.startswith("hub:")
-    if not hub:
-        regular_file(path, "manifest")
+    key = hashlib.sha256(content).hexdigest()[:32]
+    path = Path(datasets.config.HF_DATASETS_CACHE, "opd_clips", key[:2], key + Path(name).suffix[:8])
     try:
-        if hub:
-            of = f"{owner}/{title}" if title else owner
-            data = datasets.load_dataset(of, part or None, split=split or "train", streaming=streaming)
-        else:
-            data = datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train", streaming=streaming)
-        for i, row in enumerate(prepare(data)):
-            yield f"{path}:{i + 1}", _as_written(row)
-    except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
-        reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
-        raise UserError(f"{path}: `datasets` cannot read it: {reason[0][:300]}") from e
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+    except OSError as e:
+        raise Fatal(f"{path}: {e.strerror or e}; HF_DATASETS_CACHE names another folder for clips in tables") from e
+    return str(path)
 
 
-def _as_written(node: Any) -> Any:
-    """Undo what columns of one type make of records: absent keys are None, a text content is a list of one part."""
-    if isinstance(node, dict):
-        kept = {k: _as_written(v) for k, v in node.items() if v is not None}
-        match kept.get("content"):
-            case [{"type": "text", "text": str(text), **rest}] if not rest:
-                kept["content"] = text
-        return kept
-    if isinstance(node, list):
-        return [_as_written(v) for v in node]
-    return node
+def folder_of(path: str) -> Path:
+    """The folder that paths in a manifest are relative to: where its name is, even a link; of the Hub its name."""
+    return Path(path if path.startswith("hub:") else os.path.dirname(os.path.abspath(path)))
+
+
+def within(root: Path, name: str) -> Path:
+    """The file `name` of a data set in `root`. Raises ValueError for one elsewhere: a data set names only its own.
+
+    Links in it are followed when it is read, not here: the Hub's cache consists of them, and who owns the folder put
+    them there.
+    """
+    if "\0" in name or max(len(part.encode()) for part in name.split("/")) > NAME_BYTES:
+        raise ValueError(f"{shown(name)}: no such audio file")
+    path = Path(os.path.normpath(root / name))
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise ValueError(f"{name} lies outside of {root}")
+    return path
 
 
 class PromptStream:

@@ -63,11 +63,11 @@ def conform(value: Any, shape: type[BaseModel], where: str) -> dict[str, Any]:
     return value
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write aside, then rename: a reader sees the old content or the new, never a half."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def make_batch(samples: list[Sample], clips: Clips, config: Config) -> Batch:
 def _counts(rollout: Rollout, config: Config) -> float:
     """How many times a response counts in the mean."""
     name = config.data.weight
-    return rollout.stands_for * (rollout.prompt.numbers[name] if name else 1.0)
+    return rollout.stands_for * (rollout.prompt.number(name) if name else 1.0)
 
 
 def split(samples: list[Sample], budget: int) -> list[list[Sample]]:

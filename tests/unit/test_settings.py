@@ -21,7 +21,18 @@ from opd.data.stages.prompts import Prompts
 from opd.data.stages.verify import Verify
 from opd.prompts import audio
 from opd.prompts.manifest import read_manifest
-from opd.settings import Section, UserError, override, read_text, read_yaml, text_lines, validated
+from opd.settings import (
+    Fatal,
+    Section,
+    UserError,
+    attempt,
+    override,
+    plain_text,
+    read_text,
+    read_yaml,
+    text_lines,
+    validated,
+)
 from opd.storage.digests import digest
 from opd.types import BadAudio, transcript
 
@@ -53,7 +64,7 @@ def test_yaml_and_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None
     assert [(p, str(t)) for p, t in lines] == [
         (f"{file}:1", "one"),
         (f"{file}:3", "not valid UTF-8 at byte 1"),
-        (f"{file}:4", "\ufefftwo"),  # only at the beginning it is a mark
+        (f"{file}:4", "two"),  # also where files were joined
     ]
     file.write_bytes(MARK + b"what is this\n")
     run_stage(Prompts(mapping="text"), str(file.rename(file.with_suffix(".txt"))), tmp_path / "p.jsonl", workers=1)
@@ -142,3 +153,50 @@ def test_a_changed_recipe_is_a_copy() -> None:
     other = config.changed({"rollout.server.threads": 7, "rollout.urls": ["http://a"], "student.lora": None})
     assert (other.rollout.server.threads, other.rollout.urls, other.student.lora) == (7, ["http://a"], None)
     assert config.model_dump() == before and other.teacher is config.teacher
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("\ufeffwhat is this", "what is this"),
+        (" \ufeff\ufeff what\ufeff is this\u3000\n", "what\ufeff is this"),  # only at the beginning it is a mark
+        ("\u0926\u093f\u0928", "\u0926\u093f\u0928"),  # a vowel sign on its letter
+        ("\u2026?", "\u2026?"),
+        ("\U0001f44d\ufe0f", "\U0001f44d\ufe0f"),
+        ("\ud83d", "\ud83d"),  # no text, which is for others to say
+        ("", ""),
+        ("\ufeff", ""),
+        (" \u200b\u200d\u2060\u00ad\ufeff\t", ""),
+        ("\u0301\u093f", ""),
+        ("\u3164\u115f\u2800\x00\u202e\U000e0041", ""),  # fillers, blank Braille, controls, tags
+    ],
+)
+def test_a_text_has_something_to_read(text: str, plain: str) -> None:
+    assert plain_text(text) == plain
+
+
+def test_a_record_ends_no_run_and_hides_no_fault_of_the_machine() -> None:
+    def fails(e: BaseException) -> Any:
+        raise e
+
+    class OutOfMemoryError(RuntimeError):
+        """As torch calls it."""
+
+    assert attempt(int, "7") == 7
+    for error, told in (
+        (ValueError("one\ntwo"), "one"),
+        (TypeError("not a str"), "TypeError: not a str"),
+        (
+            UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"),
+            "half a surrogate pair, which is no text",
+        ),
+        (
+            OSError(13, "Permission denied"),
+            "OSError: [Errno 13] Permission denied".replace("OSError", "PermissionError"),
+        ),
+    ):
+        found = attempt(fails, error)
+        assert isinstance(found, ValueError) and str(found) == told
+    for error in (Fatal("x"), MemoryError(), OSError(28, "No space"), OutOfMemoryError(), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            attempt(fails, error)

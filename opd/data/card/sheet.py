@@ -14,8 +14,9 @@ import numpy as np
 import soundfile
 
 from opd.data.stages.prompts import NearTexts, normal
-from opd.prompts.manifest import parse_record, records
-from opd.settings import UserError, regular_file
+from opd.prompts.manifest import folder_of, parse_record
+from opd.prompts.tables import records
+from opd.settings import UserError, attempt, regular_file
 from opd.storage.digests import canonical, digest
 from opd.types import Prompt, audio_paths, render
 
@@ -67,9 +68,8 @@ class Sheet:
 
     def _hear(self, path: str, name: str) -> float:
         """Seconds of a clip, by its header."""
-        try:
-            found = soundfile.info(regular_file(path, "audio file"))
-        except (soundfile.LibsndfileError, OSError, UserError):
+        found = attempt(lambda: soundfile.info(regular_file(path, "audio file")))
+        if isinstance(found, ValueError):
             self.unreadable.append(f"{name}: {path}")
             return 0.0
         self.clips.setdefault(digest(path), []).append(name)
@@ -171,12 +171,11 @@ class Asked:
 
 def sheet_of(path: Path, name: str, asked: Asked) -> Sheet:
     """The sheet of a manifest, as the split `name`. Raises UserError for one without a usable record."""
-    sheet, root = Sheet(path, name), path.resolve().parent
+    sheet, root = Sheet(path, name), folder_of(str(path))
     for place, row in records(str(path), streaming=True):
-        try:
-            prompt = parse_record(row, root, place)
-        except ValueError as e:
-            sheet.bad.append(f"{place}: {e}")
+        prompt = attempt(parse_record, row, root, place)
+        if isinstance(prompt, ValueError):
+            sheet.bad.append(f"{place}: {prompt}")
             continue
         record = f"{place} ({prompt.id})" if "id" in row else place
         question = " ".join(sheet.add(prompt, row, record))

@@ -15,6 +15,7 @@ from typing import Any
 
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Failed
+from opd.settings import attempt
 
 Outcome = tuple[str, Any]  # ("record", Record), ("drop", reason) or ("failed", reason)
 THREADS = 16  # requests to an endpoint at a time, unless --workers says otherwise
@@ -60,6 +61,11 @@ class Pool:
 
 
 def _outcome(work: Work, store: ClipStore, record: Record) -> Outcome:
+    made = attempt(_made, work, store, record)
+    return ("drop", f"not usable: {made}") if isinstance(made, ValueError) else made
+
+
+def _made(work: Work, store: ClipStore, record: Record) -> Outcome:
     try:
         made = work(record)
         for part in audio_parts(made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -15,9 +16,10 @@ from typing import Any
 
 from opd.data.engine import manifest
 from opd.data.engine.pool import Outcome, Pool
-from opd.data.engine.stage import ClipStore, Record, Stage, audio_parts, content_id
-from opd.prompts.manifest import parse_record, records
-from opd.settings import UserError
+from opd.data.engine.stage import RESUMES, ClipStore, Record, Stage, audio_parts, content_id
+from opd.prompts.manifest import folder_of, parse_record, unmarked
+from opd.prompts.tables import records
+from opd.settings import UserError, attempt
 from opd.storage import run_folder
 from opd.storage.journal import Journal
 from opd.storage.json_lines import write_atomic
@@ -74,7 +76,7 @@ def run_stage(
         raise UserError(f"--out {out}: expected a file name that ends in .jsonl or .parquet")
     if not 0 <= shard[0] < shard[1]:
         raise UserError(f"--shard {shard[0]}/{shard[1]}: expected I/N with I from 0 to N - 1")
-    if not source.startswith("hub:") and Path(source).resolve() == out.resolve():
+    if os.path.exists(source) and out.exists() and os.path.samefile(source, out):
         raise UserError(f"--out {out}: is the manifest that is read; name another file")
     stage.check()
     folder = out.with_suffix(".stage")
@@ -90,7 +92,7 @@ def run_stage(
                 return run.finish(folder)
         except OSError as e:
             where = e.filename or out.parent
-            raise UserError(f"{where}: {e.strerror or e}; what is done is kept, the same command goes on") from e
+            raise UserError(f"{where}: {e.strerror or e}; {RESUMES}") from e
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -131,7 +133,7 @@ class _Run:
             raise UserError(f"{self.stage.name}: a worker process died{fewer}") from e
         except KeyboardInterrupt:
             patience = GRACE_S
-            self.say(f"{self.stage.name}: interrupted; what is done is kept, the same command goes on")
+            self.say(f"{self.stage.name}: interrupted; {RESUMES}")
             raise
         finally:
             pool.end(flying, patience)
@@ -167,13 +169,10 @@ class _Run:
 
     def _key(self, place: str, row: Any) -> tuple[str, str | None]:
         """The key of a row, and what is wrong with it."""
-        why = str(row) if isinstance(row, ValueError) else None
-        if why is None:
-            try:
-                return self.stage.key(row), None
-            except UnicodeEncodeError:
-                why = "half a surrogate pair, which is no text"
-        return self.stage.key({"place": ascii(place), "error": ascii(why)}), why
+        key = row if isinstance(row, ValueError) else attempt(self.stage.key, row)
+        if isinstance(key, str):
+            return key, None
+        return self.stage.key({"place": ascii(place), "error": ascii(str(key))}), str(key)
 
     def _collect(self, flying: dict[Future[Outcome], Job]) -> None:
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
@@ -188,7 +187,7 @@ class _Run:
             failed, tried = self.summary.failed.total(), self.summary.made + self.summary.failed.total()
             if failed > FEW and failed > MAX_FAILED * tried:
                 told = f"{failed} of {tried} records failed, the last one: {result}"
-                raise UserError(f"{self.stage.name}: {told}; what is done is kept, the same command goes on")
+                raise UserError(f"{self.stage.name}: {told}; {RESUMES}")
             return
         self.journal.add(key, {kind: result} | ({"id": name} if kind == "drop" else {}))
         self.summary.made += 1
@@ -242,20 +241,17 @@ def read_source(source: str, stage: Stage | None = None, limit: int | None = Non
 
     stage: one that reads other rows than those of a manifest.
     """
-    root, raw = Path(source).resolve().parent, stage is not None and stage.raw
+    root, raw = folder_of(source), stage is not None and stage.raw
     for i, (place, row) in enumerate(stage.rows(source) if stage else records(source, streaming=True)):
         if limit is not None and i >= limit:
             return
-        try:
-            yield place, row if raw and isinstance(row, dict) else _normal(row, root, place)
-        except ValueError as e:
-            yield place, e
+        yield place, row if raw and isinstance(row, dict) else attempt(_normal, row, root, place)
 
 
 def _normal(row: Any, root: Path, place: str) -> Record:
     """A record with `messages` and an id, whichever form it has. Raises ValueError as parse_record does."""
     prompt = parse_record(row, root, place)
-    record = {k: v for k, v in row.items() if k not in ("audio", "transcript", "id")}
+    record = {k: unmarked(v) for k, v in row.items() if k not in ("audio", "transcript", "id")}
     record |= {"messages": json.loads(json.dumps(prompt.messages))}
     return {"id": content_id(record) if row.get("id") is None else prompt.id} | record
 

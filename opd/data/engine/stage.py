@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from opd.endpoint import Endpoint
-from opd.prompts.manifest import records
-from opd.settings import Section
+from opd.prompts.tables import records
+from opd.settings import Fatal, Section
 from opd.storage.digests import canonical, digest, stats
 from opd.types import joined
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Work = Callable[[Record], Record]
 FOLDER = "audio"  # beside a manifest
+RESUMES = "what is done is kept, the same command goes on"
 
 
 class ClipStore:
@@ -35,7 +37,7 @@ class ClipStore:
     """
 
     def __init__(self, root: Path, aside: Path | None = None) -> None:
-        self.root = root.resolve()
+        self.root = Path(os.path.abspath(root))
         self._aside_folder = aside or self.root / FOLDER
 
     def make(self, key: str, wave: Callable[[], tuple[np.ndarray, int]]) -> Path:
@@ -56,9 +58,10 @@ class ClipStore:
 
     def adopt(self, clip: str) -> str:
         """How a manifest names a clip: one that does not lie below `root` is linked or copied into the store first."""
-        path = Path(clip).resolve()
-        if path.is_relative_to(self.root):
-            return path.relative_to(self.root).as_posix()
+        path = Path(os.path.abspath(clip))
+        for below, root in ((path, self.root), (path.resolve(), self.root.resolve())):
+            if below.is_relative_to(root):
+                return below.relative_to(root).as_posix()
         with open(path, "rb") as f:
             key = hashlib.file_digest(f, "sha256").hexdigest()[:32]
 
@@ -75,16 +78,19 @@ class ClipStore:
         path = self.root / FOLDER / key[:2] / f"{key}{suffix}"
         if path.is_file():
             return path
-        for folder in (path.parent, self._aside_folder):
-            folder.mkdir(parents=True, exist_ok=True)
         aside = self._aside_folder / f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
         try:
+            for folder in (path.parent, self._aside_folder):
+                folder.mkdir(parents=True, exist_ok=True)
             write(aside)
             with open(aside, "rb") as f:
                 os.fsync(f.fileno())
             aside.replace(path)
+        except OSError as e:  # the folder's fault, not the record's
+            raise Fatal(f"{e.filename or path}: {e.strerror or e}; {RESUMES}") from e
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
         return path
 
 

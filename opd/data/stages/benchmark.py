@@ -19,12 +19,12 @@ from pydantic import AfterValidator, Field, PositiveFloat
 
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, audio_parts
 from opd.data.stages.natural import Natural, content_digest, dropping_bad_audio
-from opd.data.stages.recordings import within
-from opd.prompts.manifest import datasets_records, records
+from opd.prompts.manifest import clip_of, folder_of
+from opd.prompts.tables import is_table, records, table
 from opd.scoring.answers import check_answer
 from opd.scoring.scorer import template
 from opd.scoring.voicebench import TASKS, criteria
-from opd.settings import Section, UserError, read_text, read_yaml
+from opd.settings import Section, UserError, attempt, read_yaml
 
 Row = dict[str, Any]
 TURNS = 8  # of a user, at most, in Audio MultiChallenge
@@ -123,12 +123,11 @@ class LoadBenchmark(Stage):
                     raise ValueError(f"{name} needs a column {some[0]}, found {', '.join(there)}{hint}")
 
         for file in files:
-            root = Path(file) if file.startswith("hub:") else Path(file).resolve().parent
-            if file.startswith("hub:") or file.endswith(".parquet"):
-                for place, row in datasets_records(file, streaming=True, prepare=partial(_undecoded, columns)):
-                    yield place, root, row
+            root = folder_of(file)
+            if is_table(file):
+                yield from ((place, root, row) for place, row in table(file, check=columns))
                 continue
-            for place, row in _table(file):
+            for place, row in records(file):
                 if isinstance(row, dict):
                     try:
                         columns(list(row))
@@ -149,9 +148,11 @@ class LoadBenchmark(Stage):
         record = make(given["benchmark"], self.subset, given["split"], given["row"], self.instruction)
         seconds = 0.0
         for part in audio_parts(record):
-            row = {"id": given["id"], **_source(part.pop("clip"), given["root"])}
+            clip = attempt(clip_of, part.pop("clip"), Path(given["root"]))
+            if isinstance(clip, ValueError):
+                raise Drop(f"no audio: {clip}")
             with dropping_bad_audio():
-                path, length = natural.whole(store, row)
+                path, length = natural.whole(store, {"id": given["id"], **clip})
             part["path"] = str(path)
             seconds += length
         return {"id": given["id"], **record, "seconds": round(seconds, 3)}
@@ -198,49 +199,10 @@ def _files(source: Path, subset: str, split: str, splits: int) -> list[Path]:
     return tables
 
 
-def _table(file: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a .jsonl, or of a .json file that is one list."""
-    if file.endswith(".jsonl"):
-        yield from records(file)
-        return
-    try:
-        rows = json.loads(read_text(file))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: not readable as JSON: {e}") from e
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a list of objects, found {type(rows).__name__}")
-    yield from ((f"{file}:{i + 1}", row) for i, row in enumerate(rows))
-
-
-def _undecoded(columns: Any, data: Any) -> Any:
-    import datasets
-
-    data = data if data.features is not None else data._resolve_features()
-    columns(data.column_names)
-    for name, feature in data.features.items():
-        struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
-        if name in AUDIO and (isinstance(feature, datasets.Audio) or struct):
-            data = data.cast_column(name, datasets.Audio(decode=False))
-    return data
-
-
-def _source(clip: Any, root: str) -> dict[str, Any]:
-    """The bytes of a clip, or its path. Raises Drop."""
-    if isinstance(clip, dict) and clip.get("bytes") is not None:
-        return {"bytes": clip["bytes"]}
-    path = clip.get("path") if isinstance(clip, dict) else clip
-    if not isinstance(path, str) or not path:
-        raise Drop("no audio")
-    try:
-        return {"path": str(within(Path(root), path))}
-    except ValueError as e:
-        raise Drop(f"no audio: {e}") from e
-
-
 def _content(clip: Any, root: str) -> Any:
     try:
-        return content_digest(_source(clip, root))
-    except Drop:
+        return content_digest(clip_of(clip, Path(root)))
+    except ValueError:
         return clip
 
 

@@ -17,6 +17,7 @@ from opd import types
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, content_id
 from opd.data.stages import recordings
 from opd.prompts import audio
+from opd.settings import plain_text
 from opd.storage.digests import digest
 
 SUFFIXES = {"WAV": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}  # what is kept as it is
@@ -30,7 +31,7 @@ class Natural(Stage):
     raw: ClassVar[bool] = True
 
     columns: dict[str, str] = Field(
-        {}, description="of a data set: {audio|transcript|speaker|id|accent|group: column}; the usual names by default"
+        {}, description="of a table: {audio|transcript|speaker|id|accent|group: column}; the usual names by default"
     )
     folder_is: Literal["speaker", "accent", "group"] | None = Field(
         None, description="what the folder of a recording names"
@@ -61,7 +62,7 @@ class Natural(Stage):
         text = row.get("transcript")
         if not isinstance(text, str | None):
             raise Drop(f"transcript: expected a string, found {type(text).__name__}")
-        text = " ".join((text or "").split())
+        text = " ".join(plain_text(text or "").split())
         if not text:
             raise Drop("no transcript")
         if text.isupper() and not self.keep_capitals:

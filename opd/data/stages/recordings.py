@@ -6,7 +6,6 @@ transcript has times is several rows, each with `piece`: [first second, last sec
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
@@ -21,27 +20,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 
-from opd.prompts.manifest import datasets_records
-from opd.settings import UserError, open_text, read_text, regular_file, text_lines
+from opd.prompts.manifest import clip_of, folder_of, within
+from opd.prompts.tables import Rows, is_table, records, table
+from opd.settings import UserError, attempt, read_text, regular_file, shown, text_lines
 
-HUB = "hf://datasets/"
 AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".w64")
 TIMED = (".json", ".srt", ".vtt")  # transcripts with times: Whisper's JSON, subtitles
 COLUMNS = {  # what it is called, the first that is there
-    "audio": ("audio",),
+    "audio": ("audio", "file_name", "audio_filepath", "path"),
     "transcript": ("transcript", "transcription", "sentence", "text", "normalized_text", "raw_text"),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "id": ("id", "utterance_id"),
     "accent": ("accent", "accents"),
     "group": ("group",),
 }
+TABLES = (".tsv", ".csv", ".jsonl", ".json")
+METADATA = ("metadata.csv", "metadata.jsonl")  # of an audio folder, or of LJSpeech
+LAYOUTS = (
+    "x.txt, x.json, x.srt or x.vtt beside x.wav; *.trans.txt (LibriSpeech); metadata.csv or metadata.jsonl (audio "
+    "folder, LJSpeech); *.tar (WebDataset). Of Common Voice, NeMo and others name the table itself: .tsv, .csv, .jsonl"
+)
 EDGE_S = 0.2  # of silence left at the ends of a piece
 REACH_S = 0.5  # how far from the time of a transcript its silence may be
 FRAME_S = 0.01
 QUIET_DB = 25.0  # below the speech around it
 TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)\s*-->\s*(?:(\d+):)?(\d+):(\d+)[.,](\d+)")
 Row = dict[str, Any]
-Rows = Iterator[tuple[str, Any]]
 
 
 class Segment(NamedTuple):
@@ -58,42 +62,40 @@ Pause = Callable[[Segment, Segment], tuple[float, float] | None]
 def rows(source: str, columns: dict[str, str], folder_is: str | None, longest: float, pause: float) -> Rows:
     """(place, row) of every recording; a ValueError in the place of one whose transcript cannot be read.
 
-    `source`: a folder in LibriSpeech's layout (*.trans.txt), with WebDataset shards (*.tar) or with transcripts beside
-    recordings (x.wav with x.txt, x.json, x.srt or x.vtt); a Common Voice *.tsv; a shard; a Parquet file or hub data set
-    with an Audio column. Raises UserError for what is none of these.
+    `source`: a folder in one of LAYOUTS; a table that names recordings and transcripts (Common Voice's *.tsv, a NeMo
+    manifest, metadata.csv); a shard; a Parquet file or hub data set with an Audio column. Raises UserError for what is
+    none of these.
     """
     path = Path(source)
-    if source.startswith("hub:") or path.suffix == ".parquet":
-        return _columns(source, columns)
-    if path.suffix == ".tsv" and path.is_file():
-        return _common_voice(path)
-    if path.is_file() and _is_shard(path):
+    if source.startswith("hub:") or path.suffix == ".parquet" or os.path.isfile(path) and path.suffix.lower() in TABLES:
+        return _table(source, columns)
+    if os.path.isfile(path) and _is_shard(path):
         return _shard(path)
-    if not path.is_dir():
-        what = "a folder, a .tsv of Common Voice, a .tar shard, a .parquet file or hub:owner/name"
-        raise UserError(f"{source}: expected {what}")
-    if tables := sorted(path.glob("*.tsv")):
+    if not os.path.isdir(path):
+        what = f"a folder, a table ({', '.join(TABLES)}), a .tar shard, a .parquet file or hub:owner/name"
+        raise UserError(f"{shown(source)}: expected {what}")
+    files = _files(path)
+    if tables := [f for f in files if f.parent == path and f.suffix == ".tsv"]:
         raise UserError(f"{source}: holds tables of Common Voice: name one of them, such as {tables[0]}")
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-    if any(file.name.endswith(".trans.txt") for file in files):
-        return itertools.chain.from_iterable(_librispeech(f) for f in files if f.name.endswith(".trans.txt"))
+    if chapters := [file for file in files if file.name.endswith(".trans.txt")]:
+        return itertools.chain.from_iterable(map(_librispeech, chapters))
     if shards := [file for file in files if _is_shard(file)]:
         return itertools.chain.from_iterable(map(_shard, shards))
+    if tables := [file for file in files if file.name in METADATA]:
+        return itertools.chain.from_iterable(_table(str(file), columns) for file in tables)
     found = [file for file in files if file.suffix.lower() in AUDIO]
-    if not found:
-        raise UserError(f"{source}: expected recordings ({', '.join(AUDIO)}), *.trans.txt or *.tar, found none")
+    if not any(_beside_it(file) for file in found):
+        raise UserError(f"{source}: {len(found)} recordings ({', '.join(AUDIO)}), no transcript; looked for: {LAYOUTS}")
     return _beside(path, found, folder_is, longest, pause)
 
 
-def within(root: Path, name: str) -> Path:
-    """The file `name` of a data set in `root`. Raises ValueError for one elsewhere: a data set names only its own.
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder. Raises UserError for one that cannot be entered."""
 
-    Links are not followed: the Hub's cache consists of them.
-    """
-    path = Path(os.path.normpath(root / name))
-    if not path.is_relative_to(os.path.normpath(root)):
-        raise ValueError(f"{name} lies outside of {root}")
-    return path
+    def refuse(e: OSError) -> None:
+        raise UserError(f"{e.filename}: a folder that cannot be read: {e.strerror}") from e
+
+    return sorted(Path(at, n) for at, _, names in os.walk(folder, onerror=refuse, followlinks=True) for n in names)
 
 
 def _is_shard(path: Path) -> bool:
@@ -103,14 +105,12 @@ def _is_shard(path: Path) -> bool:
 def _librispeech(file: Path) -> Rows:
     """A chapter: lines of `SPEAKER-CHAPTER-UTTERANCE TEXT`, recordings beside it."""
     for place, line in text_lines(file):
-        try:
-            if isinstance(line, ValueError):
-                raise line
-            name, _, text = line.partition(" ")
-            path = _first(file.parent, [f"{name}{suffix}" for suffix in (".flac", *AUDIO)])
-            yield place, {"id": name, "path": path, "transcript": text, "speaker": name.split("-")[0]}
-        except ValueError as e:
-            yield place, e
+        yield place, line if isinstance(line, ValueError) else attempt(_utterance, file.parent, *line.split(" ", 1))
+
+
+def _utterance(root: Path, name: str, text: str = "") -> Row:
+    path = _first(root, [f"{name}{suffix}" for suffix in (".flac", *AUDIO)])
+    return {"id": name, "path": path, "transcript": text, "speaker": name.split("-")[0]}
 
 
 def _first(root: Path, names: list[str]) -> str:
@@ -119,88 +119,38 @@ def _first(root: Path, names: list[str]) -> str:
     return str(next((clip for clip in clips if clip.is_file()), clips[0]))
 
 
-def _common_voice(file: Path) -> Rows:
-    with open_text(file, newline="") as f:
-        try:
-            table = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if missing := {"path", "sentence"} - set(table.fieldnames or ()):
-                expected = "expected Common Voice's columns path and sentence"
-                raise UserError(f"{file}: {expected}, {min(missing)} is not there")
-            for row in table:
-                name = row["path"] or ""
-                made: Row = {"id": Path(name).stem, "transcript": row["sentence"]}
-                made |= {"speaker": row.get("client_id"), "accent": row.get("accents")}
-                try:
-                    made["path"] = _first(file.parent, [f"clips/{name}", name])
-                    yield f"{file}:{table.line_num}", made
-                except ValueError as e:
-                    yield f"{file}:{table.line_num}", e
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise UserError(f"{file}: not readable as a Common Voice table: {e}") from e
+class NoColumn(ValueError):
+    """A table without a column that is needed; the message says which there are, and how to name one of them."""
 
 
-def _columns(source: str, columns: dict[str, str]) -> Rows:
-    found: dict[str, str] = {}
-
-    def prepare(data: Any) -> Any:
-        data = data if data.features is not None else data._resolve_features()
-        names = data.column_names
-        for what, usual in COLUMNS.items():
-            name = columns.get(what) or next((n for n in usual if n in names), None)
-            if name is None and what in ("audio", "transcript") or name and name not in names:
-                raise ValueError(f"no column {name or what}, only {', '.join(names)}; say columns.{what}=NAME")
-            found.update({what: name} if name else {})
-        return _stored(data, found["audio"], list(found.values()))
-
-    for place, row in datasets_records(source, streaming=True, prepare=prepare):
-        clip = row.get(found["audio"]) or {}
-        made = {what: row.get(name) for what, name in found.items() if what != "audio"}
-        try:
-            if clip.get("bytes") is not None:
-                yield place, made | {"bytes": clip["bytes"]}
-            elif source.startswith("hub:"):
-                yield place, made | {"bytes": _hub_bytes(clip.get("path"))}
-            else:
-                yield place, made | {"path": str(within(Path(source).resolve().parent, clip.get("path") or "none"))}
-        except ValueError as e:
-            yield place, e
+def _table(source: str, columns: dict[str, str]) -> Rows:
+    """Rows that name recordings or hold them: Common Voice, an audio folder's metadata, NeMo's manifests, data sets."""
+    known = False
+    for place, row in table(source) if is_table(source) else records(source):
+        made = row if isinstance(row, ValueError) else attempt(_told_by, folder_of(source), columns, row)
+        if isinstance(made, NoColumn) and not known:
+            raise UserError(f"{source}: {made}") from made
+        known = True
+        yield place, made
 
 
-def _stored(data: Any, column: str, others: list[str]) -> Any:
-    """A streamed data set of that column, as {"path", "bytes"}, and the others; nothing is decoded."""
-    import datasets
-
-    class Stored(datasets.Audio):  # theirs asks for torchcodec even to pass a path on
-        def encode_example(self, value: Any) -> dict[str, Any]:
-            if isinstance(value, str | Path):
-                return {"bytes": None, "path": str(value)}
-            if isinstance(value, bytes):
-                return {"bytes": value, "path": None}
-            if not isinstance(value, dict):
-                raise ValueError(f"column {column}: expected a recording's path or bytes, found {str(value)[:60]!r}")
-            return {"bytes": value.get("bytes"), "path": value.get("path")}
-
-    names = list(dict.fromkeys([column, *others]))
-    return data.cast_column(column, Stored(decode=False)).select_columns(names)
-
-
-def _hub_bytes(path: str | None) -> bytes:
-    """A file that a data set of the Hub names: on the Hub, or in this machine's cache of it.
-
-    Raises ValueError for any other place, and for a file that cannot be read.
-    """
-    import datasets
-    from datasets.utils.file_utils import xopen
-
-    where = path or "none"
-    file, cache = where.split("::")[-1], Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
-    if not file.startswith(HUB) and not ("://" not in where and Path(where).resolve().is_relative_to(cache)):
-        raise ValueError(f"audio: expected the bytes of a recording or its place on the Hub, found {where[:200]!r}")
-    try:
-        with xopen(where, "rb") as f:
-            return f.read()
-    except (OSError, ValueError) as e:
-        raise ValueError(f"audio: {where}: cannot be read: {str(e)[:200] or type(e).__name__}") from e
+def _told_by(root: Path, columns: dict[str, str], row: Row) -> Row:
+    made: Row = {}
+    for what, usual in COLUMNS.items():
+        names = [columns[what]] if what in columns else [n for n in usual if n in row]
+        if what in ("audio", "transcript") and not names or what in columns and names[0] not in row:
+            told = f"no column {columns.get(what, what)}, only {', '.join(row)}; say columns.{what}=NAME"
+            raise NoColumn(told)
+        made |= {what: next((row[n] for n in names if row[n] is not None), None)} if names else {}
+    clip, start = made.pop("audio"), row.get("offset")
+    if not isinstance(clip, str) or str(root).startswith("hub:"):
+        return made | clip_of(clip, root)
+    made["path"] = _first(root, [f"clips/{clip}", clip, f"wavs/{clip}.wav"])  # Common Voice, LJSpeech
+    own = Path(clip).with_suffix("").as_posix()
+    if start is not None:  # of NeMo: a part of the recording
+        made["piece"] = [float(start), float(start) + float(row["duration"])]
+        own += f"/{start:g}"
+    return {**made, "id": own if made.get("id") is None else made["id"]}
 
 
 def _shard(file: Path) -> Rows:
@@ -247,15 +197,14 @@ def _told(suffix: str, data: bytes) -> Row:
 def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float, pause: float) -> Rows:
     for file in files:
         name = file.relative_to(root).with_suffix("").as_posix()
-        row: Row = {"id": name, "path": str(file.resolve())}
+        row: Row = {"id": name, "path": os.path.abspath(file)}
         row |= {folder_is: file.parent.name} if folder_is and file.parent != root else {}
-        plain = file.with_suffix(".txt")
-        timed = next((t for s in TIMED if (t := file.with_suffix(s)).is_file()), None)
+        told = _beside_it(file)
         try:
-            if timed is None:
-                yield str(file), row | {"transcript": read_text(plain) if plain.is_file() else None}
+            if told is None or told.suffix == ".txt":
+                yield str(file), row | {"transcript": told and read_text(told)}
                 continue
-            segments = read_segments(timed)
+            segments = read_segments(told)
             seconds = _seconds(file)
             if seconds is None or seconds <= longest:
                 yield str(file), row | {"transcript": " ".join(s.text for s in segments)}
@@ -266,7 +215,18 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
         except UnicodeDecodeError as e:
             yield str(file), ValueError(f"transcript: not valid UTF-8 at byte {e.start + 1}")
         except ValueError as e:
-            yield str(file), ValueError(f"{timed}: {e}")
+            yield str(file), ValueError(f"{told}: {e}")
+
+
+def _beside_it(file: Path) -> Path | None:
+    """The file beside a recording that tells what is said, with times if it can be; a JSON may tell other things."""
+    there = [told for suffix in (*TIMED, ".txt") if (told := file.with_suffix(suffix)).is_file()]
+    return next((told for told in there if told == there[-1] or told.suffix != ".json" or _has_segments(told)), None)
+
+
+def _has_segments(file: Path) -> bool:
+    found = attempt(json.loads, attempt(read_text, file))
+    return isinstance(found, dict) and "segments" in found
 
 
 def read_segments(file: Path) -> list[Segment]:

@@ -312,7 +312,7 @@ def test_tables_that_do_not_fit(tmp_path: Path) -> None:
     ):
         load("voicebench", parquet(tmp_path / "b.parquet", rows), tmp_path / "b.jsonl", subset="advbench")
     (tmp_path / "l.json").write_text("{}")
-    with pytest.raises(UserError, match="l.json: expected a list of objects, found dict"):
+    with pytest.raises(UserError, match="l.json:1: mmau needs a column question, found"):
         load("mmau", tmp_path / "l.json", tmp_path / "m.jsonl")
     with pytest.raises(UserError, match="instruction: expected {question} and {options}"):
         validated(LoadBenchmark, {"instruction": "{question}"}, "opd data benchmark")

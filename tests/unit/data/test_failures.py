@@ -11,9 +11,9 @@ from data_stages import Ask, Tone, Unready, made, questions
 from opd import cli
 from opd.data.command import describe
 from opd.data.engine.runner import run_stage
-from opd.data.engine.stage import Stage
+from opd.data.engine.stage import ClipStore, Stage
 from opd.data.stages import STAGES, stage_class
-from opd.settings import UserError
+from opd.settings import Fatal, UserError, attempt
 
 
 def test_failures_are_tried_again_alone(tmp_path: Path) -> None:
@@ -101,6 +101,36 @@ def test_what_is_no_text_fails_alone(tmp_path: Path) -> None:
 
     summary = run_stage(Odd(), questions(tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl")
     assert summary.written == 2 and summary.failed == {"nonsense": 1}
+
+
+def test_whatever_a_record_raises_drops_it_alone(tmp_path: Path) -> None:
+    class Odd(Ask):
+        def change(self, record: dict, store: object) -> dict:
+            raised = {
+                "q1": AttributeError("no lower\nin int"),
+                "q2": OSError(36, "File name too long"),
+                "q3": ValueError(),
+            }
+            if record["id"] in raised:
+                raise raised[record["id"]]
+            return record
+
+    source, out = questions(tmp_path / "in.jsonl", 5), tmp_path / "out.jsonl"
+    summary = run_stage(Odd(), source, out)
+    assert (summary.written, summary.dropped) == (2, {"not usable": 3})
+    rows = [json.loads(line) for line in (tmp_path / "out.stage/dropped.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["reason"]) for r in rows] == [
+        ("q1", "not usable: AttributeError: no lower"),
+        ("q2", "not usable: OSError: [Errno 36] File name too long"),
+        ("q3", "not usable: ValueError"),
+    ]
+    assert run_stage(Odd(), source, out).made == 0
+
+
+def test_a_store_that_cannot_be_written_is_no_records_fault(tmp_path: Path) -> None:
+    (tmp_path / "audio").write_text("in the way")
+    with pytest.raises(Fatal, match="audio.*: Not a directory; what is done is kept"):
+        attempt(ClipStore(tmp_path).put, b"x", ".wav")
 
 
 @pytest.mark.parametrize(

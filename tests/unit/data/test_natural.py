@@ -79,8 +79,10 @@ def test_common_voice(tmp_path: Path) -> None:
     assert dropped == [f"no audio: {tmp_path / 'clips' / 'y.mp3'}"]
     with pytest.raises(UserError, match=f"holds tables of Common Voice: name one of them, such as {table}"):
         run(tmp_path, tmp_path / "f.jsonl")
-    table.write_text("path\ttext\na\tb\n")
-    with pytest.raises(UserError, match="columns path and sentence, sentence is not there"):
+    table.write_text("path\tsaid\na\tb\n")
+    with pytest.raises(
+        UserError, match="validated.tsv: no column transcript, only path, said; say columns.transcript="
+    ):
         run(table, tmp_path / "n.jsonl")
 
 
@@ -240,10 +242,10 @@ def test_webdataset_shards(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_no_layout(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none: expected a folder, a .tsv"):
+    with pytest.raises(UserError, match="none: expected a folder, a table"):
         run(tmp_path / "none", tmp_path / "m.jsonl")
     (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match="in: expected recordings .* found none"):
+    with pytest.raises(UserError, match="in: 0 recordings .*, no transcript; looked for: x.txt, .*LJSpeech.*NeMo"):
         run(tmp_path / "in", tmp_path / "m.jsonl")
     with pytest.raises(ValueError, match="columns: unknown voice"):
         Natural(columns={"voice": "x"})
