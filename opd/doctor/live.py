@@ -168,15 +168,16 @@ def teacher_reads(facts: Facts) -> str:
 def prefers(facts: Facts) -> str:
     """`teacher_reads` of one teacher."""
     config = facts.config.changed({"teacher.shard": False})  # of one process
-    if config.teacher.kind != "self":
+    about = config.teacher.about
+    if about.has_path:
         config = config.changed({"teacher.path": facts.teacher})
     if config.objective.about.other_tokenizer:
         raise Skip("with another tokenizer it gives no log-probs of these tokens")
     on = torch.device(device(config))
-    if config.teacher.kind == "server" and not config.teacher.urls:
+    if about.servers == "all" and not config.teacher.urls:
         command = teacher_server(config, place_of("teacher", config))
         config = config.changed({"teacher.urls": [start(facts, command)]})
-    itself = ReferenceModel(config, facts.family, on, None) if config.teacher.kind == "self" else None
+    itself = ReferenceModel(config, facts.family, on, None) if about.weights == "student" else None
     teacher = make_teacher(config, facts.family, on, itself)
     return preference(teacher, facts.prompts["data.train"], facts.family, min(MAX_TOKENS, config.rollout.max_tokens))
 

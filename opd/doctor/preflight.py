@@ -99,7 +99,7 @@ def teacher(facts: Facts) -> str:
 
     if not needs_teacher(facts.config):
         return "none: nothing in this run reads or asks one"
-    if facts.config.teacher.kind == "self":
+    if facts.config.teacher.about.weights == "student":
         facts.teacher = resolve_model(facts.config.student.path, "student.path")
         copied = "in a second copy" if copies_start(facts.config) else "adapters switched off"
         return f"the student at the start, {copied}"
@@ -175,7 +175,7 @@ def _read(facts: Facts, key: str, path: str) -> str:
     follows = prompts and key == "eval.test" and config.eval.best in ("misalignment", "forgetting")
     if follows and all(p.response is None for p in prompts):
         raise UserError(f"eval.best {config.eval.best}: follows gold responses, and no record of {path} has any")
-    if config.teacher.kind == "routed" and key != "eval.retention":
+    if config.teacher.about.routes and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)
     if gone := [(p.place, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]:

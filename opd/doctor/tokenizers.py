@@ -26,7 +26,7 @@ def tokenizers(facts: Facts) -> str:
     config, family = facts.config, facts.family
     if not needs_teacher(config):
         return "the student's alone"
-    if config.teacher.kind == "self":
+    if config.teacher.about.weights == "student":
         facts.tokenizer = family.tokenizer
         return "the teacher is the student"
     path = facts.teacher
@@ -98,7 +98,8 @@ def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:
         def theirs(chat: list[Message]) -> list[int]:
             return family.text_ids(facts.tokenizer, [joined(m) for m in chat])
 
-        found.append(("teacher", facts.tokenizer, found[0][2] if facts.config.teacher.kind == "self" else theirs))
+        ours = facts.config.teacher.about.weights == "student"
+        found.append(("teacher", facts.tokenizer, found[0][2] if ours else theirs))
     return found
 
 

@@ -61,17 +61,22 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
     e, t = config.eval, config.teacher
     if e.test is None and e.retention is None:
         raise UserError(f"{recipe}: nothing to evaluate: expected eval.test or eval.retention, found neither")
-    if teacher and (t.kind in ("self", "routed") or not t.path):
+    if teacher and not (t.about.servers and t.path):
         told = f"expected one teacher with a path of its own, found teacher.kind {t.kind}"
         remedy = "name it by teacher.kind=server teacher.path=..., or go without it: --no-teacher"
         raise UserError(f"{recipe}: {told}; {remedy}")
     return served(config, out, teacher)
 
 
+def has_teacher(config: Config) -> bool:
+    """Whether a recipe from `eval_config` has a teacher: on servers, or nowhere."""
+    return config.teacher.about.servers == "all"
+
+
 def settings(config: Config) -> dict[str, Any]:
     """All that a measurement depends on beside the record itself."""
     e, judge = config.eval, config.eval.judge
-    models = {"student": config.student} | ({"teacher": config.teacher} if config.teacher.kind == "server" else {})
+    models = {"student": config.student} | ({"teacher": config.teacher} if has_teacher(config) else {})
     return {
         **{name: model(m.path, m.dtype) for name, m in models.items()},
         "family": config.student.family,

@@ -18,7 +18,7 @@ from opd.config.schema import Config
 from opd.doctor import preflight
 from opd.doctor.checks import Facts
 from opd.doctor.tokenizers import tokenizers
-from opd.evaluate.records import Item, eval_config, read_items
+from opd.evaluate.records import Item, eval_config, has_teacher, read_items
 from opd.evaluate.results import sampled
 from opd.models.base import Family
 from opd.prompts import audio
@@ -42,8 +42,7 @@ class Gap:
     def __init__(self, config: Config, family: Family, limit: ContextLimit) -> None:
         self.config, self.family, self.limit = config, family, limit
         self.sampler = VllmSampler(config, family, config.rollout.urls)
-        has_teacher = config.teacher.kind == "server"
-        self.teacher = ServerTeacher(config, family, torch.device("cpu")) if has_teacher else None
+        self.teacher = ServerTeacher(config, family, torch.device("cpu")) if has_teacher(config) else None
         self.scorer = Scorer(config.eval)
         self.max_tokens = config.rollout.max_tokens
 
@@ -136,7 +135,7 @@ def run(log: MetricsLog, recipe: str, overrides: list[str], teacher: bool) -> No
     items = read_items(config)
     facts = Facts(config)
     preflight.student(facts)
-    if config.teacher.kind == "server":
+    if has_teacher(config):
         preflight.teacher(facts)
         tokenizers(facts)
     preflight.servers(facts)

@@ -315,7 +315,7 @@ def frozen(config: Config, student: ModelShape, teacher: ModelShape | None) -> d
     """
     found = {}
     for route, one in of_routes(config).items():
-        if one.teacher.kind == "local" and teacher is not None:
+        if one.teacher.about.weights == "own" and teacher is not None:
             shape = teacher_shape(one) if route else teacher
             found[f"local teacher {route}".strip()] = shape.count() * SIZES[one.teacher.dtype], one.teacher.shard
     if copies_start(config):
@@ -335,9 +335,9 @@ def learner_memory(
     n = config.rollout.n if config.rollout.student_writes else 1
     prompts = -(-config.train.prompts_per_step // ranks)
     vocab, largest = student.decoder.vocab, max(with_gradient) * d
-    local = teacher if any(t.kind in ("local", "self") for t in config.teacher.each.values()) else None
+    local = teacher if any(t.about.weights for t in config.teacher.each.values()) else None
     gather = {}
-    if local and any(t.shard and t.kind == "local" for t in config.teacher.each.values()):
+    if local and any(t.shard and t.about.weights == "own" for t in config.teacher.each.values()):
         sizes = [w.numel for w in local.weights]
         shared = gathered(replace(zero, stage=3), sizes, SIZES[config.teacher.dtype], ranks)
         gather = {"teacher's gathered parameters": shared}

@@ -73,7 +73,8 @@ def write_atomic(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _json(line: dict[str, Any]) -> str:
+def json_line(line: dict[str, Any]) -> str:
+    """A line of a JSON Lines file."""
     return json.dumps(finite(line), allow_nan=False) + "\n"
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from opd.config import resume
 from opd.config.load import resolve_model
 from opd.config.needs import asks_teacher_servers, evaluates, needs_teacher, teacher_servers
-from opd.config.schema import Config, TeacherConfig
+from opd.config.schema import Config
+from opd.config.teacher import TeacherConfig
 from opd.inference.client import Server, check_model
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family, family_of
@@ -66,7 +67,7 @@ def _resolved(teacher: TeacherConfig) -> TeacherConfig:
         route: one.model_copy(update={"path": resolve_model(one.path, "teacher.path")}) if one.path else one
         for route, one in teacher.each.items()
     }
-    return teacher.model_copy(update={"routes": each}) if teacher.kind == "routed" else each[""]
+    return teacher.model_copy(update={"routes": each}) if teacher.about.routes else each[""]
 
 
 def _student_servers(
@@ -91,7 +92,7 @@ def _teachers(config: Config, learner: Learner) -> tuple[Teacher | None, Teacher
     start = make_start(config, family, device, (learner.model, learner.call))
     learner.reference = start if config.objective.reference > 0 else None
     teacher = make_teacher(config, family, device, start) if needs_teacher(config) else None
-    if config.teacher.kind == "local" and asks_teacher_servers(config):
+    if config.teacher.about.servers == "responses" and asks_teacher_servers(config):
         return teacher, ServerTeacher(config, family, device)
     return teacher, teacher
 

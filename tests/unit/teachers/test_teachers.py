@@ -200,7 +200,7 @@ def test_the_penalty_against_autograd(
 ) -> None:
     """c KL(student || start), each hearing for itself, beside the objective; transformers one answer at a time."""
     c = config("objective.reference=0.3", f"student.train=[{train}]", f"train.micro_batch_tokens={budget}", *XOPD)
-    c.objective.lambda_ = 0.25
+    c = c.changed({"objective.lambda_": 0.25})
     start = make_start(c, family, CPU, None)
     with monkeypatch.context() as patch:
         move(family, patch, list(c.student.train))
@@ -363,7 +363,7 @@ def test_when_there_is_a_second_copy(overrides: list[str], used: bool, copied: b
     assert held.pop("student at the start", 0) == 4 * student.count() * copied
     assert sum(held.values()) == (0 if c.teacher.kind == "self" else 4 * shape_of_the_tiny_teacher())
     for shard in (False, True):
-        c.teacher.shard = shard
+        c = c.changed({"teacher.shard": shard})
         assert all(cut == shard for _, cut in frozen(c, student, teacher).values()) or c.teacher.kind == "routed"
 
 
