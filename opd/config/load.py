@@ -11,7 +11,6 @@ from typing import Any
 from opd.config.needs import asks_teacher
 from opd.config.placement import Placement, devices_of, placement_of
 from opd.config.schema import Config
-from opd.config.teacher import TeacherConfig
 from opd.settings import Section, UserError, first_line, override, read_yaml, validated
 from opd.storage import run_folder as saved
 
@@ -112,8 +111,10 @@ def placed(config: Config, teacher: bool = True) -> Config:
 
     Raises UserError where the two contradict each other.
     """
-    placement, r, processes = placement_of(config), config.rollout, config.launch.processes
-    config = config.changed({"teacher": _with_kinds(config, placement)})
+    placement, t, r, processes = placement_of(config), config.teacher, config.rollout, config.launch.processes
+    serves = bool(placement.teacher or t.urls) and config.objective.reads != "logits"
+    routes = {k: one.changed({"kind": one.kind or ("server" if one.urls else "local")}) for k, one in t.routes.items()}
+    config = config.changed({"teacher.kind": t.kind or ("server" if serves else "local"), "teacher.routes": routes})
     _check_teachers(config, asks_teacher(config) if teacher else "")
     sleep = placement.shared if r.sleep is None else r.sleep
     config = config.changed({"rollout.transport": r.transport or placement.transport, "rollout.sleep": sleep})
@@ -128,13 +129,6 @@ def placed(config: Config, teacher: bool = True) -> Config:
     return config.changed({"launch.processes": placement.ranks})
 
 
-def _with_kinds(config: Config, placement: Placement) -> TeacherConfig:
-    t = config.teacher
-    serves = bool(placement.teacher or t.urls) and not config.objective.reads_logits
-    routes = {k: one.changed({"kind": one.kind or ("server" if one.urls else "local")}) for k, one in t.routes.items()}
-    return t.changed({"kind": t.kind or ("server" if serves else "local"), "routes": routes})
-
-
 def _check_teachers(config: Config, asked: str) -> None:
     """Refuse teachers that cannot be what their kind says. `asked`: what asks them, in words; empty: nothing."""
     t, o, name = config.teacher, config.objective, config.launch.placement
@@ -143,7 +137,7 @@ def _check_teachers(config: Config, asked: str) -> None:
         kind, about = one.kind, one.about
         if key and about.servers == "all" and not one.urls:
             raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
-        if key and o.reads_logits and not about.gives_logits:
+        if key and o.reads == "logits" and not about.gives_logits:
             raise UserError(f"{where}: objective.name {o.name} reads full-vocabulary logits, which no {kind} gives")
         if about.has_path and not one.path and asked:
             raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM; {asked}")

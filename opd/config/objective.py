@@ -135,16 +135,6 @@ class ObjectiveConfig(Section):
             return "nothing"
         return "scores" if self.top_of else self.about.reads
 
-    @property
-    def reads_logits(self) -> bool:
-        """Whether it reads the teacher's full-vocabulary logits, which only a local teacher has."""
-        return self.reads == "logits"
-
-    @property
-    def asks_teacher(self) -> bool:
-        """Whether it reads anything of the teacher's."""
-        return self.reads != "nothing"
-
     def idle(self) -> dict[str, str]:
         """Settings that it does not read -> what does not read them, in words."""
         found = {k: self.name for o in OBJECTIVES.values() for k in o.settings if k not in self.about.settings}
@@ -160,7 +150,7 @@ class ObjectiveConfig(Section):
         if source not in about.sources:
             wanted = " or ".join(about.sources)
             raise ValueError(f"objective.name {self.name} needs rollout.source {wanted}, found {source}")
-        if self.reads_logits and not teacher.about.gives_logits:
+        if self.reads == "logits" and not teacher.about.gives_logits:
             remedy = f" unless objective.{about.weight} is 0" if about.weight else ""
             remedy = " unless objective.top_k is set" if about.top_of else remedy
             kinds = "local" if about.other_tokenizer else WITH_LOGITS

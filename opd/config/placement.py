@@ -114,7 +114,7 @@ def placement_of(config: Config) -> Placement:
 
 def of_routes(config: Config) -> dict[str, Config]:
     """The recipe as each of its teachers has it: itself, unless it routes."""
-    return {name: config.model_copy(update={"teacher": one}) for name, one in config.teacher.each.items()}
+    return {name: config.changed({"teacher": one}) for name, one in config.teacher.each.items()}
 
 
 def memory_share(config: Config, group: float | None) -> float:

@@ -11,7 +11,7 @@ from opd import types
 from opd.config import resume
 from opd.config.deepspeed import deepspeed_settings
 from opd.config.load import resolve_model, unread
-from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, teacher_servers
+from opd.config.needs import asks_teacher, copies_start, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.machine import memory, placement, versions
@@ -97,7 +97,7 @@ def teacher(facts: Facts) -> str:
     """The teacher is a whole checkpoint of a text LLM. One that nothing asks is not looked at."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    if not needs_teacher(facts.config):
+    if not asks_teacher(facts.config):
         return "none: nothing in this run reads or asks one"
     if facts.config.teacher.about.weights == "student":
         facts.teacher = resolve_model(facts.config.student.path, "student.path")

@@ -68,15 +68,10 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
     return served(config, out, teacher)
 
 
-def has_teacher(config: Config) -> bool:
-    """Whether a recipe from `eval_config` has a teacher: on servers, or nowhere."""
-    return config.teacher.about.servers == "all"
-
-
 def settings(config: Config) -> dict[str, Any]:
     """All that a measurement depends on beside the record itself."""
-    e, judge = config.eval, config.eval.judge
-    models = {"student": config.student} | ({"teacher": config.teacher} if has_teacher(config) else {})
+    e, judge, t = config.eval, config.eval.judge, config.teacher
+    models = {"student": config.student} | ({"teacher": t} if t.about.servers == "all" else {})
     return {
         **{name: model(m.path, m.dtype) for name, m in models.items()},
         "family": config.student.family,

@@ -18,7 +18,7 @@ from opd.config.schema import Config
 from opd.doctor import preflight
 from opd.doctor.checks import Facts
 from opd.doctor.tokenizers import tokenizers
-from opd.evaluate.records import Item, eval_config, has_teacher, read_items
+from opd.evaluate.records import Item, eval_config, read_items
 from opd.evaluate.results import sampled
 from opd.models.base import Family
 from opd.prompts import audio
@@ -42,7 +42,8 @@ class Gap:
     def __init__(self, config: Config, family: Family, limit: ContextLimit) -> None:
         self.config, self.family, self.limit = config, family, limit
         self.sampler = VllmSampler(config, family, config.rollout.urls)
-        self.teacher = ServerTeacher(config, family, torch.device("cpu")) if has_teacher(config) else None
+        served = config.teacher.about.servers == "all"
+        self.teacher = ServerTeacher(config, family, torch.device("cpu")) if served else None
         self.scorer = Scorer(config.eval)
         self.max_tokens = config.rollout.max_tokens
 
@@ -135,7 +136,7 @@ def run(log: MetricsLog, recipe: str, overrides: list[str], teacher: bool) -> No
     items = read_items(config)
     facts = Facts(config)
     preflight.student(facts)
-    if has_teacher(config):
+    if config.teacher.about.servers == "all":
         preflight.teacher(facts)
         tokenizers(facts)
     preflight.servers(facts)

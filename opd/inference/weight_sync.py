@@ -6,12 +6,12 @@ from collections import deque
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from opd.config.schema import Config
 from opd.inference.client import Server, on_each
 from opd.inference.transports import TRANSPORTS, WeightTransport
 from opd.models.base import Family
-from opd.models.sharding import barrier
 
 
 class WeightSync:
@@ -51,7 +51,7 @@ class WeightSync:
         if self.rank == 0:
             on_each(self.servers, self._reset)
         self.version, self.asleep = version, False
-        barrier()
+        _barrier()
 
     def sleep(self) -> None:
         """Have the servers give their device to the learner, once every rank has its answers; wakes at `push`.
@@ -61,10 +61,10 @@ class WeightSync:
         """
         if not self.sleeps or self.asleep:
             return
-        barrier()
+        _barrier()
         if self.rank == 0:
             on_each(self.servers, lambda server: server.post("/sleep?level=1"))
-        barrier()
+        _barrier()
         self.asleep = True
 
     def close(self) -> None:
@@ -84,6 +84,11 @@ class WeightSync:
     def _wake(self, tag: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the learner holds but does not use
-        barrier()
+        _barrier()
         if self.rank == 0:
             on_each(self.servers, lambda server: server.post(f"/wake_up?tags={tag}"))
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -70,9 +70,3 @@ def all_reduce(x: Tensor, op: str) -> Tensor:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def barrier() -> None:
-    """Wait for all ranks, where there are several."""
-    if dist.is_initialized():
-        dist.barrier()

@@ -242,7 +242,7 @@ def chunk_tensors(config: Config) -> int:
     """
     o, about = config.objective, config.objective.about
     found = 5
-    if o.reads_logits:
+    if o.reads == "logits":
         found = about.tensors + (about.mixture if 0.0 < o.beta < 1.0 else 0)
     elif config.rollout.temperature != 1.0:
         found += about.tempered
@@ -363,7 +363,7 @@ def learner_memory(
             always["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
         loss = always | loss_bytes(student, config, mb)
         found = {"loss": loss, "backward": always | {"largest gradient": largest, "a layer's backward": adds}}
-        if local and config.objective.reads_logits:
+        if local and config.objective.reads == "logits":
             loss["teacher's, of the micro-batch"], reads = read_bytes(local, vocab, config, lengths, mb)
             found["teacher reads"] = reads | gather
         return found
@@ -372,7 +372,7 @@ def learner_memory(
     views += [passes(lengths.text, 0)] if config.objective.lambda_ > 0 else []
     for phase in views[0]:
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
-    if local and config.objective.asks_teacher and not config.objective.reads_logits:
+    if local and config.objective.reads == "scores":
         scores = teacher_bytes(local, vocab, config, lengths, prompts * n * len(views))
         out.phases["teacher scores"] = scores | gather
     if local and config.rollout.teacher_writes and not asks_teacher_servers(config):

@@ -73,11 +73,6 @@ def write_atomic(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def json_line(line: dict[str, Any]) -> str:
-    """A line of a JSON Lines file."""
-    return json.dumps(finite(line), allow_nan=False) + "\n"
-
-
 def finite(node: Any) -> Any:
     """JSON has no NaN and no infinity: null. Scalars and arrays of numpy and torch become plain numbers and lists."""
     if isinstance(node, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd.settings import UserError
-from opd.storage.json_lines import json_line, read_lines, write_atomic
+from opd.storage._jsons import finite, read_lines, write_atomic
 from opd.storage.run_folder import status_of
 
 # Log-probabilities, losses and divergences are in nats per token, lengths in tokens, times in seconds; ratio/clipped
@@ -89,7 +89,7 @@ class MetricsLog:
             path = self.run_dir / name
             if path.is_file():
                 kept = [line for line in read_lines(path) if line["step"] <= step]
-                write_atomic(path, "".join(map(json_line, kept)))
+                write_atomic(path, "".join(map(_json, kept)))
                 if name == "eval.jsonl":
                     self._warned(kept[-1] if kept else {})
 
@@ -103,7 +103,7 @@ class MetricsLog:
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with open(self.run_dir / name, "a", encoding="utf-8") as f:
-            f.write(json_line(line))
+            f.write(_json(line))
 
     def _copy(self, values: dict[str, Any], step: int) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
@@ -128,3 +128,7 @@ def _make_sink(name: str, run_dir: Path, project: str, run_name: str) -> Sink:
         writer.flush()
 
     return Sink(write, writer.close)
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(finite(line), allow_nan=False) + "\n"

@@ -6,6 +6,7 @@ No audio ever reaches it: prompts are rendered in the text view here and nowhere
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,14 @@ class LocalTeacher(TextReader):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         super().__init__(config, family)
-        self.sharded, self.device = config.teacher.shard, device
-        settings = inference_settings(config, config.teacher.dtype) if self.sharded else None
-
-        def load() -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                config.teacher.path, dtype=DTYPES[config.teacher.dtype], trust_remote_code=False, use_safetensors=True
-            )
-
+        t, safe = config.teacher, {"trust_remote_code": False, "use_safetensors": True}
+        self.sharded, self.device = t.shard, device
+        settings = inference_settings(config, t.dtype) if t.shard else None
+        load = partial(AutoModelForCausalLM.from_pretrained, t.path, dtype=DTYPES[t.dtype], **safe)
         try:
             self.model = load_sharded(load, settings) if settings else load()
         except (OSError, ValueError) as e:
-            raise UserError(f"teacher.path {config.teacher.path}: not loadable: {first_line(e)}") from e
+            raise UserError(f"teacher.path {t.path}: not loadable: {first_line(e)}") from e
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would bend what is greedy
         frozen(self.model, settings, device)
         self._knows(family.vocab_size, family.banned_ids, family.eos_ids, self.model.config.vocab_size)

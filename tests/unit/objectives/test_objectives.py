@@ -121,7 +121,7 @@ class World:
 
     def chunked(self, o: ObjectiveConfig, temperature: float, size: int) -> tuple[Tensor, TokenLoss]:
         """The loss as SpeechLM.response_loss computes it."""
-        mb, reads = self.micro_batch(), o.reads_logits
+        mb, reads = self.micro_batch(), o.reads == "logits"
         teacher = (lambda p: self.teacher[p]) if reads else None
         loss = TokenLoss(mb, o, temperature, teacher, (lambda p: self.reference[p]) if o.reference else None)
         parts = chunks(N, V, size * V)

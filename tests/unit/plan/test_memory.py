@@ -256,7 +256,7 @@ def test_peak_of_a_real_pass(
     def loss() -> torch.Tensor:
         o = c.objective
         made = TokenLoss(
-            packed, o, c.rollout.temperature, drawn if o.reads_logits else None, drawn if o.reference else None
+            packed, o, c.rollout.temperature, drawn if o.reads == "logits" else None, drawn if o.reference else None
         )
         return model.response_loss(made, ones, **packed.inputs | {"attends": attends.clone()})
 
@@ -289,7 +289,7 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         logp = {"teacher_logp": -one, "sampler_logp": -one, "sampled": one[:, 0].bool()}
         mb = MicroBatch(samples=[], targets=ids[..., 0], mask=one, weights=one, **of_rows, **logp, **best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
-        made.teacher = made.teacher if c.objective.reads_logits else None
+        made.teacher = made.teacher if c.objective.reads == "logits" else None
         made.tokens["importance"] = torch.ones(n)
         banned = torch.zeros(vocab).bool()
         with LiveMemory() as live:

@@ -16,7 +16,7 @@ import opd.teachers.local
 import opd.teachers.server
 from opd.config.deepspeed import inference_settings
 from opd.config.load import load_config
-from opd.config.needs import asks_teacher_servers, needs_teacher, starts_teacher
+from opd.config.needs import asks_teacher, asks_teacher_servers, starts_teacher
 from opd.config.schema import Config
 from opd.inference.client import Answer
 from opd.models.base import Family, family_of
@@ -201,7 +201,7 @@ PLACED = ["launch.placement=recipes/placements/4gpu_1r_1t_2l.yaml"]
 def test_where_the_teacher_is(overrides: list[str], kind: str, needed: bool, asked: bool, started: bool) -> None:
     c = load_config("recipes/tiny/2_xopd.yaml", ["teacher.kind=", *overrides])
     assert c.teacher.kind == kind
-    assert (needs_teacher(c), asks_teacher_servers(c), starts_teacher(c)) == (needed, asked, started)
+    assert (bool(asks_teacher(c)), asks_teacher_servers(c), starts_teacher(c)) == (needed, asked, started)
 
 
 SFT = ["objective.name=sft", "rollout.source=dataset"]
@@ -215,7 +215,7 @@ SFT = ["objective.name=sft", "rollout.source=dataset"]
 def test_a_run_that_asks_no_teacher_names_none(more: list[str]) -> None:
     quiet = NONE_HELD_OUT if "eval.end=false" not in more else []
     c = load_config("recipes/tiny/2_xopd.yaml", ["teacher.path=", *more, *quiet])
-    assert not needs_teacher(c) and not c.teacher.path and not starts_teacher(c)
+    assert not asks_teacher(c) and not c.teacher.path and not starts_teacher(c)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ from torch import Tensor, softmax
 
 from opd.config.load import load_config
 from opd.config.needs import (
+    asks_teacher,
     asks_teacher_servers,
     copies_start,
-    needs_teacher,
     route_of,
     starts_teacher,
     teacher_servers,
@@ -335,7 +335,7 @@ def test_servers_of_routes() -> None:
     c = config("teacher.kind=routed", "teacher.path=", one)
     assert {n: r.teacher.kind for n, r in of_routes(c).items()} == {"a": "server", "*": "self"}
     assert teacher_servers(c) == [("teacher.routes.a.urls", u, "b") for u in ("http://a", "http://b")]
-    assert needs_teacher(c) and not asks_teacher_servers(c) and not starts_teacher(c)
+    assert asks_teacher(c) and not asks_teacher_servers(c) and not starts_teacher(c)
     four = ["launch.placement=recipes/placements/4gpu_1r_1t_2l.yaml", "objective.name=kd", "rollout.source=teacher"]
     assert starts_teacher(config("teacher.kind=local", *four)) and not starts_teacher(config(*SELF, *four))
 
