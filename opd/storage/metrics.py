@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd.settings import UserError
-from opd.storage._jsons import finite, read_lines, write_atomic
+from opd.storage.json_lines import finite, read_lines, write_atomic
 from opd.storage.run_folder import status_of
 
 # Log-probabilities, losses and divergences are in nats per token, lengths in tokens, times in seconds; ratio/clipped
