@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np  # a tenth of a second of every `opd --help`
 
 View = Literal["speech", "text"]
 Match = Literal[
@@ -20,7 +21,7 @@ Match = Literal[
 ]  # fmt: skip
 VIEWS: tuple[View, View] = ("speech", "text")
 Message = dict[str, Any]
-Clips = dict[str, np.ndarray]  # audio path -> mono float32 waveform at the family's sampling rate
+Clips: TypeAlias = "dict[str, np.ndarray]"  # audio path -> mono float32 waveform at the family's sampling rate
 T = TypeVar("T")
 
 

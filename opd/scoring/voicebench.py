@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 from opd.settings import UserError
 
@@ -200,6 +199,8 @@ def _checkers() -> dict[str, Any]:
 
 def _loaded(name: str) -> Any:
     try:
+        from unittest.mock import patch
+
         with patch.dict(os.environ, API_TYPE="dummy"):  # else its client of a judge of its own asks for a key
             return importlib.import_module(name)
     except ImportError as e:

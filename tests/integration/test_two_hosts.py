@@ -1,7 +1,8 @@
 """Two hosts: network namespaces joined by a pair of virtual cards, a learner rank on each, the server on one.
 
 One run goes through it all: DeepSpeed's launcher, a pulled cable, accelerate's launcher, a dead server, a dead rank,
-the end. Each time every process of both hosts ends with one message, and the next start resumes.
+the end. Each time every process of both hosts ends with one message, and the next start resumes. Only the start whose
+server dies has one of its own: the others ask one that runs on the first host all the while.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from live import ROOT, STUDENT, recipe
+from live import ROOT, STUDENT, config_of, recipe
+
+from opd.inference.host import free_port
+from opd.processes.commands import student_server
+from opd.processes.guard import Process, stop_all
+from opd.processes.layout import Place
 
 HOSTS = ["10.77.0.1", "10.77.0.2"]
 PLACEMENT = "{nodes: 2, rollout: [{node: 0}], learner: [{node: 0}, {node: 1}]}"
-STEPS = 14  # more than are done before the last start
+STEPS = 12  # more than are done before the last start
 LOST_S = 5
 
 
@@ -55,11 +62,22 @@ def namespaces() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.fixture(scope="module")
+def url(namespaces: list[str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A student server on the first host, which outlives the launches that ask it."""
+    folder = tmp_path_factory.mktemp("server")
+    place = Place("student", "student", 0, HOSTS[0], free_port(), neighbours=2)  # one beside it, at times
+    command = student_server(config_of("2_xopd", data, folder, f"student.path={STUDENT}"), place)
+    process = Process(replace(command, argv=["ip", "netns", "exec", namespaces[0], *command.argv]), folder / "log")
+    yield command.url
+    stop_all([process])
+
+
 class Hosts:
     """The launchers of a run, one on each host."""
 
-    def __init__(self, namespaces: list[str], data: Path, folder: Path) -> None:
-        self.namespaces, self.run = namespaces, folder / "run"
+    def __init__(self, namespaces: list[str], data: Path, folder: Path, url: str) -> None:
+        self.namespaces, self.run, self.url = namespaces, folder / "run", url
         (folder / "two.yaml").write_text(PLACEMENT)
         path, overrides = recipe("2_xopd", data, self.run, f"student.path={STUDENT}", f"train.steps={STEPS}")
         overrides += [f"launch.placement={folder}/two.yaml", f"launch.hosts=[{','.join(HOSTS)}]"]
@@ -67,8 +85,8 @@ class Hosts:
         self.command = [sys.executable, "-m", "opd.cli", "launch", path, *overrides, "--plain"]
         self.launchers: list[subprocess.Popen[str]] = []
 
-    def start(self, launcher: str) -> None:
-        more = [f"launch.launcher={launcher}"]
+    def start(self, launcher: str, own_server: bool = False) -> None:
+        more = [f"launch.launcher={launcher}", *([] if own_server else [f'rollout.urls=["{self.url}"]'])]
         self.launchers = [
             subprocess.Popen(
                 ["ip", "netns", "exec", name, *self.command, *more],
@@ -137,15 +155,22 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts(namespaces: list[str], data: Path, tmp_path: Path) -> Iterator[Hosts]:
-    made = Hosts(namespaces, data, tmp_path)
+def hosts(namespaces: list[str], data: Path, url: str, tmp_path: Path) -> Iterator[Hosts]:
+    made = Hosts(namespaces, data, tmp_path, url)
     yield made
     made.clean()
 
 
 def test_a_run_on_two_hosts_survives_all_losses(hosts: Hosts) -> None:
+    hosts.start("accelerate", own_server=True)
+    hosts.wait_steps(2)
+    hosts.kill(0, "vllm.entrypoints")
+    hosts.ends_with(f"node 0 ({HOSTS[0]}): the student server died (exit code 137): it was killed by SIGKILL")
+
+    first = hosts.step()
     hosts.start("deepspeed")
-    hosts.wait_steps(3)
+    hosts.wait_steps(1)
+    assert hosts.step() >= first  # it resumed: at most the step that was not checkpointed is done again
     pulled = hosts.below()
     ip("-n", hosts.namespaces[1], "link", "set", "eth0", "down")
     began = time.monotonic()
@@ -155,13 +180,6 @@ def test_a_run_on_two_hosts_survives_all_losses(hosts: Hosts) -> None:
     assert f"node 1 ({HOSTS[1]}) was lost" in said and f"node 0 ({HOSTS[0]}) was lost" in other_said
     assert not [p for p in pulled if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     ip("-n", hosts.namespaces[1], "link", "set", "eth0", "up")
-
-    first = hosts.step()
-    hosts.start("accelerate")
-    hosts.wait_steps(1)
-    assert hosts.step() >= first  # it resumed: at most the step that was not checkpointed is done again
-    hosts.kill(0, "vllm.entrypoints")
-    hosts.ends_with(f"node 0 ({HOSTS[0]}): the student server died (exit code 137): it was killed by SIGKILL")
 
     hosts.start("deepspeed")
     hosts.wait_steps(1)

@@ -10,15 +10,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from opd.endpoint import Endpoint
 from opd.prompts.manifest import records
 from opd.settings import Section
 from opd.storage.digests import canonical, digest, stats
 from opd.types import joined
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Record = dict[str, Any]
 Work = Callable[[Record], Record]

@@ -3,15 +3,11 @@ the student at the start, which is the learner without its adapters, or a sharde
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from opd.config.load import load_config
@@ -21,7 +17,6 @@ from opd.models.speech_lm import SpeechLM
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reference import ReferenceModel, SelfTeacher
 from opd.teachers.registry import make_start
-from opd.train import extensions
 from opd.train.batch import collate, make_batch, make_samples
 from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
@@ -122,10 +117,7 @@ def at_the_start(student: str, rank: int, *more: str) -> dict[str, object]:
     }
 
 
-def main(student: str, out: str) -> None:
-    extensions.build()
-    deepspeed.init_distributed("gloo", verbose=False)
-    rank = dist.get_rank()
+def main(student: str, rank: int, out: Path) -> dict[str, object]:
     small = ["train.prompts_per_step=2", f"student.path={student}", "teacher.batch_tokens=64"]
     config = load_config("recipes/tiny/1_warmstart.yaml", small)
     family = family_of(student)
@@ -162,10 +154,4 @@ def main(student: str, out: str) -> None:
     result["same_buffers"] = sum(same)
     result["adapters off"] = at_the_start(student, rank, "student.lora={r: 4}")
     result["copy"] = at_the_start(student, rank, "teacher.shard=true")
-    Path(out, f"rank{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return result

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from opd.config.load import load_config
 from opd.models.base import family_of
 from opd.models.speech_lm import SpeechLM
 from opd.objectives.losses import xopd
-from opd.train import extensions
 from opd.train.batch import collate, make_batch, make_samples
 from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, View
@@ -28,10 +24,7 @@ def rollout(view: View, name: str, tokens: tuple[int, ...]) -> ScoredRollout:
     return ScoredRollout(Rollout(prompt, view, tokens, logp, 0, False), logp - 0.5)
 
 
-def main(student: str, out: str) -> None:
-    extensions.build()
-    deepspeed.init_distributed("gloo", verbose=False)
-    rank = dist.get_rank()
+def main(student: str, rank: int, out: Path) -> dict[str, Any]:
     small = ["train.prompts_per_step=2", f"student.path={student}", "train.gradient_checkpointing=true"]
     config = load_config("recipes/tiny/2_xopd.yaml", small)
     family = family_of(student)
@@ -57,7 +50,7 @@ def main(student: str, out: str) -> None:
     view: View = "speech" if rank == 0 else "text"
     mixed = make_batch(make_samples([rollout(view, own, (300, 301, 2))] * 1, clips, family), clips, config)
     mixed_loss = learner.step(mixed, 1).metrics["loss"]
-    result = {
+    return {
         "parameters": len(parameters),
         "sharded": sum(hasattr(p, "ds_tensor") and p.ds_tensor.numel() < p.ds_numel for p in parameters),
         "elements": sum(p.ds_tensor.numel() for p in parameters),
@@ -67,9 +60,6 @@ def main(student: str, out: str) -> None:
         "mixed_loss": mixed_loss,
         "tower_calls": tower_calls,
     }
-    Path(out, f"rank{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -84,7 +74,3 @@ def reference_loss(model: SpeechLM, samples: list[Sample], clips: dict[str, np.n
         terms = xopd(logp, mb.teacher_logp, logp, mb.sampler_logp, 5.0, 2.0)
         means[s.scored.rollout.view].append(float(terms.loss.mean()))
     return sum(0.5 * sum(v) / len(v) for v in means.values())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

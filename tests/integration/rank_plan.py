@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from opd.config.load import load_config
 from opd.models.base import family_of
-from opd.train import extensions
 from opd.train.batch import make_batch, make_samples
 from opd.train.learner import Learner
 from opd.types import Prompt, Rollout, ScoredRollout
 
-STUDENT = "recipes/tiny/student"
+BUCKET = {"reduce_bucket_size": 50000, "stage3_param_persistence_threshold": 10000}
+RUNS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"stage": 3}, ["student.dtype=bfloat16"]),
+    ({"stage": 3}, ["student.dtype=float32", "student.train=[llm, adapter]"]),
+    ({"stage": 2}, ["student.dtype=bfloat16"]),
+]
 
 
 def held(tensors: Iterable[torch.Tensor]) -> int:
@@ -52,17 +54,18 @@ def states(learner: Learner) -> dict[str, int]:
     }
 
 
-def main(out: str, *runs: str) -> None:
-    extensions.build()
-    deepspeed.init_distributed("gloo", verbose=False)
-    rank = dist.get_rank()
-    family = family_of(STUDENT)
+def main(student: str, rank: int, out: Path) -> list[dict[str, int]]:
+    family = family_of(student)
     rng = np.random.default_rng(0)
     found = []
-    for run in runs:
-        overrides = ["train.prompts_per_step=2", f"student.path={STUDENT}", *json.loads(run)]
+    for i, (zero, more) in enumerate(RUNS):
+        file = out / f"plan{i}.json"
+        if rank == 0:
+            file.write_text(json.dumps({"zero_optimization": {**zero, **BUCKET}}))
+        dist.barrier()
+        overrides = ["train.prompts_per_step=2", f"student.path={student}", f"train.deepspeed={file}", *more]
         config = load_config("recipes/tiny/2_xopd.yaml", overrides)
-        learner = Learner(config, family, STUDENT)
+        learner = Learner(config, family, student)
         clip = {"a": rng.normal(0, 0.1, 30000).astype(np.float32)}
         part = {"type": "audio", "path": "a", "transcript": "what is one plus two"}
         prompt = Prompt("a", ({"role": "user", "content": [part]},))
@@ -70,10 +73,4 @@ def main(out: str, *runs: str) -> None:
         scored = [ScoredRollout(Rollout(prompt, "speech", (300 + rank, 301, 2), logp, 0, False), logp - 0.5)]
         learner.step(make_batch(make_samples(scored, clip, family), clip, config), 0)
         found.append(states(learner))
-    Path(out, f"rank{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return found
