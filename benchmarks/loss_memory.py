@@ -90,7 +90,7 @@ class Inputs:
 
     def loss(self, o: ObjectiveConfig) -> TokenLoss:
         """The micro-batch's, or what `imitate` made of it."""
-        return self.ready[0] if self.ready else TokenLoss(self.mb, o, 1.0, self.rows if o.reads_logits else None)
+        return self.ready[0] if self.ready else TokenLoss(self.mb, o, 1.0, self.rows if o.reads == "logits" else None)
 
     def imitate(self, o: ObjectiveConfig, mode: FakeTensorMode) -> Inputs:
         """Without values, which making a TokenLoss and the preview of `cord` read; the preview needs less than the
@@ -122,7 +122,7 @@ def plain(x: Inputs, o: ObjectiveConfig) -> Tensor:
     """Whole logits and autograd, without the metrics that ours computes beside."""
     loss, every = x.loss(o), slice(None)
     tokens = Tokens(logits=x.finished(x.head(x.hidden)), temperature=1.0, **loss.tokens | {"sampled": None})
-    tokens.teacher_logits = x.rows(every) if o.reads_logits else None
+    tokens.teacher_logits = x.rows(every) if o.reads == "logits" else None
     if o.name == "cord":
         tokens.importance = torch.ones(len(x.hidden), device=x.hidden.device)
     return (LOSSES[o.name](tokens, o).loss * loss.weights).sum()

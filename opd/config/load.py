@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from opd.config.needs import asks_teacher
-from opd.config.placement import Placement, _devices, placement_of
-from opd.config.schema import Config, TeacherConfig
+from opd.config.placement import Placement, devices_of, placement_of
+from opd.config.schema import Config
 from opd.settings import Section, UserError, first_line, looked, override, read_yaml, validated
 from opd.storage import run_folder as saved
 
@@ -130,12 +130,14 @@ def placed(config: Config, teacher: bool = True) -> Config:
 
     Raises UserError where the two contradict each other.
     """
-    placement, r, processes = placement_of(config), config.rollout, config.launch.processes
-    config = config.changed({"teacher": _with_kinds(config, placement)})
+    placement, t, r, processes = placement_of(config), config.teacher, config.rollout, config.launch.processes
+    serves = bool(placement.teacher or t.urls) and config.objective.reads != "logits"
+    routes = {k: one.changed({"kind": one.kind or ("server" if one.urls else "local")}) for k, one in t.routes.items()}
+    config = config.changed({"teacher.kind": t.kind or ("server" if serves else "local"), "teacher.routes": routes})
     _check_teachers(config, asks_teacher(config) if teacher else "")
     sleep = placement.shared if r.sleep is None else r.sleep
     config = config.changed({"rollout.transport": r.transport or placement.transport, "rollout.sleep": sleep})
-    _check_devices(config, placement)
+    _checkdevices_of(config, placement)
     if processes not in (None, placement.ranks):
         raise UserError(f"launch.processes {processes}: {config.launch.placement} has {placement.ranks} learner ranks")
     if config.train.prompts_per_step < placement.ranks:
@@ -146,46 +148,39 @@ def placed(config: Config, teacher: bool = True) -> Config:
     return config.changed({"launch.processes": placement.ranks})
 
 
-def _with_kinds(config: Config, placement: Placement) -> TeacherConfig:
-    t = config.teacher
-    serves = bool(placement.teacher or t.urls) and not config.objective.reads_logits
-    routes = {k: one.changed({"kind": one.kind or ("server" if one.urls else "local")}) for k, one in t.routes.items()}
-    return t.changed({"kind": t.kind or ("server" if serves else "local"), "routes": routes})
-
-
 def _check_teachers(config: Config, asked: str) -> None:
     """Refuse teachers that cannot be what their kind says. `asked`: what asks them, in words; empty: nothing."""
     t, o, name = config.teacher, config.objective, config.launch.placement
     for key, one in t.each.items():
         where = f"teacher.routes.{key}" if key else "teacher"
-        if key and one.kind == "server":
-            if not one.urls:
-                raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
-            if o.reads_logits:
-                raise UserError(f"{where}: objective.name {o.name} reads full-vocabulary logits, which no server gives")
-        if one.kind in ("local", "server") and not one.path and asked:
+        kind, about = one.kind, one.about
+        if key and about.servers == "all" and not one.urls:
+            raise UserError(f"{where}: a route's servers are running ones: expected urls, found none")
+        if key and o.reads == "logits" and not about.gives_logits:
+            raise UserError(f"{where}: objective.name {o.name} reads full-vocabulary logits, which no {kind} gives")
+        if about.has_path and not one.path and asked:
             raise UserError(f"{where}.path is required: the checkpoint folder or hub id of the text LLM; {asked}")
-        if one.kind == "self" and one.path not in ("", config.student.path):
-            raise UserError(f"{where}: kind self is the student itself, found path {one.path}; set {where}.path=")
-        if one.urls and one.kind in ("self", "routed"):
-            raise UserError(f"{where}: kind {one.kind} asks no server of its own, found urls; set {where}.urls=[]")
-        if one.routes and one.kind != "routed" or one.kind == "routed" and key:
-            raise UserError(f"{where}.routes: expected with teacher.kind routed alone, found kind {one.kind}")
-        if one.shard and one.kind == "server" and o.reference == 0:
-            raise UserError(f"{where}.shard: true is for a local teacher, found kind server; set teacher.kind=local")
-    if t.kind == "routed" and (not t.routes or t.path or t.urls or (t.shard and o.reference == 0)):
-        raise UserError("teacher.kind routed: expected teacher.routes, and path, urls and shard in each of them")
-    if o.about.other_tokenizer and t.kind != "local":
+        if about.weights == "student" and one.path not in ("", config.student.path):
+            raise UserError(f"{where}: kind {kind} is the student itself, found path {one.path}; set {where}.path=")
+        if one.urls and not about.has_path:
+            raise UserError(f"{where}: kind {kind} asks no server of its own, found urls; set {where}.urls=[]")
+        if one.routes and not about.routes or about.routes and key:
+            raise UserError(f"{where}.routes: expected with teacher.kind routed alone, found kind {kind}")
+        if one.shard and not about.weights and o.reference == 0:
+            raise UserError(f"{where}.shard: true is for a local teacher, found kind {kind}; set teacher.kind=local")
+    if t.about.routes and (not t.routes or t.path or t.urls or (t.shard and o.reference == 0)):
+        raise UserError(f"teacher.kind {t.kind}: expected teacher.routes, and path, urls and shard in each of them")
+    if o.about.other_tokenizer and t.about.weights != "own":
         raise UserError(f"objective.name {o.name} is for one local teacher, found teacher.kind {t.kind}")
-    if t.kind == "server" and asked and not t.urls and not placement_of(config).teacher:
-        raise UserError(f"teacher.kind server: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
+    if t.about.servers == "all" and asked and not t.urls and not placement_of(config).teacher:
+        raise UserError(f"teacher.kind {t.kind}: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
 
 
-def _check_devices(config: Config, placement: Placement) -> None:
+def _checkdevices_of(config: Config, placement: Placement) -> None:
     """Refuse what the servers' or learner's devices cannot do. Servers named by URL may be anywhere."""
     named = bool(config.rollout.urls)
     where = config.launch.placement or "without launch.placement everything is on the CPU"
-    if config.rollout.sleep and not named and not _devices(placement.rollout):
+    if config.rollout.sleep and not named and not devices_of(placement.rollout):
         raise UserError(f"rollout.sleep true: {where}: vLLM has no sleep mode on a CPU; set rollout.sleep=false")
     if config.rollout.transport != placement.transport and (config.launch.placement or not named):
         chosen = placement.model_dump(exclude_unset=True) | {"transport": config.rollout.transport}
@@ -199,7 +194,7 @@ def unread(config: Config) -> list[str]:
     """
     o, t, r, idle = config.objective, config.teacher, config.rollout, config.objective.idle()
     found = [f"objective.{k} is not read by {idle[k]}" for k in _changed(o) if k in idle]
-    if t.kind != "routed" and "field" in _changed(t):
+    if not t.about.routes and "field" in _changed(t):
         found.append(f"teacher.field is not read by teacher.kind {t.kind}")
     if r.source != "mix" and "student_share" in _changed(r):
         found.append(f"rollout.student_share is not read by rollout.source {r.source}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from opd.config.placement import placement_of
-from opd.config.schema import Config, TeacherConfig
+from opd.config.schema import Config
+from opd.config.teacher import TeacherConfig
 from opd.settings import UserError
 from opd.types import Prompt
 
@@ -24,41 +25,34 @@ def starts_student(config: Config) -> bool:
 
 
 def asks_teacher(config: Config) -> str:
-    """What in the run reads the teacher or has it write, in words; empty: nothing does."""
-    if config.objective.asks_teacher:
+    """What in the run reads the teacher or has it write, in words; empty: nothing does, and it need not be there."""
+    if config.objective.reads != "nothing":
         return f"objective.name {config.objective.name} reads it"
     if config.rollout.teacher_writes:
         return f"with rollout.source {config.rollout.source} it writes responses"
     return "evaluations ask it; without any (eval.test= eval.retention=) it need not be there" * evaluates(config)
 
 
-def needs_teacher(config: Config) -> bool:
-    """Whether anything in the run reads or writes with the teacher: else it need not be there."""
-    return bool(asks_teacher(config))
-
-
 def asks_teacher_servers(config: Config) -> bool:
     """Whether teacher servers work in this run: they score, or they write a warm start's responses."""
-    if config.teacher.kind == "server":
-        return needs_teacher(config)
-    if config.teacher.kind != "local" or config.objective.about.other_tokenizer:  # whose ids would be no answer
+    if config.teacher.about.servers == "all":
+        return bool(asks_teacher(config))
+    if not config.teacher.about.servers or config.objective.about.other_tokenizer:  # whose ids would be no answer
         return False
     return config.rollout.teacher_writes and bool(config.teacher.urls or placement_of(config).teacher)
 
 
 def teacher_servers(config: Config) -> list[tuple[str, str, str]]:
     """Teacher servers that the recipe names and the run asks: setting, URL, and the model that they hold."""
-    if config.teacher.kind == "routed":
-        named = [(f"teacher.routes.{k}.urls", t) for k, t in config.teacher.routes.items()] * needs_teacher(config)
-    else:
-        named = [("teacher.urls", config.teacher)] * asks_teacher_servers(config)
-    return [(key, url, t.path) for key, t in named for url in t.urls]
+    asked = asks_teacher(config) if config.teacher.about.routes else asks_teacher_servers(config)
+    each = {f"routes.{k}.urls" if k else "urls": t for k, t in config.teacher.each.items() if asked and t.about.servers}
+    return [(f"teacher.{key}", url, t.path) for key, t in each.items() for url in t.urls]
 
 
 def uses_start(config: Config) -> bool:
     """Whether the student as it was at the start is asked: as a teacher, or as the reference."""
-    teaches = any(t.kind == "self" for t in config.teacher.each.values())
-    return config.objective.reference > 0 or (teaches and needs_teacher(config))
+    teaches = any(t.about.weights == "student" for t in config.teacher.each.values())
+    return config.objective.reference > 0 or (teaches and bool(asks_teacher(config)))
 
 
 def copies_start(config: Config) -> bool:
@@ -75,7 +69,7 @@ def copies_start(config: Config) -> bool:
 
 def shards_start(config: Config) -> bool:
     """Whether the ranks share that copy."""
-    return config.teacher.shard or any(t.shard and t.kind == "self" for t in config.teacher.each.values())
+    return config.teacher.shard or any(t.shard and t.about.weights == "student" for t in config.teacher.each.values())
 
 
 def starts_teacher(config: Config) -> bool:

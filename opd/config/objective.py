@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from opd.config.teacher import WITH_LOGITS, TeacherConfig
 from opd.settings import Section
 
 
@@ -134,16 +135,6 @@ class ObjectiveConfig(Section):
             return "nothing"
         return "scores" if self.top_of else self.about.reads
 
-    @property
-    def reads_logits(self) -> bool:
-        """Whether it reads the teacher's full-vocabulary logits, which only a local teacher has."""
-        return self.reads == "logits"
-
-    @property
-    def asks_teacher(self) -> bool:
-        """Whether it reads anything of the teacher's."""
-        return self.reads != "nothing"
-
     def idle(self) -> dict[str, str]:
         """Settings that it does not read -> what does not read them, in words."""
         found = {k: self.name for o in OBJECTIVES.values() for k in o.settings if k not in self.about.settings}
@@ -153,18 +144,18 @@ class ObjectiveConfig(Section):
                 found[setting] = f"{self.name} {off}"
         return found
 
-    def check(self, source: str, teacher: str | None) -> None:
-        """Raises ValueError when it goes together neither with rollout.source nor with teacher.kind nor with itself."""
+    def check(self, source: str, teacher: TeacherConfig) -> None:
+        """Raises ValueError when it does not go together with rollout.source, teacher.kind or itself."""
         about = self.about
         if source not in about.sources:
             wanted = " or ".join(about.sources)
             raise ValueError(f"objective.name {self.name} needs rollout.source {wanted}, found {source}")
-        if self.reads_logits and teacher == "server":
+        if self.reads == "logits" and not teacher.about.gives_logits:
             remedy = f" unless objective.{about.weight} is 0" if about.weight else ""
             remedy = " unless objective.top_k is set" if about.top_of else remedy
-            kinds = "local" if about.other_tokenizer else "local or self"
+            kinds = "local" if about.other_tokenizer else WITH_LOGITS
             reads = f"objective.name {self.name} reads full-vocabulary logits{remedy}"
-            raise ValueError(f"{reads}: teacher.kind must be {kinds}, found server")
+            raise ValueError(f"{reads}: teacher.kind must be {kinds}, found {teacher.kind}")
         if self.top_k is not None and self.top_of is None:
             *some, last = [name for name, o in OBJECTIVES.items() if o.top_of]
             raise ValueError(f"objective.top_k is of {', '.join(some)} and {last}, found objective.name {self.name}")

@@ -58,7 +58,7 @@ class Placement(Section):
     @property
     def shared(self) -> bool:
         """Whether rollout servers sleep while the learner works on their devices."""
-        return bool(_devices(self.rollout) & _devices(self.learner))
+        return bool(devices_of(self.rollout) & devices_of(self.learner))
 
     @model_validator(mode="after")
     def _consistent(self) -> Placement:
@@ -79,9 +79,9 @@ class Placement(Section):
                     raise ValueError(
                         f"{name}: {len(g.devices)} devices do not divide by tensor_parallel {g.tensor_parallel}"
                     )
-            if len(_devices(some)) < sum(len(g.devices) for g in some):
+            if len(devices_of(some)) < sum(len(g.devices) for g in some):
                 raise ValueError(f"{name}: a device in two groups")
-        if both := _devices(self.teacher) & (_devices(self.rollout) | _devices(self.learner)):
+        if both := devices_of(self.teacher) & (devices_of(self.rollout) | devices_of(self.learner)):
             raise ValueError(f"teacher: node, device {sorted(both)[0]} is taken; a teacher server shares with nobody")
         if len(set(self.learner_nodes)) < len(self.learner):
             raise ValueError("learner: one group a node")
@@ -89,12 +89,13 @@ class Placement(Section):
             raise ValueError("learner: every node that has ranks must have as many; launchers count on it")
         if self.transport == "nccl" and (self.shared or not self.devices_per_node):
             raise ValueError("transport nccl: rollout servers and learner need devices of their own; take ipc or file")
-        if self.transport == "ipc" and (not self.shared or len(_devices(self.rollout)) > 1 or self.ranks > 1):
+        if self.transport == "ipc" and (not self.shared or len(devices_of(self.rollout)) > 1 or self.ranks > 1):
             raise ValueError("transport ipc: one rollout server and one rank must share a device; take nccl or file")
         return self
 
 
-def _devices(groups: list[Servers] | list[Group]) -> set[tuple[int, int]]:
+def devices_of(groups: list[Servers] | list[Group]) -> set[tuple[int, int]]:
+    """(node, device) of all groups."""
     return {(g.node, d) for g in groups for d in g.devices}
 
 
@@ -108,13 +109,13 @@ def placement_of(config: Config) -> Placement:
     """The recipe's placement; without one, everything on this machine's CPU."""
     if config.launch.placement:
         return load_placement(config.launch.placement)
-    teacher = [Servers()] if config.teacher.kind == "server" else []
+    teacher = [Servers()] if config.teacher.about.servers == "all" else []
     return Placement(rollout=[Servers()], teacher=teacher, learner=[Group(count=config.launch.processes or 2)])
 
 
 def of_routes(config: Config) -> dict[str, Config]:
     """The recipe as each of its teachers has it: itself, unless it routes."""
-    return {name: config.model_copy(update={"teacher": one}) for name, one in config.teacher.each.items()}
+    return {name: config.changed({"teacher": one}) for name, one in config.teacher.each.items()}
 
 
 def memory_share(config: Config, group: float | None) -> float:

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from opd.config.augment import AugmentConfig
 from opd.config.evaluation import EvalConfig
 from opd.config.objective import ObjectiveConfig
+from opd.config.teacher import TeacherConfig
 from opd.settings import Section
 
 
@@ -43,30 +44,6 @@ class StudentConfig(Section):
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
     attention: Literal["sdpa", "eager"] = "sdpa"
     lora: LoraConfig | None = Field(None, description="train adapters instead of the LLM's own weights")
-
-
-class TeacherConfig(Section):
-    """The text LLM that scores responses, and where it runs."""
-
-    kind: Literal["local", "server", "self", "routed"] | None = Field(
-        None, description="none: server where the placement has teacher servers and the objective can use them"
-    )
-    path: str = Field(
-        "", description="checkpoint folder or hub id of the text LLM; none: self, routed, or nothing asks it"
-    )
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    urls: list[str] = Field(
-        [], description="servers that score, or write a warm start's responses; empty: `opd launch` starts them"
-    )
-    shard: bool = Field(False, description="local, self: ZeRO-3 over the learner's ranks instead of a copy on each")
-    batch_tokens: PositiveInt = Field(16384, description="local, self: padded tokens in one forward pass")
-    field: str = Field("group", description="routed: of a record, names its route")
-    routes: dict[str, TeacherConfig] = Field({}, description='routed: value of the field -> teacher; "*": any other')
-
-    @property
-    def each(self) -> dict[str, TeacherConfig]:
-        """The teachers that it stands for, by route: itself, unless it is routed."""
-        return self.routes if self.kind == "routed" else {"": self}
 
 
 class DataConfig(Section):
@@ -203,7 +180,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        self.objective.check(self.rollout.source, self.teacher.kind)
+        self.objective.check(self.rollout.source, self.teacher)
         if self.objective.reference > 0 and not self.rollout.student_writes:
             found = self.rollout.source
             raise ValueError(f"objective.reference is for on-policy responses: rollout.source student, found {found}")

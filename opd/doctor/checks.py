@@ -64,7 +64,7 @@ def each_teacher(run: Callable[[Facts], str]) -> Callable[[Facts], str]:
     """The check `run` for every teacher of a recipe that routes, else as it is."""
 
     def checked(facts: Facts) -> str:
-        if facts.config.teacher.kind != "routed":
+        if not facts.config.teacher.about.routes:
             return run(facts)
         found = {}
         for name, config in of_routes(facts.config).items():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd.config.needs import needs_teacher, starts_student
+from opd.config.needs import asks_teacher, starts_student
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
@@ -159,7 +159,7 @@ def judge_push(stale: Mismatch, fresh: Mismatch, restored: Mismatch, config: Con
 
 def teacher_reads(facts: Facts) -> str:
     """The teacher prefers a record's own response to another's: it reads the transcript."""
-    if not needs_teacher(facts.config):
+    if not asks_teacher(facts.config):
         raise Skip("nothing in this run reads or asks a teacher")
     vars(facts).pop("probe", None)  # its memory is the teacher's
     return each_teacher(prefers)(facts)
@@ -167,16 +167,13 @@ def teacher_reads(facts: Facts) -> str:
 
 def prefers(facts: Facts) -> str:
     """`teacher_reads` of one teacher."""
-    config = facts.config.changed({"teacher.shard": False})  # of one process
-    if config.teacher.kind != "self":
-        config = config.changed({"teacher.path": facts.teacher})
+    config = facts.config.changed({"teacher.shard": False, "teacher.path": facts.teacher})  # of one process
     if config.objective.about.other_tokenizer:
         raise Skip("with another tokenizer it gives no log-probs of these tokens")
     on = torch.device(device(config))
-    if config.teacher.kind == "server" and not config.teacher.urls:
-        command = teacher_server(config, place_of("teacher", config))
-        config = config.changed({"teacher.urls": [start(facts, command)]})
-    itself = ReferenceModel(config, facts.family, on, None) if config.teacher.kind == "self" else None
+    if config.teacher.about.servers == "all" and not config.teacher.urls:
+        config = config.changed({"teacher.urls": [start(facts, teacher_server(config, place_of("teacher", config)))]})
+    itself = ReferenceModel(config, facts.family, on, None) if config.teacher.about.weights == "student" else None
     teacher = make_teacher(config, facts.family, on, itself)
     return preference(teacher, facts.prompts["data.train"], facts.family, min(MAX_TOKENS, config.rollout.max_tokens))
 

@@ -12,7 +12,7 @@ from opd import types
 from opd.config import resume
 from opd.config.deepspeed import deepspeed_settings
 from opd.config.load import resolve_model, unread
-from opd.config.needs import copies_start, needs_teacher, route_of, starts_student, teacher_servers
+from opd.config.needs import asks_teacher, copies_start, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.machine import caches, memory, placement, versions, weights_folder
@@ -100,9 +100,9 @@ def teacher(facts: Facts) -> str:
     """The teacher is a whole checkpoint of a text LLM. One that nothing asks is not looked at."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    if not needs_teacher(facts.config):
+    if not asks_teacher(facts.config):
         return "none: nothing in this run reads or asks one"
-    if facts.config.teacher.kind == "self":
+    if facts.config.teacher.about.weights == "student":
         facts.teacher = resolve_model(facts.config.student.path, "student.path")
         copied = "in a second copy" if copies_start(facts.config) else "adapters switched off"
         return f"the student at the start, {copied}"
@@ -179,7 +179,7 @@ def _read(facts: Facts, key: str, path: str) -> str:
     follows = prompts and key == "eval.test" and config.eval.best in ("misalignment", "forgetting")
     if follows and all(p.response is None for p in prompts):
         raise UserError(f"eval.best {config.eval.best}: follows gold responses, and no record of {path} has any")
-    if config.teacher.kind == "routed" and key != "eval.retention":
+    if config.teacher.about.routes and key != "eval.retention":
         for p in prompts:
             route_of(config.teacher, p)
     if gone := [(p.place, a) for p in prompts for a in audio_paths(p) if not os.path.isfile(a)]:

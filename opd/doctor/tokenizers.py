@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-from opd.config.needs import needs_teacher
+from opd.config.needs import asks_teacher
 from opd.doctor.checks import Facts, Warned
 from opd.settings import UserError
 from opd.teachers.tokenizers import TEXTS, check_byte_level, check_tokenizers
@@ -24,9 +24,9 @@ def tokenizers(facts: Facts) -> str:
     With an objective for another tokenizer, that their texts can be aligned.
     """
     config, family = facts.config, facts.family
-    if not needs_teacher(config):
+    if not asks_teacher(config):
         return "the student's alone"
-    if config.teacher.kind == "self":
+    if config.teacher.about.weights == "student":
         facts.tokenizer = family.tokenizer
         return "the teacher is the student"
     path = facts.teacher
@@ -91,12 +91,10 @@ def sides(facts: Facts) -> list[tuple[str, Any, IdsOf]]:
     """Student and teacher, if there is one: name, tokenizer, and ids of a chat of texts with the generation prompt."""
     family = facts.family
     found: list[tuple[str, Any, IdsOf]] = [("student", family.tokenizer, lambda chat: family.prompt_ids(chat, []))]
-    if needs_teacher(facts.config):
-
-        def theirs(chat: list[Message]) -> list[int]:
-            return family.text_ids(facts.tokenizer, [joined(m) for m in chat])
-
-        found.append(("teacher", facts.tokenizer, found[0][2] if facts.config.teacher.kind == "self" else theirs))
+    if asks_teacher(facts.config) and facts.config.teacher.about.weights == "student":
+        found.append(("teacher", facts.tokenizer, found[0][2]))
+    elif asks_teacher(facts.config):
+        found.append(("teacher", facts.tokenizer, lambda c: family.text_ids(facts.tokenizer, [joined(m) for m in c])))
     return found
 
 

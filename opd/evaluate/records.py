@@ -61,7 +61,7 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
     e, t = config.eval, config.teacher
     if e.test is None and e.retention is None:
         raise UserError(f"{recipe}: nothing to evaluate: expected eval.test or eval.retention, found neither")
-    if teacher and (t.kind in ("self", "routed") or not t.path):
+    if teacher and not (t.about.servers and t.path):
         told = f"expected one teacher with a path of its own, found teacher.kind {t.kind}"
         remedy = "name it by teacher.kind=server teacher.path=..., or go without it: --no-teacher"
         raise UserError(f"{recipe}: {told}; {remedy}")
@@ -70,8 +70,8 @@ def eval_config(recipe: str, overrides: list[str], out: Path, teacher: bool) -> 
 
 def settings(config: Config) -> dict[str, Any]:
     """All that a measurement depends on beside the record itself."""
-    e, judge = config.eval, config.eval.judge
-    models = {"student": config.student} | ({"teacher": config.teacher} if config.teacher.kind == "server" else {})
+    e, judge, t = config.eval, config.eval.judge, config.teacher
+    models = {"student": config.student} | ({"teacher": t} if t.about.servers == "all" else {})
     return {
         **{name: model(m.path, m.dtype) for name, m in models.items()},
         "family": config.student.family,

@@ -41,8 +41,8 @@ class Gap:
     def __init__(self, config: Config, family: Family, limit: ContextLimit) -> None:
         self.config, self.family, self.limit = config, family, limit
         self.sampler = VllmSampler(config, family, config.rollout.urls)
-        has_teacher = config.teacher.kind == "server"
-        self.teacher = ServerTeacher(config, family, torch.device("cpu")) if has_teacher else None
+        served = config.teacher.about.servers == "all"
+        self.teacher = ServerTeacher(config, family, torch.device("cpu")) if served else None
         self.scorer = Scorer(config.eval)
         self.max_tokens = config.rollout.max_tokens
 
@@ -135,7 +135,7 @@ def run(log: MetricsLog, recipe: str, overrides: list[str], teacher: bool) -> No
     items = read_items(config)
     facts = Facts(config)
     preflight.student(facts)
-    if config.teacher.kind == "server":
+    if config.teacher.about.servers == "all":
         preflight.teacher(facts)
         tokenizers(facts)
     preflight.servers(facts)

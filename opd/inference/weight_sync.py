@@ -6,12 +6,12 @@ from collections import deque
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from opd.config.schema import Config
 from opd.inference.client import Server, on_each
 from opd.inference.transports import TRANSPORTS, WeightTransport
 from opd.models.base import Family
-from opd.models.sharding import _barrier
 
 
 class WeightSync:
@@ -87,3 +87,8 @@ class WeightSync:
         _barrier()
         if self.rank == 0:
             on_each(self.servers, lambda server: server.post(f"/wake_up?tags={tag}"))
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

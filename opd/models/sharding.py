@@ -70,8 +70,3 @@ def all_reduce(x: Tensor, op: str) -> Tensor:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

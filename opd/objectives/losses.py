@@ -88,7 +88,7 @@ class Tokens:
     targets: Tensor  # [N], the response
     sampler_logp: Tensor  # [N], 0 where no student sampled
     temperature: float  # of the sampler
-    teacher_logits: Tensor | None = None  # [N, V], for objectives that read them (ObjectiveConfig.reads_logits)
+    teacher_logits: Tensor | None = None  # [N, V], for objectives that read them (ObjectiveConfig.reads)
     teacher_logp: Tensor | None = None  # [N] of the targets, for the others
     top_ids: Tensor | None = None  # [N, K], with objective.top_k: ids that the teacher was asked for; -1: none
     top_logp: Tensor | None = None  # [N, K], the teacher's
@@ -179,7 +179,7 @@ def kd_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     y is the teacher's response. At mu = 0 it is sequence-level distillation, without the teacher's logits.
     """
     ce = -t.pick(t.student())
-    if not o.reads_logits:
+    if o.reads != "logits":
         return Terms(ce, {"kd/ce": ce})
     kl = divergence(t.teacher(o.tau), t.student(o.tau))
     return Terms(ce + o.mu * o.tau**2 * kl, {"kd/ce": ce, "kd/kl": kl})
@@ -272,7 +272,7 @@ def salad_terms(t: Tokens, o: ObjectiveConfig) -> Terms:
     follows in the transcript, the record's response."""
     student = t.student()
     nll = -t.pick(student)
-    if not o.reads_logits:
+    if o.reads != "logits":
         return Terms(nll, {"salad/nll": nll})
     kl = divergence(t.teacher(), student)
     return Terms(o.alpha * kl + (1.0 - o.alpha) * nll, {"salad/kl": kl, "salad/nll": nll})

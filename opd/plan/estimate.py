@@ -15,7 +15,7 @@ import psutil
 
 from opd.config.deepspeed import deepspeed_settings
 from opd.config.load import load_config, resolve_model
-from opd.config.needs import needs_teacher, starts_student, starts_teacher
+from opd.config.needs import asks_teacher, starts_student, starts_teacher
 from opd.config.placement import Group, Placement, Servers, placement_of
 from opd.config.schema import Config
 from opd.plan.learner_memory import Bytes, LearnerMemory, Lengths, Zero, learner_memory
@@ -222,7 +222,7 @@ def estimate(config: Config, machine: Machine | None = None) -> Plan:
     machine.response_tokens is above rollout.max_tokens.
     """
     machine, placement = machine or Machine(), placement_of(config)
-    student, teacher = student_shape(config), teacher_shape(config) if needs_teacher(config) else None
+    student, teacher = student_shape(config), teacher_shape(config) if asks_teacher(config) else None
     longest = _lengths(config, machine, student, config.data.max_audio_seconds, config.rollout.max_tokens)
     response = machine.response_tokens or max(1, config.rollout.max_tokens // 2)
     if response > config.rollout.max_tokens:

@@ -242,7 +242,7 @@ def chunk_tensors(config: Config) -> int:
     """
     o, about = config.objective, config.objective.about
     found = 5
-    if o.reads_logits:
+    if o.reads == "logits":
         found = about.tensors + (about.mixture if 0.0 < o.beta < 1.0 else 0)
     elif config.rollout.temperature != 1.0:
         found += about.tempered
@@ -315,7 +315,7 @@ def frozen(config: Config, student: ModelShape, teacher: ModelShape | None) -> d
     """
     found = {}
     for route, one in of_routes(config).items():
-        if one.teacher.kind == "local" and teacher is not None:
+        if one.teacher.about.weights == "own" and teacher is not None:
             shape = teacher_shape(one) if route else teacher
             found[f"local teacher {route}".strip()] = shape.count() * SIZES[one.teacher.dtype], one.teacher.shard
     if copies_start(config):
@@ -335,9 +335,9 @@ def learner_memory(
     n = config.rollout.n if config.rollout.student_writes else 1
     prompts = -(-config.train.prompts_per_step // ranks)
     vocab, largest = student.decoder.vocab, max(with_gradient) * d
-    local = teacher if any(t.kind in ("local", "self") for t in config.teacher.each.values()) else None
+    local = teacher if any(t.about.weights for t in config.teacher.each.values()) else None
     gather = {}
-    if local and any(t.shard and t.kind == "local" for t in config.teacher.each.values()):
+    if local and any(t.shard and t.about.weights == "own" for t in config.teacher.each.values()):
         shared = gathered(replace(zero, stage=3), [w.numel for w in local.weights], SIZES[config.teacher.dtype], ranks)
         gather = {"teacher's gathered parameters": shared}
     for name, (size, cut) in frozen(config, student, teacher).items():
@@ -362,7 +362,7 @@ def learner_memory(
             always["tower's activations"] = tower_bytes(student, d, lengths.audio, clips, kept=True)
         loss = always | loss_bytes(student, config, mb)
         found = {"loss": loss, "backward": always | {"largest gradient": largest, "a layer's backward": adds}}
-        if local and config.objective.reads_logits:
+        if local and config.objective.reads == "logits":
             loss["teacher's, of the micro-batch"], reads = read_bytes(local, vocab, config, lengths, mb)
             found["teacher reads"] = reads | gather
         return found
@@ -371,7 +371,7 @@ def learner_memory(
     views += [passes(lengths.text, 0)] if config.objective.lambda_ > 0 else []
     for phase in views[0]:
         out.phases[phase] = max((v[phase] for v in views), key=lambda b: sum(b.values()))
-    if local and config.objective.asks_teacher and not config.objective.reads_logits:
+    if local and config.objective.reads == "scores":
         scores = teacher_bytes(local, vocab, config, lengths, prompts * n * len(views))
         out.phases["teacher scores"] = scores | gather
     if local and config.rollout.teacher_writes and not asks_teacher_servers(config):

@@ -205,11 +205,11 @@ def remedy(recipe: str, overrides: list[str], plan: Plan) -> list[str] | None:
     c = plan.config
     offload = Path(c.train.deepspeed).with_name("zero3_offload.json")
     choices = [f"train.deepspeed={offload}"] if offload.is_file() else []
-    local = (plan.teacher is not None and c.teacher.kind == "local") or copies_start(c)
+    local = (plan.teacher is not None and c.teacher.about.weights == "own") or copies_start(c)
     choices += ["teacher.shard=true"] if local and not c.teacher.shard else []
     choices += ["student.lora={}"] if c.student.lora is None and "llm" in c.student.train else []
     budgets = {"train.micro_batch_tokens": c.train.micro_batch_tokens}
-    if c.teacher.kind in ("local", "self"):
+    if c.teacher.about.weights:
         budgets["teacher.batch_tokens"] = c.teacher.batch_tokens
     largest = max(c.train.micro_batch_tokens, c.teacher.batch_tokens)
     shares = [[f"rollout.server.gpu_memory_utilization={s}"] for s in SHARES if plan.placement.shared]

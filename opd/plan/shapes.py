@@ -101,9 +101,9 @@ def student_shape(config: Config) -> ModelShape:
 
 def teacher_shape(config: Config) -> ModelShape:
     """The teacher's shape: of several the largest, of `self` the student's. UserError: no config, or no text LLM."""
-    if config.teacher.kind == "routed":
+    if config.teacher.about.routes:
         return max(map(teacher_shape, of_routes(config).values()), key=lambda shape: shape.count())
-    if config.teacher.kind == "self":
+    if config.teacher.about.weights == "student":
         return student_shape(config)
     return _teacher(_resolved(config.teacher.path, "teacher.path"))
 

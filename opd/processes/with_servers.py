@@ -68,7 +68,7 @@ def places(config: Config) -> list[Place]:
         raise UserError(f"launch.placement {name}: has no rollout server on node {node}; set OPD_NODE")
     students = [] if config.rollout.urls else mine
     teachers: list[Servers] = []
-    if config.teacher.kind == "server" and not config.teacher.urls:
+    if config.teacher.about.servers == "all" and not config.teacher.urls:
         teachers = [g for g in placement.teacher if g.node == node] or [_teacher(placement, node, mine)]
     if {d for g in teachers for d in g.devices} & {d for g in students for d in g.devices}:
         whole = config.rollout.server.gpu_memory_utilization or WHOLE

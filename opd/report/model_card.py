@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.config.objective import OBJECTIVES, Objective
+from opd.config.teacher import TEACHER_KINDS
 from opd.report.runs import Run, section, student_of
 from opd.storage import run_folder as saved
 
@@ -125,10 +126,10 @@ def _teachers(runs: list[Run]) -> list[Parent]:
     found: dict[str, Parent] = {}
     for run in runs:
         teacher = run.config.get("teacher") or {}
-        for one in (teacher.get("routes") or {}).values() if teacher.get("kind") == "routed" else [teacher]:
+        for one in (teacher.get("routes") or {"": teacher}).values():
             if path := str(one.get("path") or ""):
                 found.setdefault(path, _parent(path, Path(path)))
-            elif one.get("kind") == "self":
+            elif (kind := TEACHER_KINDS.get(str(one.get("kind")))) and kind.weights == "student":
                 found.setdefault("self", Parent("the student itself before training", license="its own"))
     return list(found.values())
 

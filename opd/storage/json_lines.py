@@ -73,10 +73,6 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _json(line: dict[str, Any]) -> str:
-    return json.dumps(finite(line), allow_nan=False) + "\n"
-
-
 def finite(node: Any) -> Any:
     """JSON has no NaN and no infinity: null. Scalars and arrays of numpy and torch become plain numbers and lists."""
     if isinstance(node, dict):

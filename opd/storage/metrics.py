@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd.settings import UserError
-from opd.storage.json_lines import _json, read_lines, write_atomic
+from opd.storage.json_lines import finite, read_lines, write_atomic
 from opd.storage.run_folder import status_of
 
 # Log-probabilities, losses and divergences are in nats per token, lengths in tokens, times in seconds; ratio/clipped
@@ -130,3 +130,7 @@ def _make_sink(name: str, run_dir: Path, project: str, run_name: str) -> Sink:
         writer.flush()
 
     return Sink(write, writer.close)
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(finite(line), allow_nan=False) + "\n"

@@ -53,8 +53,8 @@ class Study:
             self._configs[row.id] = (by_seed[0], by_seed[1])
             select, report = by_seed[0][0], by_seed[1][0]
             self._check_splits(row, select.eval, report.eval)
-            each = report.teacher.each.items()  # kind and path, of each of several
-            self.teachers[row.id] = sorted(f"{r} {'self' if t.kind == 'self' else t.path}".strip() for r, t in each)
+            each = {r: t.path if t.about.has_path else t.kind for r, t in report.teacher.each.items()}
+            self.teachers[row.id] = sorted(f"{route} {name}".strip() for route, name in each.items())
             if not start and (found := report.student.path) != (expected := self.students.setdefault(row.world, found)):
                 raise UserError(f"{path}: worlds.{row.world}: expected a student.path for all rows, found {expected} "
                                 f"in that of base and {found} in that of {row.name}")  # fmt: skip

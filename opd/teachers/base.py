@@ -32,7 +32,7 @@ class Teacher(Protocol):
         """Greedy responses to the text view, in the student's tokens."""
 
 
-class _Reader:
+class TextReader:
     """Tokenises text views with the teacher's own tokenizer and chat template."""
 
     gives_scores = True
@@ -54,12 +54,13 @@ class _Reader:
         return self.family.text_ids(self.tokenizer, [joined(m) for m in render(prompt, "text")])
 
 
-def _asked(rollout: Rollout) -> np.ndarray:
+def asked_ids(rollout: Rollout) -> np.ndarray:
     """[T, K] ids that the student's sampler told of."""
     assert rollout.top_ids is not None, f"{rollout.prompt.id}: sampled without objective.top_k"
     return rollout.top_ids
 
 
-def _cut(ids: list[int], eos: list[int]) -> Reply:
+def reply_of(ids: list[int], eos: list[int]) -> Reply:
+    """The ids up to the first that ends a turn."""
     end = next((i for i, t in enumerate(ids) if t in eos), None)
     return (tuple(ids), True) if end is None else (tuple(ids[: end + 1]), False)

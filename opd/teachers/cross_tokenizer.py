@@ -20,7 +20,7 @@ from opd.models.base import Family
 from opd.objectives.token_loss import Aligned
 from opd.teachers.base import Reply
 from opd.teachers.local import LocalTeacher
-from opd.teachers.tokenizers import _trl, check_byte_level
+from opd.teachers.tokenizers import check_byte_level, trl_module
 from opd.types import Prompt, Rollout, Sample
 
 REPLACED = "\ufffd"  # what decoding puts where bytes are no text
@@ -81,7 +81,7 @@ class CrossTokenizerTeacher(LocalTeacher):
 
         From the first byte on that is no text, such as half a character at the length limit, nothing is aligned.
         """
-        trl = _trl("utils")
+        trl = trl_module("utils")
         tokenizer, eos = self.family.tokenizer, self.family.eos_ids
         ended = rollout.token_ids[-1] in eos
         ids = list(rollout.token_ids[:-1] if ended else rollout.token_ids)
@@ -122,7 +122,7 @@ def uld_loss(o: ObjectiveConfig, student: Any, teacher: Any, device: torch.devic
     settings |= {"student_temperature": 1.0, "teacher_temperature": 1.0, "use_hybrid_loss": o.hybrid}
     settings |= {"skip_student_eos": False, "skip_teacher_eos": False}
     named = {f"uld_{k}": v for k, v in settings.items()} | {"use_extended_uld": True, "beta": o.beta}
-    return _trl("gold.gold_trainer").ULDLoss(SimpleNamespace(**named), student, teacher, device)
+    return trl_module("gold.gold_trainer").ULDLoss(SimpleNamespace(**named), student, teacher, device)
 
 
 def _given(ids: list[int], offsets: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ No audio ever reaches it: prompts are rendered in the text view here and nowhere
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from opd.models.sharding import DTYPES, all_reduce, load_sharded
 from opd.objectives.losses import EXCLUDED
 from opd.objectives.token_loss import Logits, chunks
 from opd.settings import UserError, first_line
-from opd.teachers.base import Reply, _asked, _cut, _Reader
+from opd.teachers.base import Reply, TextReader, asked_ids, reply_of
 from opd.types import Prompt, Rollout, Sample, ScoredRollout, packed
 
 
-class LocalTeacher(_Reader):
+class LocalTeacher(TextReader):
     """A Hugging Face model in the learner process; also gives full-vocabulary logits.
 
     With teacher.shard each rank holds a part of it (ZeRO-3). Every forward pass then takes all ranks: each of them
@@ -36,18 +37,14 @@ class LocalTeacher(_Reader):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         super().__init__(config, family)
-        self.sharded, self.device = config.teacher.shard, device
-        settings = inference_settings(config, config.teacher.dtype) if self.sharded else None
-
-        def load() -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                config.teacher.path, dtype=DTYPES[config.teacher.dtype], trust_remote_code=False, use_safetensors=True
-            )
-
+        t, safe = config.teacher, {"trust_remote_code": False, "use_safetensors": True}
+        self.sharded, self.device = t.shard, device
+        settings = inference_settings(config, t.dtype) if t.shard else None
+        load = partial(AutoModelForCausalLM.from_pretrained, t.path, dtype=DTYPES[t.dtype], **safe)
         try:
             self.model = load_sharded(load, settings) if settings else load()
         except (OSError, ValueError) as e:
-            raise UserError(f"teacher.path {config.teacher.path}: not loadable: {first_line(e)}") from e
+            raise UserError(f"teacher.path {t.path}: not loadable: {first_line(e)}") from e
         self.model.generation_config = GenerationConfig()  # the checkpoint's own would bend what is greedy
         frozen(self.model, settings, device)
         self._knows(family.vocab_size, family.banned_ids, family.eos_ids, self.model.config.vocab_size)
@@ -85,7 +82,7 @@ class LocalTeacher(_Reader):
         if o.top_of == "teacher":
             best = logp.topk(min(o.top_k or 1, logp.shape[-1]))
             return of_targets, best.indices, best.values
-        ids = torch.from_numpy(np.concatenate([_asked(r) for r in rollouts])[part]).to(logp.device)
+        ids = torch.from_numpy(np.concatenate([asked_ids(r) for r in rollouts])[part]).to(logp.device)
         return of_targets, ids, logp.gather(-1, ids.clamp(min=0))
 
     def logits(self, samples: list[Sample]) -> Logits:
@@ -131,7 +128,7 @@ class LocalTeacher(_Reader):
         banned = self.suppressed or None
         greedy = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, suppress_tokens=banned, **ends)
         out = self._write(input_ids=tokens, attention_mask=mask, generation_config=greedy, synced_gpus=self.sharded)
-        return [_cut(row, self.eos_ids) for row in out[:, longest:].tolist()]
+        return [reply_of(row, self.eos_ids) for row in out[:, longest:].tolist()]
 
     def _write(self, **arguments: Any) -> Tensor:
         return self.model.generate(**arguments)

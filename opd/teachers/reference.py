@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,10 +97,7 @@ class SelfTeacher(LocalTeacher):
 def _copy(config: Config, family: Family, device: torch.device) -> SpeechLM:
     dtype = config.student.dtype
     settings = inference_settings(config, dtype) if shards_start(config) else None
-
-    def load() -> Any:
-        return family.load(DTYPES[dtype], config.student.attention)
-
+    load = partial(family.load, DTYPES[dtype], config.student.attention)
     hf = load_sharded(load, settings) if settings else load()
     model = SpeechLM(hf, family, list(config.student.train))  # what is trained, it is given as the learner is
     frozen(model, settings, device)

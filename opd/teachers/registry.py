@@ -89,24 +89,13 @@ class RoutedTeacher:
         return [(t, [i for i, r in enumerate(routes) if r == name]) for name, t in self.teachers.items()]
 
 
-def _local(config: Config, family: Family, device: torch.device, _: ReferenceModel | None) -> Teacher:
-    return (CrossTokenizerTeacher if config.objective.about.other_tokenizer else LocalTeacher)(config, family, device)
-
-
-def _self(config: Config, family: Family, _: torch.device, start: ReferenceModel | None) -> Teacher:
-    assert start is not None
-    return SelfTeacher(config, family, start)
-
-
-def _routed(config: Config, family: Family, device: torch.device, start: ReferenceModel | None) -> Teacher:
-    return RoutedTeacher(
-        config, {name: make_teacher(c, family, device, start) for name, c in of_routes(config).items()}
-    )
-
-
-TEACHERS: dict[str, Callable[[Config, Family, torch.device, ReferenceModel | None], Teacher]] = {
-    "local": _local,
+TEACHERS: dict[str, Callable[..., Teacher]] = {  # called as `make_teacher` is
+    "local": lambda config, family, device, _: (
+        CrossTokenizerTeacher if config.objective.about.other_tokenizer else LocalTeacher
+    )(config, family, device),
     "server": lambda config, family, device, _: ServerTeacher(config, family, device),
-    "self": _self,
-    "routed": _routed,
+    "self": lambda config, family, _, start: SelfTeacher(config, family, start),
+    "routed": lambda config, *where: RoutedTeacher(
+        config, {name: make_teacher(c, *where) for name, c in of_routes(config).items()}
+    ),
 }

@@ -12,11 +12,11 @@ from opd.config.schema import Config
 from opd.inference.client import BAN, Request, given, post_all
 from opd.models.base import Family
 from opd.objectives.token_loss import Logits
-from opd.teachers.base import Reply, _asked, _cut, _Reader
+from opd.teachers.base import Reply, TextReader, asked_ids, reply_of
 from opd.types import Prompt, Rollout, Sample, ScoredRollout
 
 
-class ServerTeacher(_Reader):
+class ServerTeacher(TextReader):
     """A vLLM server that scores token ids by prompt log-probs.
 
     It normalises over its full vocabulary: ids that the student may not use (audio placeholders, padded rows) are not
@@ -59,7 +59,7 @@ class ServerTeacher(_Reader):
         o = self.config.objective
         if o.top_of is None or o.top_k is None:
             return ()
-        asked = _asked(rollout) if o.top_of == "student" else None
+        asked = asked_ids(rollout) if o.top_of == "student" else None
         ids = np.full((len(entries), o.top_k), -1, np.int64)
         logp = np.zeros((len(entries), o.top_k), np.float32)
         for t, told in enumerate(entries):
@@ -84,7 +84,7 @@ class ServerTeacher(_Reader):
             | one
             for p, one in zip(prompts, how, strict=True)
         ]
-        return [_cut(a["choices"][0]["token_ids"], self.family.eos_ids) for a in self._ask(bodies)]
+        return [reply_of(a["choices"][0]["token_ids"], self.family.eos_ids) for a in self._ask(bodies)]
 
     def logits(self, samples: list[Sample]) -> Logits:
         raise AssertionError("a server gives no logits; who asks looks at gives_logits")

@@ -15,7 +15,7 @@ def check_byte_level(family: Family, teacher: Any, path: str) -> None:
     """Refuse a pair of tokenizers that cannot be aligned by bytes."""
     for setting, tokenizer in ((f"student.path {family.path}", family.tokenizer), (f"teacher.path {path}", teacher)):
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or not _trl("utils").is_byte_level_tokenizer(backend):
+        if backend is None or not trl_module("utils").is_byte_level_tokenizer(backend):
             raise UserError(
                 f"{setting}: objective.name uld needs byte-level BPE tokenizers, found {type(tokenizer).__name__}; "
                 "choose another teacher, or one with the student's tokenizer for another objective"
@@ -24,7 +24,8 @@ def check_byte_level(family: Family, teacher: Any, path: str) -> None:
         raise UserError(f"teacher.path {path}: its tokenizer names no eos_token, which would end an answer")
 
 
-def _trl(name: str) -> Any:
+def trl_module(name: str) -> Any:
+    """A module of trl.experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and of vLLM's version, which nothing here asks
         return import_module(f"trl.experimental.{name}")

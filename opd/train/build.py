@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from opd.config import resume
 from opd.config.load import resolve_model
-from opd.config.needs import asks_teacher_servers, evaluates, needs_teacher, teacher_servers
-from opd.config.schema import Config, TeacherConfig
+from opd.config.needs import asks_teacher, asks_teacher_servers, evaluates, teacher_servers
+from opd.config.schema import Config
 from opd.inference.client import Server, check_model
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family, family_of
@@ -32,7 +32,9 @@ from opd.train.loop import Parts, evaluate, judge, loop, push, sleep_servers, st
 def build(config: Config, log: MetricsLog | None) -> Parts:
     """All parts of a run, from its recipe."""
     path = resolve_model(config.student.path, "student.path")
-    config = config.model_copy(update={"teacher": _resolved(config.teacher)})
+    t = config.teacher  # its runs replaced by the folders of their checkpoints
+    each = {r: one.changed({"path": one.path and resolve_model(one.path, "teacher.path")}) for r, one in t.each.items()}
+    config = config.changed({"teacher.routes": each} if t.about.routes else {"teacher": each[""]})
     family = family_of(path, config.student.family)
     prompts, bad = read_manifest(config.data.train)
     sampler, sync, limit = _student_servers(config, family, path)
@@ -59,15 +61,6 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     return parts
 
 
-def _resolved(teacher: TeacherConfig) -> TeacherConfig:
-    """The same with runs replaced by the folders of their checkpoints."""
-    each = {
-        route: one.model_copy(update={"path": resolve_model(one.path, "teacher.path")}) if one.path else one
-        for route, one in teacher.each.items()
-    }
-    return teacher.model_copy(update={"routes": each}) if teacher.kind == "routed" else each[""]
-
-
 def _student_servers(
     config: Config, family: Family, path: str
 ) -> tuple[VllmSampler | None, WeightSync | None, ContextLimit]:
@@ -89,8 +82,8 @@ def _teachers(config: Config, learner: Learner) -> tuple[Teacher | None, Teacher
     family, device = learner.family, learner.device
     start = make_start(config, family, device, (learner.model, learner.call))
     learner.reference = start if config.objective.reference > 0 else None
-    teacher = make_teacher(config, family, device, start) if needs_teacher(config) else None
-    if config.teacher.kind == "local" and asks_teacher_servers(config):
+    teacher = make_teacher(config, family, device, start) if asks_teacher(config) else None
+    if config.teacher.about.servers == "responses" and asks_teacher_servers(config):
         return teacher, ServerTeacher(config, family, device)
     return teacher, teacher
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from opd.config.schema import Config
+from opd.config.teacher import WITH_LOGITS
 from opd.models.base import Family
 from opd.models.sharding import all_reduce
 from opd.objectives.losses import divergence
@@ -53,7 +54,7 @@ class Evaluator:
         self._scorer = Scorer(self.config.eval)
         best = self.config.eval.best or ""
         if best == "forgetting" and not self.teacher.gives_logits:
-            needs = "the teacher's full-vocabulary logits, so teacher.kind local or self"
+            needs = f"the teacher's full-vocabulary logits, so teacher.kind {WITH_LOGITS}"
             raise UserError(f"eval.best forgetting: needs {needs}")
         if best in ("misalignment", "forgetting") and self.test and all(p.response is None for p in self.test):
             raise UserError(f"eval.best {best}: follows gold responses: expected a `response` in records of eval.test")

@@ -98,7 +98,7 @@ class Learner:
         logits = reference = aligned = None
         if objective.about.other_tokenizer:
             aligned = teacher.aligned(mb.samples)
-        elif objective.reads_logits:
+        elif objective.reads == "logits":
             logits = teacher.logits(mb.samples)
         if objective.reference > 0:
             assert self.reference is not None

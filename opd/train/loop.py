@@ -118,7 +118,7 @@ def loop(parts: Parts, start: int) -> int:
     """Warm start and X-OPD alike: respond, score, step, push. Returns how many steps are done at its end."""
     c, learner = parts.config, parts.learner
     on_policy = c.rollout.student_writes
-    scorer = parts.teacher if c.objective.asks_teacher and not c.objective.reads_logits else None
+    scorer = parts.teacher if c.objective.reads == "scores" else None
     for step in range(start, c.train.steps):
         if parts.verdict.stop:
             return step
@@ -132,7 +132,7 @@ def loop(parts: Parts, start: int) -> int:
         scored = scorer.score(rollouts) if scorer else [ScoredRollout(r, None) for r in rollouts]
         clock.lap("teacher")
         batch = make_batch(make_samples(scored, clips, learner.family), clips, c)
-        result = learner.step(batch, step, parts.teacher if c.objective.reads_logits else None)
+        result = learner.step(batch, step, parts.teacher if c.objective.reads == "logits" else None)
         clock.lap("learner")
         if on_policy:
             push(parts, version=step + 1)

@@ -214,8 +214,7 @@ def run(case: Case) -> dict[str, Any]:
     out["later_losses"] = [stats["loss"] for _, stats in timed]
     out |= {"zero_stage": learner.engine.zero_optimization_stage(), "steps": case.steps}
     flops = learner_flops(config, plan.student, lengths)
-    needed = config.model_copy(deep=True)
-    needed.train.gradient_checkpointing = False
+    needed = config.changed({"train.gradient_checkpointing": False})
     if isinstance(counter, FlopCounterMode):
         out["flops_counted"] = counter.get_total_flops()
     if timed:

@@ -52,8 +52,7 @@ def differences(sharded: LocalTeacher, whole: LocalTeacher, mine: list[Rollout],
 
 
 def teacher(config: Config, family: Family, json_name: str) -> LocalTeacher:
-    config = config.model_copy(deep=True)
-    config.train.deepspeed, config.teacher.shard = f"deepspeed_configs/{json_name}.json", True
+    config = config.changed({"train.deepspeed": f"deepspeed_configs/{json_name}.json", "teacher.shard": True})
     return LocalTeacher(config, family, torch.device("cpu"))
 
 
@@ -122,7 +121,7 @@ def main(student: str, rank: int, out: Path) -> dict[str, object]:
     small = ["train.prompts_per_step=2", f"student.path={student}", "teacher.batch_tokens=64"]
     config = load_config("recipes/tiny/1_warmstart.yaml", small)
     family = family_of(student)
-    config.student.dtype = "bfloat16"
+    config = config.changed({"student.dtype": "bfloat16"})
     whole = LocalTeacher(config, family, torch.device("cpu"))
     sharded = teacher(config, family, "zero3")
     learner = Learner(config, family, student)
@@ -144,7 +143,7 @@ def main(student: str, rank: int, out: Path) -> dict[str, object]:
         mine = rollouts(3 - rank)
         samples = make_samples(whole.score(mine), {}, family)
         result[name] = differences(teacher(config, family, name), whole, mine, samples)
-    config.teacher.dtype = "bfloat16"
+    config = config.changed({"teacher.dtype": "bfloat16"})
     mine = rollouts(3 - rank)
     whole = LocalTeacher(config, family, torch.device("cpu"))
     samples = make_samples(whole.score(mine), {}, family)

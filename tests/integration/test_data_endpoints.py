@@ -41,7 +41,7 @@ def whisper_url(data: Path, whisper: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("whisper_server")
     lengths = f"rollout.server.max_model_len={MOST_TOKENS}", "rollout.max_tokens=8"
     config = config_of("2_xopd", data, folder, f"student.path={STUDENT}", *lengths)
-    config.teacher.path = str(whisper)
+    config = config.changed({"teacher.path": str(whisper)})
     with serving(teacher_server(config, Place.here("teacher")), folder) as url:
         yield f"{url}/v1"
 
@@ -113,7 +113,7 @@ def test_the_teacher_answers_as_the_teacher_of_a_run(data: Path, teacher_url: st
         summary, made = run("respond", manifest, tmp_path / f"{name}.jsonl", endpoint=there, max_tokens=48)
         prompts, _ = read_manifest(str(manifest))
         config = config_of("2_xopd", data, tmp_path, f"student.path={STUDENT}", "teacher.kind=server")
-        config.teacher.urls = [teacher_url]
+        config = config.changed({"teacher.urls": [teacher_url]})
         family = family_of(STUDENT)
         replies = ServerTeacher(config, family, torch.device("cpu")).respond(prompts, 48)
         by_id = {r["id"]: r["response"] for r in made}

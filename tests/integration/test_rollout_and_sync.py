@@ -27,7 +27,7 @@ from opd.train.batch import make_samples
 @pytest.fixture(scope="module")
 def setup(data: Path, student_url: str, tmp_path_factory: pytest.TempPathFactory):
     config = config_of("2_xopd", data, tmp_path_factory.mktemp("run"), f"student.path={STUDENT}")
-    config.rollout.urls = [student_url]
+    config = config.changed({"rollout.urls": [student_url]})
     family = family_of(STUDENT)
     every, bad = read_manifest(config.data.train)
     assert not bad
@@ -121,7 +121,7 @@ def test_both_teachers_agree(data: Path, teacher_url: str, setup, tmp_path: Path
     rollouts = sample(sampler, prompts, clips, "speech")
     config = config_of("2_xopd", data, tmp_path, f"student.path={STUDENT}")
     here = LocalTeacher(config, local.family, torch.device("cpu"))
-    config.teacher.urls = [teacher_url]
+    config = config.changed({"teacher.urls": [teacher_url]})
     there = ServerTeacher(config, local.family, torch.device("cpu"))
     for a, b in zip(here.score(rollouts), there.score(rollouts), strict=True):
         assert np.abs(a.teacher_logprobs - b.teacher_logprobs).max() < 1e-3

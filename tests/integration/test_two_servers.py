@@ -33,7 +33,7 @@ def test_two_servers_follow_the_learner(
 ) -> None:
     urls = [student_url, second_url]
     config = config_of("2_xopd", data, tmp_path, f"student.path={STUDENT}")
-    config.rollout.urls = urls
+    config = config.changed({"rollout.urls": urls})
     family = family_of(STUDENT)
     prompts, _ = read_manifest(config.data.train)
     loader = ClipLoader(config, family.sampling_rate, len(prompts))

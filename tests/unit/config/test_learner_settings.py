@@ -41,11 +41,11 @@ def config(*overrides: str) -> Config:
 )
 def test_learning_rate_at_the_edges(schedule: str, expected: dict[int, float]) -> None:
     c = config("optim.lr=2.0", "optim.warmup_steps=0", "train.steps=11", "optim.final_lr_share=0.2")
-    c.optim.schedule = schedule
+    c = c.changed({"optim.schedule": schedule})
     assert {s: learning_rate(c, s) for s in expected} == pytest.approx({s: 2.0 * v for s, v in expected.items()})
-    c.train.steps = 1
+    c = c.changed({"train.steps": 1})
     assert learning_rate(c, 0) == 2.0  # a run of one step is at full rate, not at its end
-    c.optim.warmup_steps = 4
+    c = c.changed({"optim.warmup_steps": 4})
     assert learning_rate(c, 0) == 0.5
 
 

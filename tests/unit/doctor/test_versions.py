@@ -54,8 +54,8 @@ def test_all_as_tested(facts: Facts, have: dict[str, str | None]) -> None:
     count = int(found.split()[0])
     have["torch"] = f"{machine.tested()['torch']}+cu129"  # another build of the same
     assert preflight.versions(facts) == found
-    facts.config.rollout.urls = ["http://elsewhere:1"]
-    facts.config.teacher.urls = ["http://elsewhere:2"]
+    elsewhere = {"rollout.urls": ["http://elsewhere:1"], "teacher.urls": ["http://elsewhere:2"]}
+    facts.config = facts.config.changed(elsewhere)
     assert preflight.versions(facts) == f"{count - 1} packages as tested"  # vLLM is not this machine's affair
 
 

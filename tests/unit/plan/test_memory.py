@@ -256,7 +256,7 @@ def test_peak_of_a_real_pass(
     def loss() -> torch.Tensor:
         o = c.objective
         made = TokenLoss(
-            packed, o, c.rollout.temperature, drawn if o.reads_logits else None, drawn if o.reference else None
+            packed, o, c.rollout.temperature, drawn if o.reads == "logits" else None, drawn if o.reference else None
         )
         return model.response_loss(made, ones, **packed.inputs | {"attends": attends.clone()})
 
@@ -279,7 +279,7 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         c = config(
             f"objective.name={name}", f"rollout.source={OBJECTIVES[name].sources[0]}", "teacher.kind=local", *more
         )
-        c.student.dtype = "float32" if dtype == torch.float32 else "bfloat16"
+        c = c.changed({"student.dtype": "float32" if dtype == torch.float32 else "bfloat16"})
         head = torch.nn.Linear(hidden, vocab, bias=False, dtype=dtype).requires_grad_(False)
         states = torch.randn(n, hidden, dtype=dtype).requires_grad_()
         one = torch.ones(1, n)
@@ -289,14 +289,14 @@ def test_tensors_of_a_chunk_are_counted(name: str, dtype: torch.dtype) -> None:
         logp = {"teacher_logp": -one, "sampler_logp": -one, "sampled": one[:, 0].bool()}
         mb = MicroBatch(samples=[], targets=ids[..., 0], mask=one, weights=one, **of_rows, **logp, **best)
         made = TokenLoss(mb, c.objective, c.rollout.temperature, lambda p: torch.randn(n, vocab))
-        made.teacher = made.teacher if c.objective.reads_logits else None
+        made.teacher = made.teacher if c.objective.reads == "logits" else None
         made.tokens["importance"] = torch.ones(n)
         banned = torch.zeros(vocab).bool()
         with LiveMemory() as live:
             finish = partial(torch.masked_fill, mask=banned, value=-1e9)
             token_loss.summed_loss(states, head, lambda x, p: made(finish(x.float()), p), [slice(0, n)])  # noqa: B023
         shape = SimpleNamespace(decoder=SimpleNamespace(vocab=vocab, hidden=hidden))
-        c.student.train = ["adapter"]
+        c = c.changed({"student.train": ["adapter"]})
         whole: Any = memory.loss_bytes(shape, c, memory.MicroBatch(1, n, 1, n))  # type: ignore[arg-type]
         assert live.peak == pytest.approx(whole["logits and loss"], rel=0.02), more
 

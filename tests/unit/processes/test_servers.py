@@ -106,20 +106,20 @@ def test_teacher_server_takes_no_weights(config: Config) -> None:
     assert "--weight-transfer-config" not in command.argv and "VLLM_SERVER_DEV_MODE" not in command.env
     assert command.argv[command.argv.index("--max-num-batched-tokens") + 1] == "2048"
     assert command.argv[command.argv.index("--dtype") + 1] == "bfloat16"
-    config.rollout.server.max_num_seqs = 4000  # vLLM refuses a batch of fewer tokens than sequences
-    assert servers.teacher_server(config, Place.here("teacher")).argv.count("4000") == 2
+    many = config.changed({"rollout.server.max_num_seqs": 4000})  # vLLM refuses a batch of fewer tokens than sequences
+    assert servers.teacher_server(many, Place.here("teacher")).argv.count("4000") == 2
 
 
 def test_a_server_that_shares_its_device_can_sleep(config: Config) -> None:
     place = Place("student", "student", 0, HERE, 1, (0,))
     assert "--enable-sleep-mode" not in servers.student_server(config, place).argv
-    config.rollout.sleep, config.rollout.transport = True, "ipc"
+    config = config.changed({"rollout.sleep": True, "rollout.transport": "ipc"})
     argv = servers.student_server(config, place).argv
     assert "--enable-sleep-mode" in argv and '{"backend": "opd_ipc"}' in argv
 
 
 def test_servers_of_one_machine_share_its_cores(config: Config) -> None:
-    config.rollout.server.threads = 0
+    config = config.changed({"rollout.server.threads": 0})
     place = Place("student-0", "student", 0, HERE, 1, neighbours=2)
     assert servers.student_server(config, place).env["OMP_NUM_THREADS"] == "4"
 
@@ -133,7 +133,7 @@ def test_our_plugin_is_always_loaded(
 
 
 def test_learner_on_the_cpu(config: Config) -> None:
-    config.teacher.kind = "server"
+    config = config.changed({"teacher.kind": "server"})
     command = servers.learner(config, "r.yaml", ["optim.lr=1e-4"], layout.layout(config), 0)
     assert command is not None
     expected = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
@@ -157,7 +157,7 @@ TWO_NODES = {
 
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_learner_on_two_nodes_of_three(config: Config, launcher: str) -> None:
-    config.launch.launcher = launcher  # type: ignore[assignment]
+    config = config.changed({"launch.launcher": launcher})
     where = Layout(Placement.model_validate(TWO_NODES), ["10.9.9.1", "10.9.9.2", "127.0.0.1"], [], 1, 2)
     assert servers.learner(config, "r.yaml", [], where, 0) is None
     first, second = (servers.learner(config, "r.yaml", [], where, node) for node in (1, 2))

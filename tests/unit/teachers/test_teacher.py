@@ -16,7 +16,7 @@ import opd.teachers.local
 import opd.teachers.server
 from opd.config.deepspeed import inference_settings
 from opd.config.load import load_config
-from opd.config.needs import asks_teacher_servers, needs_teacher, starts_teacher
+from opd.config.needs import asks_teacher, asks_teacher_servers, starts_teacher
 from opd.config.schema import Config
 from opd.inference.client import Answer
 from opd.models.base import Family, family_of
@@ -76,8 +76,7 @@ def test_no_audio_reaches_a_server_teacher(family: Family, config: Config, monke
         return out
 
     monkeypatch.setattr(opd.teachers.server, "post_all", answer)
-    config = config.model_copy(deep=True)
-    config.teacher.urls = ["http://127.0.0.1:9"]
+    config = config.changed({"teacher.urls": ["http://127.0.0.1:9"]})
     teacher = ServerTeacher(config, family, torch.device("cpu"))
     (scored,) = teacher.score([Rollout(spoken("secret.wav"), "speech", (300, 2), None, 0, False)])
     assert scored.teacher_logprobs.tolist() == [-0.5, -0.5]
@@ -96,7 +95,7 @@ def test_what_a_server_may_not_write(family: Family, config: Config, monkeypatch
 
     monkeypatch.setattr(opd.teachers.server, "post_all", answer)
     monkeypatch.setattr(family, "banned_ids", [*family.banned_ids, 503, 504])  # vLLM refuses ids that its model lacks
-    config.teacher.urls = ["http://127.0.0.1:9"]
+    config = config.changed({"teacher.urls": ["http://127.0.0.1:9"]})
     teacher = ServerTeacher(config, family, torch.device("cpu"))
     assert teacher.respond([spoken("a.wav")], 5) == [((300, 2), False)]
     banned = {str(i): -100.0 for i in family.banned_ids if i < 503}
@@ -151,8 +150,7 @@ def test_greedy_is_not_bent_by_the_checkpoints_own_settings(family: Family, conf
     shutil.copytree("recipes/tiny/teacher", tmp_path / "teacher")
     bent = {"repetition_penalty": 9.0, "min_new_tokens": 8, "eos_token_id": family.eos_ids}
     (tmp_path / "teacher/generation_config.json").write_text(json.dumps(bent))
-    config = config.model_copy(deep=True)
-    config.teacher.path = str(tmp_path / "teacher")
+    config = config.changed({"teacher.path": str(tmp_path / "teacher")})
     assert LocalTeacher(config, family, torch.device("cpu")).respond(prompts, 8) == want
 
 
@@ -169,7 +167,7 @@ def test_another_tokenizer_is_refused(family: Family) -> None:
 
 @pytest.mark.parametrize("file", ["zero3_offload", "zero2"])
 def test_settings_of_a_sharded_teacher(config: Config, file: str) -> None:
-    config.train.deepspeed = f"deepspeed_configs/{file}.json"
+    config = config.changed({"train.deepspeed": f"deepspeed_configs/{file}.json"})
     settings = inference_settings(config, "bfloat16")
     zero = settings["zero_optimization"]
     assert zero["stage"] == 3 and "offload_optimizer" not in zero and settings["bf16"] == {"enabled": True}
@@ -203,7 +201,7 @@ PLACED = ["launch.placement=recipes/placements/4gpu_1r_1t_2l.yaml"]
 def test_where_the_teacher_is(overrides: list[str], kind: str, needed: bool, asked: bool, started: bool) -> None:
     c = load_config("recipes/tiny/2_xopd.yaml", ["teacher.kind=", *overrides])
     assert c.teacher.kind == kind
-    assert (needs_teacher(c), asks_teacher_servers(c), starts_teacher(c)) == (needed, asked, started)
+    assert (bool(asks_teacher(c)), asks_teacher_servers(c), starts_teacher(c)) == (needed, asked, started)
 
 
 SFT = ["objective.name=sft", "rollout.source=dataset"]
@@ -217,7 +215,7 @@ SFT = ["objective.name=sft", "rollout.source=dataset"]
 def test_a_run_that_asks_no_teacher_names_none(more: list[str]) -> None:
     quiet = NONE_HELD_OUT if "eval.end=false" not in more else []
     c = load_config("recipes/tiny/2_xopd.yaml", ["teacher.path=", *more, *quiet])
-    assert not needs_teacher(c) and not c.teacher.path and not starts_teacher(c)
+    assert not asks_teacher(c) and not c.teacher.path and not starts_teacher(c)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +259,7 @@ def test_what_an_llm_does_to_its_logits(
     model.get_input_embeddings().weight.data.normal_(0, 40)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(config.teacher.path).save_pretrained(tmp_path)
-    config = config.model_copy(deep=True)
-    config.teacher.path = str(tmp_path)
+    config = config.changed({"teacher.path": str(tmp_path)})
     teacher = LocalTeacher(config, family, torch.device("cpu"))
     ids = torch.tensor([[300, 301, 302]])
     rows = teacher._project(teacher._states(ids, torch.ones_like(ids), torch.tensor([[0, 0], [0, 1], [0, 2]])))[None]

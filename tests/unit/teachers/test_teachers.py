@@ -31,9 +31,9 @@ from torch import Tensor, softmax
 
 from opd.config.load import load_config
 from opd.config.needs import (
+    asks_teacher,
     asks_teacher_servers,
     copies_start,
-    needs_teacher,
     route_of,
     starts_teacher,
     teacher_servers,
@@ -200,7 +200,7 @@ def test_the_penalty_against_autograd(
 ) -> None:
     """c KL(student || start), each hearing for itself, beside the objective; transformers one answer at a time."""
     c = config("objective.reference=0.3", f"student.train=[{train}]", f"train.micro_batch_tokens={budget}", *XOPD)
-    c.objective.lambda_ = 0.25
+    c = c.changed({"objective.lambda_": 0.25})
     start = make_start(c, family, CPU, None)
     with monkeypatch.context() as patch:
         move(family, patch, list(c.student.train))
@@ -335,7 +335,7 @@ def test_servers_of_routes() -> None:
     c = config("teacher.kind=routed", "teacher.path=", one)
     assert {n: r.teacher.kind for n, r in of_routes(c).items()} == {"a": "server", "*": "self"}
     assert teacher_servers(c) == [("teacher.routes.a.urls", u, "b") for u in ("http://a", "http://b")]
-    assert needs_teacher(c) and not asks_teacher_servers(c) and not starts_teacher(c)
+    assert asks_teacher(c) and not asks_teacher_servers(c) and not starts_teacher(c)
     four = ["launch.placement=recipes/placements/4gpu_1r_1t_2l.yaml", "objective.name=kd", "rollout.source=teacher"]
     assert starts_teacher(config("teacher.kind=local", *four)) and not starts_teacher(config(*SELF, *four))
 
@@ -363,7 +363,7 @@ def test_when_there_is_a_second_copy(overrides: list[str], used: bool, copied: b
     assert held.pop("student at the start", 0) == 4 * student.count() * copied
     assert sum(held.values()) == (0 if c.teacher.kind == "self" else 4 * shape_of_the_tiny_teacher())
     for shard in (False, True):
-        c.teacher.shard = shard
+        c = c.changed({"teacher.shard": shard})
         assert all(cut == shard for _, cut in frozen(c, student, teacher).values()) or c.teacher.kind == "routed"
 
 

@@ -276,7 +276,7 @@ def test_a_teacher_equal_to_the_students_text_side_finds_nothing(
     text_side.lm_head.load_state_dict(hf.lm_head.state_dict())
     text_side.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(config.teacher.path).save_pretrained(tmp_path)
-    config.teacher.path = str(tmp_path)
+    config = config.changed({"teacher.path": str(tmp_path)})
     teacher = LocalTeacher(config, family, torch.device("cpu"))
     monkeypatch.setattr(teacher, "respond", lambda asked, limit: [((family.eos_ids[0],), False)] * len(asked))
     (found,) = evaluate(config, teacher, 1, monkeypatch)
@@ -286,7 +286,7 @@ def test_a_teacher_equal_to_the_students_text_side_finds_nothing(
 
 
 def test_an_interim_evaluation_asks_no_teacher_and_few_records(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config.eval.every, config.eval.every_limit = 5, 3
+    config = config.changed({"eval.every": 5, "eval.every_limit": 3})
     monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     found = _evaluator(config, None, family_of(STUDENT), 0, 1).interim()
     assert set(found) == {*(f"{n}/{v}" for n in ("accuracy", "length") for v in VIEWS), "retention"}
@@ -301,12 +301,12 @@ def test_an_interim_evaluation_asks_no_teacher_and_few_records(config: Config, m
 def test_an_interim_evaluation_measures_what_checkpoints_are_chosen_by(
     config: Config, monkeypatch: pytest.MonkeyPatch, best: str
 ) -> None:
-    config.eval.every, config.eval.every_limit = 5, 3
+    config = config.changed({"eval.every": 5, "eval.every_limit": 3})
     monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     teacher = LocalTeacher(config, family_of(STUDENT), torch.device("cpu"))
     plain = _evaluator(config, teacher, family_of(STUDENT), 0, 1)
     whole, without = plain.run(), plain.interim()
-    config.eval.best = best  # type: ignore[assignment]
+    config = config.changed({"eval.best": best})
     found = _evaluator(config, teacher, family_of(STUDENT), 0, 1).interim()
     assert best not in without and found[best] == whole[best] and found[best]["n"] == 9  # eval.kl_limit, as there
 
@@ -324,9 +324,9 @@ def test_records_without_a_response_have_no_share_in_divergences_along_it(
     assert evaluator._divergences() == two and two["misalignment"]["n"] == two["forgetting"]["n"] == 2
     evaluator.test = bare
     assert evaluator._divergences() == {} and set(evaluator._reverse_kl()) == {"reverse_kl/speech", "reverse_kl/text"}
-    config.eval.best = "misalignment"  # type: ignore[assignment]
+    follows = config.changed({"eval.best": "misalignment"})
     with pytest.raises(UserError, match="eval.best misalignment: follows gold responses: expected a `response`"):
-        replace(evaluator, test=bare)
+        replace(evaluator, config=follows, test=bare)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_records_without_a_response_have_no_share_in_divergences_along_it(
 def test_what_the_teacher_cannot_measure_is_refused(
     config: Config, best: str, logits: bool, scores: bool, message: str
 ) -> None:
-    config.eval.best = best  # type: ignore[assignment]
+    config = config.changed({"eval.best": best})
     with pytest.raises(UserError, match=message):
         _evaluator(config, SimpleNamespace(gives_logits=logits, gives_scores=scores), family_of(STUDENT), 0, 1)
     _evaluator(config, SimpleNamespace(gives_logits=True, gives_scores=True), family_of(STUDENT), 0, 1)
@@ -348,7 +348,7 @@ def test_what_the_teacher_cannot_measure_is_refused(
 def test_a_whole_evaluation_notes_the_records_of_an_interim_one(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.eval.every, config.eval.every_limit = 5, 3
+    config = config.changed({"eval.every": 5, "eval.every_limit": 3})
     monkeypatch.setattr(opd.train.evaluator, "all_reduce", lambda x, op: x)
     monkeypatch.setattr(Evaluator, "_divergences", lambda self, *_: {})
     monkeypatch.setattr(Evaluator, "_reverse_kl", lambda self: {})
@@ -356,5 +356,4 @@ def test_a_whole_evaluation_notes_the_records_of_an_interim_one(
     evaluator = _evaluator(config, None, family_of(STUDENT), 0, 1)
     whole, interim = evaluator.run(), evaluator.interim()
     assert whole["first"] == interim and whole["accuracy/text"]["n"] == len(CLIPS)
-    config.eval.every = None
-    assert "first" not in evaluator.run()
+    assert "first" not in replace(evaluator, config=config.changed({"eval.every": None})).run()

@@ -45,7 +45,7 @@ def test_gradient_is_the_objectives_however_it_is_split(
     whole: dict[str, Tensor] = {}
     counts = []
     for budget in (WHOLE, 90, ONE):
-        c.train.micro_batch_tokens = budget
+        c = c.changed({"train.micro_batch_tokens": budget})
         learner, batch, metrics = one_step(family, c, reference.samples(family, c))
         n = len(batch.micro_batches)
         counts.append(n)
