@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TextIO, TypeVar, get_args
 
+import regex
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -71,6 +72,18 @@ def text_lines(path: str | Path, kind: str = "text file") -> Iterator[tuple[str,
                 continue
             if text:
                 yield f"{path}:{number}", text
+
+
+UNSEEN = regex.compile(r"[\p{M}\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}\u2800]*")  # the last: blank Braille
+
+
+def plain_text(text: str) -> str:
+    """What a text says: without a byte-order mark before it and white space around it.
+
+    "" where nothing can be read: only combining marks, white space, control, format and zero-width characters.
+    """
+    text = text.strip().lstrip("\ufeff").strip()
+    return "" if UNSEEN.fullmatch(text) else text
 
 
 class RunFailed(RuntimeError):

@@ -21,7 +21,7 @@ from opd.data.stages.prompts import Prompts
 from opd.data.stages.verify import Verify
 from opd.prompts import audio
 from opd.prompts.manifest import read_manifest
-from opd.settings import Section, UserError, override, read_text, read_yaml, text_lines, validated
+from opd.settings import Section, UserError, override, plain_text, read_text, read_yaml, text_lines, validated
 from opd.storage.digests import digest
 from opd.types import BadAudio, transcript
 
@@ -142,3 +142,23 @@ def test_a_changed_recipe_is_a_copy() -> None:
     other = config.changed({"rollout.server.threads": 7, "rollout.urls": ["http://a"], "student.lora": None})
     assert (other.rollout.server.threads, other.rollout.urls, other.student.lora) == (7, ["http://a"], None)
     assert config.model_dump() == before and other.teacher is config.teacher
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("\ufeffwhat is this", "what is this"),
+        (" \ufeff\ufeff what\ufeff is this\u3000\n", "what\ufeff is this"),  # only at the beginning it is a mark
+        ("\u0926\u093f\u0928", "\u0926\u093f\u0928"),  # a vowel sign on its letter
+        ("\u2026?", "\u2026?"),
+        ("\U0001f44d\ufe0f", "\U0001f44d\ufe0f"),
+        ("\ud83d", "\ud83d"),  # no text, which is for others to say
+        ("", ""),
+        ("\ufeff", ""),
+        (" \u200b\u200d\u2060\u00ad\ufeff\t", ""),
+        ("\u0301\u093f", ""),
+        ("\u3164\u115f\u2800\x00\u202e\U000e0041", ""),  # fillers, blank Braille, controls, tags
+    ],
+)
+def test_a_text_has_something_to_read(text: str, plain: str) -> None:
+    assert plain_text(text) == plain
