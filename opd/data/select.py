@@ -22,6 +22,7 @@ from opd.data.engine.runner import read_source
 from opd.data.engine.stage import ClipStore, Drop, Record, audio_parts, last_question
 from opd.evaluate.records import read_records
 from opd.report.blocks import BLUE, Heading, Paragraph, Table, document, figure
+from opd.scoring.words import normal, word_count
 from opd.settings import Section, UserError
 from opd.storage.json_lines import write_atomic
 
@@ -135,7 +136,7 @@ def _wer(found: np.ndarray, measured: list[Record], count: int) -> np.ndarray:
 
 def _seconds(record: Record, text: str, settings: Selection) -> float:
     found = record.get("seconds")
-    return float(found) if isinstance(found, int | float) else settings.seconds_per_word * len(text.split())
+    return float(found) if isinstance(found, int | float) else settings.seconds_per_word * word_count(text)
 
 
 def _write(picked: list[Record], rows: list[Row], about: dict[str, Any], out: Path) -> list[Path]:
@@ -213,7 +214,7 @@ def embed(corpus: Texts, probe: Texts, embedding: str, size: int, seed: int) -> 
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+        words = TfidfVectorizer(sublinear_tf=True, analyzer=lambda text: normal(text).split())
         counts = words.fit_transform(corpus)
         svd = TruncatedSVD(min(size, min(counts.shape) - 1), random_state=seed)
         vectors = svd.fit_transform(counts), svd.transform(words.transform(probe))

@@ -8,6 +8,7 @@ from typing import Any
 
 from opd.config.needs import asks_teacher
 from opd.doctor.checks import Facts, Warned
+from opd.models.base import control_ids
 from opd.settings import UserError
 from opd.teachers.tokenizers import TEXTS, check_byte_level, check_tokenizers
 from opd.types import BadAudio, Message, Prompt, joined, render
@@ -37,6 +38,7 @@ def tokenizers(facts: Facts) -> str:
     added = getattr(facts.tokenizer, "added_tokens_decoder", None)
     if len(facts.tokenizer) <= (len(added) if isinstance(added, dict) else 0):
         raise UserError(f"teacher.path {path}: expected tokenizer files such as tokenizer.json, found none")
+    family.readers.append((facts.tokenizer, control_ids(facts.tokenizer)))
     if config.objective.about.other_tokenizer:
         check_byte_level(family, facts.tokenizer, path)
         return f"both are byte-level: objective {config.objective.name} aligns them"
@@ -65,7 +67,7 @@ def templates(facts: Facts) -> str:
         view = render(prompt, "text")
         try:
             read = [ids_of(view) for _, _, ids_of in both]
-        except BadAudio:  # it spells the placeholder: a bad record, which the clips' check counts
+        except BadAudio:  # it spells a control token: a bad record, which the clips' check counts
             continue
         for (name, tok, _), ids in zip(both, read, strict=True):
             if lost := [t for t in _spoken(prompt) if _plain(t) not in _plain(tok.decode(ids))]:

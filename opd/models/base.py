@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opd.models.registry import Entry, family_entry
 from opd.settings import UserError
-from opd.types import BadAudio, Message
+from opd.types import BadAudio, Message, joined, with_parts
 
 Part = Literal["tower", "adapter", "llm", "fixed"]  # fixed: never trained, such as a vision tower
 
@@ -46,6 +46,7 @@ class Family(ABC):
     audio_id: int  # placeholder id, one per audio embedding after expansion
     eos_ids: list[int]
     vocab_size: int  # rows of the output layer
+    readers: list[tuple[Any, set[int]]]  # tokenizers that texts of records are given to, and their control ids
     tokenizer: Any
     processor: Any
 
@@ -62,6 +63,7 @@ class Family(ABC):
         self.audio_id = self.placeholder_id()
         ids = [self.audio_id, *self.tokenizer.convert_tokens_to_ids(self.marks())]
         self.banned_ids = sorted({*ids, *range(len(self.tokenizer), self.vocab_size)})
+        self.readers = [(self.tokenizer, control_ids(self.tokenizer) | {*ids})]
         self.eos_ids = self.end_of_turn()
         self.check()
 
@@ -202,19 +204,32 @@ class Family(ABC):
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def refuse_control(self, text: str) -> None:
+        """Raise BadAudio when a tokenizer of student or teacher makes a control token of what a text spells."""
+        for tokenizer, control in self.readers:
+            found = next((i for i in tokenizer(text, add_special_tokens=False).input_ids if i in control), None)
+            if found is not None:
+                token = tokenizer.convert_ids_to_tokens(found)
+                raise BadAudio(f"its text, transcript or response contains {token}, a control token; take it out")
+
     def prompt_ids(self, messages: list[Message], clip_samples: list[int]) -> list[int]:
         """Token ids of a chat with the generation prompt, every audio placeholder expanded to its S ids.
 
-        Raises BadAudio when a text of the chat spells the placeholder itself.
+        Raises BadAudio when a text of the chat spells a control token, such as the placeholder itself.
         """
+        for message in with_parts(messages, lambda part: part | {"text": part.get("text", "")}):
+            self.refuse_control(joined(message)["content"])
         ids = self.chat_ids(messages)
-        placeholders = ids.count(self.audio_id)
-        if placeholders > len(clip_samples):
-            token = self.tokenizer.convert_ids_to_tokens(self.audio_id)
-            raise BadAudio(f"its text or transcript contains {token}, which stands for a clip; take it out")
-        assert placeholders == len(clip_samples), "the chat template dropped an audio part"
+        assert ids.count(self.audio_id) == len(clip_samples), "the chat template dropped an audio part"
         lengths = map(self.audio_tokens, clip_samples)
         return [i for token in ids for i in [token] * (next(lengths) if token == self.audio_id else 1)]
+
+
+def control_ids(tokenizer: Any) -> set[int]:
+    """Ids that steer a model, such as ends of turns: no text of a record may have them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {i for i, token in added.items() if token.special} if isinstance(added, dict) else set()
+    return (special | {*tokenizer.all_special_ids}) - {tokenizer.unk_token_id}
 
 
 def family_of(path: str, name: str | None = None) -> Family:

@@ -41,13 +41,14 @@ class ContextLimit:
     def check(self, prompt: Prompt, clips: dict[str, np.ndarray]) -> int:
         """Ids of the prompt's longer view.
 
-        Raises BadAudio when a view of the prompt cannot be put into ids, TooLong when it leaves no room for max_tokens
-        more.
+        Raises BadAudio when a text of the prompt, or its response, spells a control token, TooLong when it leaves no
+        room for max_tokens more.
         """
         lengths = [len(clips[p]) for p in audio_paths(prompt)]
         if len(lengths) > self.family.entry.clips:
             entry = self.family.entry
             raise types.BadAudio(f"it has {len(lengths)} clips; {entry.name} takes {entry.clips}")
+        self.family.refuse_control(prompt.response or "")
         ids = max(len(self.family.prompt_ids(render(prompt, v), lengths if v == "speech" else [])) for v in VIEWS)
         if self.max_model_len is not None and ids + self.max_tokens > self.max_model_len:
             raise types.TooLong(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import get_args
 
+import regex
+
 from opd.scoring import voicebench as official
+from opd.scoring.words import normal
 from opd.types import Match, Prompt
 
 MATCHES: tuple[str, ...] = get_args(Match)
@@ -19,7 +23,8 @@ HAIR = 1e-9  # of rounding, relative, on top of a tolerance
 def correct(prompt: Prompt, text: str, match: Match | None = None, tolerance: float | None = None) -> bool:
     """Whether a whole response gives the prompt's answer, compared as `match` or else the record says; no judge.
 
-    exact: equal after trimming white space. regex: `re.fullmatch` of the trimmed response. choice: `choice_of`.
+    exact: equal but for white space around and how letters are composed (NFC). regex: `re.fullmatch` of the trimmed
+    response. choice: `choice_of`.
     number: `number_of`, at most the tolerance away from the answer's (the record's own, else the given, else 0).
     tokens: `tokens_match`.
     """
@@ -38,7 +43,7 @@ def correct(prompt: Prompt, text: str, match: Match | None = None, tolerance: fl
         allowed = (prompt.tolerance if prompt.tolerance is not None else tolerance) or 0.0
         return found is not None and abs(found - wanted) <= allowed + HAIR * max(1.0, abs(wanted))
     assert kind == "exact", kind
-    return text.strip() == prompt.answer.strip()
+    return unicodedata.normalize("NFC", text).strip() == unicodedata.normalize("NFC", prompt.answer).strip()
 
 
 def check_answer(answer: str | None, match: str, choices: Sequence[str], group: str = "") -> None:
@@ -58,8 +63,9 @@ def check_answer(answer: str | None, match: str, choices: Sequence[str], group: 
     elif match == "choice":
         if len(choices) == 1 or len(choices) > len(ascii_uppercase):
             raise ValueError(f"choices: expected 2 to {len(ascii_uppercase)} options, found {len(choices)}")
-        if len({_plain(c) for c in choices}) < len(choices) or not all(map(_plain, choices)):
-            raise ValueError("choices: expected options that differ in their words")
+        told = [_plain(c, choices) for c in choices]
+        if len(set(told)) < len(told) or not all(told):
+            raise ValueError("choices: expected options that differ in their words or signs")
         if key_of(answer, choices) is None:
             expected = f"one of {', '.join(map(repr, choices))}, or its letter" if choices else "a letter"
             raise ValueError(f"answer: match choice needs {expected}, found {answer!r}")
@@ -88,23 +94,24 @@ def _tokens(text: str) -> set[str]:
 
 # ---- multiple choice ------------------------------------------------------------------------------------------------
 
-ALONE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
+ALONE = re.compile(r"[\W_]*([A-Za-z])(?![+#])[\W_]*")  # C++ and C# are no letters
 # "the answer is (B)", "option b", "I choose B."
 NAMED = re.compile(
     r"\b(?P<by>answer|option|choice|choose|pick|select|go with|going with)\b(?: (?:is|would be|must be|should be))?"
-    r"(?: (?P<as>option|choice|letter|answer))?\s*[:=]?\s*[*\"'“‘(\[]*(?P<letter>[A-Z])\b(?!['’])",
+    r"(?: (?P<as>option|choice|letter|answer))?\s*[:=]?\s*[*\"'“‘(\[]*(?P<letter>[A-Z])\b(?!['’+#])",
     re.IGNORECASE,
 )
 CLOSED = re.compile(r"[*\"'”’]*([).\]:,;!?]|\s*$)")
 LABEL = re.compile(r"[\W_]*([A-Za-z])[*_]*[).:\]]")
-LETTER = re.compile(r"(?<![\w'’])([B-HJ-Z])(?![\w'’])")  # A and I are words of English
+# A and I are words of English
+LETTER = regex.compile(r"(?<![\p{Latin}\p{M}\d_'’])([B-HJ-Z])(?![\p{Latin}\p{M}\d_'’+#])")
 
 
 def key_of(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter of a gold answer that is a letter ("B", "(b)") or the text of an option; None for anything else."""
-    texts = [_plain(c) for c in choices]
-    if _plain(answer) in texts:
-        return ascii_uppercase[texts.index(_plain(answer))]
+    """The letter of an answer that is a letter ("B", "(b)") or the text of an option; None for anything else."""
+    texts, said = [_plain(c, choices) for c in choices], _plain(answer, choices)
+    if said in texts:
+        return ascii_uppercase[texts.index(said)]
     alone = ALONE.fullmatch(answer.strip())
     return alone[1].upper() if alone and alone[1].upper() in _letters(choices) else None
 
@@ -113,7 +120,7 @@ def choice_of(text: str, choices: Sequence[str] = ()) -> str | None:
     """The letter of the option that a response chooses; None when it chooses none, or leaves open which.
 
     The first that applies:
-    1. the response is a letter and no more: "B", "(b).", "**B**"
+    1. the response is the text of an option, or a letter, and no more: "B", "(b).", "**B**"
     2. it names a letter, and the last one counts: "the answer is B", "option b", "I choose (B)"
     3. it begins with a letter as a label: "B. Paris", "b) Paris"
     4. it holds the words of exactly one option; of options within one another the longest
@@ -123,8 +130,8 @@ def choice_of(text: str, choices: Sequence[str] = ()) -> str | None:
     """
     letters = _letters(choices)
     text = text.strip()
-    if (m := ALONE.fullmatch(text)) and m[1].upper() in letters:
-        return m[1].upper()
+    if own := key_of(text, choices):
+        return own
     named = [m["letter"].upper() for m in NAMED.finditer(text) if _is_label(m)]
     if valid := [letter for letter in named if letter in letters]:
         return valid[-1]
@@ -146,12 +153,12 @@ def _is_label(m: re.Match[str]) -> bool:
 
 def _mentioned(text: str, choices: Sequence[str]) -> set[str]:
     """Letters of the options whose words are in the text, where no longer option's words have them."""
-    left, found = f" {_plain(text)} ", set()
-    for i in sorted(range(len(choices)), key=lambda i: -len(_plain(choices[i]))):
-        words = f" {_plain(choices[i])} "
-        if words in left:
+    left, found = f" {_plain(text, choices)} ", set()
+    told = [f" {_plain(c, choices)} " for c in choices]
+    for i in sorted(range(len(choices)), key=lambda i: -len(told[i])):
+        if told[i] in left:
             found.add(ascii_uppercase[i])
-            left = left.replace(words, " | ")
+            left = left.replace(told[i], " | ")
     return found
 
 
@@ -159,27 +166,45 @@ def _letters(choices: Sequence[str]) -> str:
     return ascii_uppercase[: len(choices)] if choices else ascii_uppercase
 
 
-def _plain(text: str) -> str:
-    """Words and numbers in small letters, one space between."""
-    return " ".join(re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+", text.casefold().replace("’", "'").replace("'", "")))
+def _plain(text: str, choices: Sequence[str]) -> str:
+    """Words and numbers in small letters, one space between; with signs where options need them: +, C++ and C#."""
+    told = {normal(c, signs=False) for c in choices}
+    return normal(text, signs=len(told) < len(choices) or any(len(t) < 2 and not t.isdigit() for t in told))
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
-SIGNED = r"(?:(?<![\w.,)])[-+])?"
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+"
-NUMBER = re.compile(rf"({SIGNED}(?:\$\s?)?(?:{DIGITS}))(?:\s?/\s?(\d+(?:\.\d+)?))?")
+GAP = "[ \u00a0\u2007\u2009\u202f'’]"  # parts thousands, and nothing else
+MARKED = (
+    rf"(?P<whole>\d{{1,3}}(?:{GAP}\d{{3}})+)(?:[.,](?P<part>\d+))?",  # 1 234,5
+    r"(?P<whole>\d{1,3}(?:\.\d{3})+),(?P<part>\d+)|(?P<whole>\d{1,3}(?:\.\d{3}){2,})",  # 1.234,5 and 1.234.567
+    r"(?P<whole>[1-9]\d{0,2}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?:\.(?P<part>\d+))?",  # 1,234.5 and 12,34,567
+    r"(?P<whole>\d+)[.,](?P<part>\d+)",
+)
+NUMBER = regex.compile(
+    r"(?:(?<![\w.,)])(?P<sign>[-+]))?(?:\p{Sc}\s?(?P<sign>-)?)?(?:(?P<units>\d+)[ \u00a0\u202f](?=\d{1,2}\s?/\s?\d))?"
+    rf"(?<!\d)(?:(?<!\d[.,])(?:{'|'.join(MARKED)})(?![.,]?\d)|(?P<whole>\d+)(?!\d)|\.(?P<part>\d+)(?!\d))"
+    r"(?P<power>[eE][-+]?\d+)?(?:\s?/\s?(?P<under>\d+(?:\.\d+)?))?"
+)
+ALIKE = str.maketrans("\u2212\u2044\u066b\u066c", "-/.,")  # minus, fraction slash, Arabic marks
 
 
 def number_of(text: str) -> float | None:
-    """The last number of a text, in digits: 1,234.5, -3, $7, 2e-5, 3/4, 12 of "12%"; None without one.
+    """The last number of a text, in digits: 1,234.5, -3, $7, 2e-5, 3/4, 1 1/2, 12 of "12%"; None without one.
 
+    Thousands are parted by spaces, apostrophes, commas or points, in groups of three (commas also as in India:
+    12,34,567). Where there are commas and points, the last is the decimal mark. A single comma before exactly three
+    digits parts thousands (1,500 is 1500), unless it follows a zero; any other comma, and a single point, is the
+    decimal mark (1,5 is 1.5, and 1.500 too). What fits none of this are numbers by themselves (1,2,3 ends in 3).
     Numbers in words are not read. A hyphen after a word or a digit is no sign: the last number of "10-12" is 12.
     """
-    for m in reversed([*NUMBER.finditer(text.replace("\u2212", "-"))]):
-        value = float(re.sub(r"[,$\s]", "", m[1]))
-        if m[2] is not None and float(m[2]) != 0:
-            value /= float(m[2])
+    text = regex.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
+    text = regex.sub(r"[¼-¾⅐-⅞]", lambda m: unicodedata.normalize("NFKC", m[0]), text).translate(ALIKE)
+    for m in reversed([*NUMBER.finditer(text)]):
+        whole = regex.sub(r"\D", "", m["whole"] or "0")
+        value = float(f"{whole}.{m['part'] or 0}{m['power'] or ''}")
+        value /= float(m["under"] or 1) or 1.0
+        value += float(m["units"] or 0) * (value < 1)
         if math.isfinite(value):
-            return value
+            return -value if m["sign"] == "-" else value
     return None

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from opd.config.schema import Config
-from opd.models.base import Family
+from opd.models.base import Family, control_ids
 from opd.objectives.token_loss import Logits
 from opd.settings import UserError, first_line
 from opd.teachers.tokenizers import check_tokenizers
@@ -44,6 +44,7 @@ class TextReader:
         except (OSError, ValueError) as e:
             raise UserError(f"teacher.path {config.teacher.path}: no loadable tokenizer: {first_line(e)}") from e
         self.check()
+        family.readers.append((self.tokenizer, control_ids(self.tokenizer)))
 
     def check(self) -> None:
         """Refuse a tokenizer that is not the student's."""

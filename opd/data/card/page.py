@@ -58,12 +58,13 @@ TROUBLES: dict[str, Cell] = {
     "nearly the same": lambda s: str(len(s["duplicates"]["near"])),
     "clips used again": lambda s: _again(s["duplicates"]["same_clip"]),
     "records not usable": lambda s: str(len(s["bad"])),
+    "records with control tokens": lambda s: str(len(s["control_tokens"])),
     "clips not readable": lambda s: str(len(s["clips"]["unreadable"])),
 }
 ABOUT = "Median, and in brackets the range that holds nine tenths. WER as the records have it."
 ABOUT_TROUBLES = (
-    "Asked again: the same words, in any case and punctuation. Nearly the same: Jaccard similarity of 3-word shingles "
-    "of 0.8 or more to an earlier question of the split. Used again: the same bytes."
+    "Asked again: the same words and signs, in any case and punctuation. Nearly the same: Jaccard similarity of 3-word "
+    "shingles of 0.8 or more to an earlier question of the split. Used again: the same bytes."
 )
 
 
@@ -226,6 +227,7 @@ def _details(name: str, split: Split) -> Iterator[Details]:
         "nearly the same as an earlier one": again["near"],
         "clips used again": [" = ".join(names) for names in again["same_clip"]],
         "records not usable": split["bad"],
+        "records with control tokens, which training refuses": split["control_tokens"],
         "clips not readable": split["clips"]["unreadable"],
     }
     for title, lines in lists.items():

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from opd.data.stages.prompts import NearTexts, normal
+from opd.data.stages.prompts import NearTexts
 from opd.prompts.manifest import folder_of, parse_record
 from opd.prompts.tables import records
+from opd.scoring.words import CONTROL, normal, word_count
 from opd.settings import UserError, attempt, regular_file
 from opd.storage.digests import canonical, digest
-from opd.types import Prompt, audio_paths, render
+from opd.types import Prompt, audio_paths, render, transcript
 
 SHOWN = 20  # of what is listed by frequency
 NEAR = 0.8  # Jaccard similarity of 3-word shingles
@@ -43,6 +44,7 @@ class Sheet:
     wer: list[float] = field(default_factory=list)
     texts: dict[bytes, list[str]] = field(default_factory=dict)  # digest of a question: the records that ask it
     clips: dict[str, list[str]] = field(default_factory=dict)  # digest of a clip: the records that have it
+    control: list[str] = field(default_factory=list)  # record and control token in its texts
     near: list[str] = field(default_factory=list)  # records close to an earlier one
     leaks: list[list[str]] = field(default_factory=list)  # those of earlier sheets, and the record close to them
 
@@ -50,7 +52,9 @@ class Sheet:
         """Count a record, called `name` in lists; the words of its question."""
         question = normal(_question(prompt)).split()
         self.records += 1
-        self.words.append(len(question))
+        self.words.append(word_count(_question(prompt)))
+        if found := CONTROL.search(f"{transcript(prompt)}\n{prompt.response or ''}"):
+            self.control.append(f"{name}: {found[0]}")
         self.vocabulary.update(question)
         self.fields.update(row.keys())
         self.groups.update([prompt.group] if prompt.group else [])
@@ -82,6 +86,7 @@ class Sheet:
             "manifest": str(self.path),
             "records": self.records,
             "bad": self.bad,
+            "control_tokens": self.control,
             "clips": {
                 "count": len(self.seconds),
                 "hours": sum(self.seconds) / 3600,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, content_id
-from opd.settings import UserError, text_lines
+from opd.scoring.words import CONTROL, normal, word_count
+from opd.settings import UserError, plain_text, text_lines
 from opd.types import Message
 
 
@@ -27,7 +27,6 @@ class Columns(NamedTuple):
     id: str | None = None
 
 
-WORD = re.compile(r"\w+")
 PERMUTATIONS = 128
 RECALL = 0.995  # of the pairs that are just similar enough
 # Columns as the data sets' cards give them.
@@ -57,7 +56,9 @@ class Prompts(Stage):
     )
     turns: Literal["first", "all"] = Field("first", description="of a chat: its first question, or up to its last one")
     keep_response: bool = Field(True, description="the data set's own answer becomes `response`")
-    min_words: NonNegativeInt = Field(2, description="of the question")
+    min_words: NonNegativeInt = Field(
+        2, description="of the question; without spaces, two letters (Thai: four) are one"
+    )
     max_words: PositiveInt = Field(60, description="of the question; a hundred take about 40 s to say")
     languages: list[str] = Field([], description="ISO 639-1 codes; none: any")
     duplicates: float = Field(
@@ -92,11 +93,13 @@ class Prompts(Stage):
         columns = MAPPINGS[self.mapping]._replace(**self.columns)
         messages, response = _chat(row, columns, self.turns) if columns.chat else _single(row, columns)
         question = messages[-1]["content"]
-        words = len(question.split())
+        words = word_count(question)
         if words < self.min_words:
             raise Drop(f"too short: {words} words")
         if words > self.max_words:
             raise Drop(f"too long: {words} words")
+        if found := CONTROL.search("\n".join(m["content"] for m in messages)):
+            raise Drop(f"a control token: {found[0]}")
         if self.languages:
             import py3langid
 
@@ -145,7 +148,7 @@ def _chat(row: Record, columns: Columns, turns: str) -> tuple[list[Message], str
         role = ROLES.get(str(role), role)
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise Drop(f"no chat: expected turns with role and content, found {str(turn)[:60]}")
-        messages.append({"role": role, "content": content.strip()})
+        messages.append({"role": role, "content": plain_text(content)})
     asked = [i for i, m in enumerate(messages) if m["role"] == "user"]
     if not asked or not messages[asked[0]]["content"]:
         raise Drop("empty")
@@ -158,12 +161,7 @@ def _text(row: Record, column: str | None) -> str:
     value = row.get(column) if column else None
     if value is None or isinstance(value, bool | list | dict):
         return ""
-    return str(value).strip()  # ids and answers are often numbers
-
-
-def normal(text: str) -> str:
-    """The words of a text in lower case, a space between them."""
-    return " ".join(WORD.findall(text.lower()))
+    return plain_text(str(value))  # ids and answers are often numbers
 
 
 def similarity(one: str, other: str) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import regex
 from pydantic import Field, NonNegativeFloat
 
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, audio_parts
@@ -60,14 +62,10 @@ class Verify(Stage):
     def begin(self, store: ClipStore) -> Work:
         """Record -> the same with `wer`, `heard` (a line for each clip) and `weight`, 1 - WER."""
         import jiwer
-        from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         asr = self.asr
         hear, spellings = self._asked(asr) if isinstance(asr, Endpoint) else _local(asr, self.device, self.language)
-        if self.normalizer == "english":
-            normalize = EnglishTextNormalizer(_spellings(self.spellings) or spellings)
-        else:
-            normalize = BasicTextNormalizer(split_letters=self.normalizer == "characters")
+        normalize = normalizer(self.normalizer, _spellings(self.spellings) or spellings)
 
         def work(record: Record) -> Record:
             said, heard = [], []
@@ -103,6 +101,25 @@ class Verify(Stage):
             return text
 
         return hear, {}
+
+
+def normalizer(kind: str, spellings: dict[str, str]) -> Callable[[str], str]:
+    """Whisper's normaliser; but marks such as vowel signs stay, as letters: Whisper's takes दिन and दान for one word.
+
+    Of Latin letters those that Unicode composes stay, and in English none.
+    """
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    english = kind == "english"
+    whisper = EnglishTextNormalizer(spellings) if english else BasicTextNormalizer(split_letters=kind == "characters")
+    base = r"[\p{L}--\p{Latin}]" if english else r"\p{L}"
+    marks = regex.compile(rf"(?V1)(?<={base}\p{{M}}*)[\p{{M}}--\p{{Default_Ignorable_Code_Point}}]")
+
+    def normalize(text: str) -> str:  # marks to letters of the private plane, which no rule touches
+        text = unicodedata.normalize("NFD" if english else "NFKC", text)
+        return whisper(marks.sub(lambda m: chr(0xF0000 + ord(m[0]) % 0xFFFE), text))
+
+    return normalize
 
 
 def _local(model: str, device: str | None, language: str | None) -> tuple[Hear, dict[str, str]]:

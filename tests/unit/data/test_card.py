@@ -126,8 +126,24 @@ def test_pages(tmp_path: Path, train: Path) -> None:
         ],
     }
     assert "| train | 5 | 0.00 | 4 | 2.0 (1.1 to 3.7) | 3 (3 to 17) | 18 | 42 | 3 | 1 | 25.0 |" in text
-    assert "| train | 1 | 1 | 1 | 1 | 1 |" in text and "| test_1 | 0 | 0 | 0 | 0 | 0 |" in text
+    assert "| train | 1 | 1 | 1 | 1 | 0 | 1 |" in text and "| test_1 | 0 | 0 | 0 | 0 | 0 | 0 |" in text
     assert "- group: 2 of 5 in train, 0 of 1 in test_1" in text
+
+
+def test_signs_part_questions_and_control_tokens_are_told(tmp_path: Path) -> None:
+    def split(name: str, text: str, seed: int, **more: str) -> Path:
+        row = {"id": name, "audio": clip(tmp_path, f"{name}.wav", 0.5, seed), "transcript": text}
+        return manifest(tmp_path, f"{name}.jsonl", [row | more])
+
+    train = split("train", "What is 12 + 7?", 1, response="19<|im_end|>")
+    write_card([train, split("test", "What is 12 - 7?", 2)], tmp_path / "card")
+    found = json.loads((tmp_path / "card" / "card.json").read_text())
+    assert found["leaks"] == [] and found["splits"]["train"]["words"]["max"] == 5
+    assert "+" in found["splits"]["train"]["vocabulary"]["most_frequent"]
+    told = [split["control_tokens"] for split in found["splits"].values()]
+    assert told == [[f"{train}:1 (train): <|im_end|>"], []]
+    with pytest.raises(UserError, match="they share 1 question:"):
+        write_card([train, split("again", "what is 12 + 7", 3)], tmp_path / "card")
 
 
 def test_leaks_are_refused(tmp_path: Path, train: Path, capsys: pytest.CaptureFixture[str]) -> None:

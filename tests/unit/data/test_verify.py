@@ -11,6 +11,7 @@ from fake_openai import FakeOpenAI, Reply, serving, tone
 
 from opd.data.engine.runner import Summary, run_stage
 from opd.data.stages import stage_class
+from opd.data.stages.verify import normalizer
 from opd.settings import UserError, validated
 
 SAID = ["What's 12 plus thirty-one?", "Name the colour of the sky, please", "Who wrote Faust and when did he write it"]
@@ -107,6 +108,18 @@ def test_other_scripts(tmp_path):
         assert records[0]["wer"] == round(1 / 7, 4)
         with pytest.raises(UserError, match="no record is left: .*1 misheard"):
             verify(fake, source, tmp_path, normalizer="basic", max_wer=0.2)
+
+
+def test_vowel_signs_are_heard_and_compared_whatever_the_normaliser() -> None:
+    for kind in ("english", "basic", "characters"):
+        normalize = normalizer(kind, {})
+        for said, heard in ("यह दिन है", "यह दान है"), ("இது பால்", "இது பூல்"), ("นี่ คือ ปู", "นี่ คือ ปี"), ("كَتَبَ", "كُتِبَ"):
+            assert normalize(said) != normalize(heard) and len(normalize(said).split()) >= len(said.split())
+        assert normalize("यह दिन, है।").split() == normalize("यह दिन है").split()
+        assert normalize("fine \U0001f44d\ufe0f 1\ufe0f\u20e3").split() == normalize("fine 1").split()
+        assert normalize("caf\u00e9").split() == normalize("cafe\u0301").split()
+    assert normalizer("english", {})("Caf\u00e9, it's 20") == "cafe it is 20"  # as Whisper's own
+    assert normalizer("characters", {})("दिन").split() == ["द", "\U000f093f", "न"]
 
 
 def test_several_clips_are_one_record(tmp_path):

@@ -162,7 +162,7 @@ def test_a_record_that_spells_the_placeholder_is_the_clips_affair(world: Path) -
     write(world, [record, *good])
     found = lines(facts_of(world, "data.max_bad_share=0.5"))
     assert {line.outcome for line in found.values()} == {"pass"}
-    assert "train.jsonl:1: its text or transcript contains <|AUDIO|>" in found["clips"].found
+    assert "train.jsonl:1: its text, transcript or response contains <|AUDIO|>, a control token" in found["clips"].found
 
 
 def test_wrong_stop_ids_fail(world: Path) -> None:

@@ -75,6 +75,26 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_bad(family) -> None:
         ContextLimit(family, 24, None).check(forged, CLIPS)
 
 
+def test_no_text_of_a_record_becomes_a_control_token(family) -> None:
+    part = {"type": "audio", "path": "a", "transcript": "one"}
+    limit = ContextLimit(family, 24, None)
+
+    def check(content: str | list[dict[str, str]], role: str = "user", response: str | None = None) -> None:
+        messages = {"role": role, "content": content}, {"role": "user", "content": [part]}
+        limit.check(Prompt("p", messages, response), CLIPS)
+
+    for role in ("system", "user", "assistant"):
+        check("a | b <b> im_end <|im_ end|>", role)
+        with pytest.raises(BadAudio, match=r"its text, transcript or response contains <\|im_end\|>, a control token"):
+            check("one<|im_end|>", role)
+    with pytest.raises(BadAudio, match=r"contains <\|im_start\|>"):
+        check([{"type": "text", "text": "<|im_"}, {"type": "text", "text": "start|>system"}])  # as templates join them
+    with pytest.raises(BadAudio, match=r"contains <\|im_end\|>"):
+        check([part | {"transcript": "<|im_end|>"}])
+    with pytest.raises(BadAudio, match=r"contains <\|endoftext\|>"):
+        check("one", response="two<|endoftext|>")
+
+
 @pytest.mark.parametrize("samples", [800, 1600, 15999, 16000, 16001, 16160, 47777, 479999, 480000, 500000])
 def test_audio_tokens_are_the_processors(family, samples: int) -> None:
     wave = np.zeros(samples, np.float32)

@@ -55,6 +55,25 @@ def test_choice(text: str, letter: str | None) -> None:
     assert choice_of(text, CITIES) == letter
 
 
+def test_choices_of_signs_and_of_scripts_without_spaces() -> None:
+    for options, said in {
+        ("+", "-", "*"): {"+": "A", "It is -": None, "B": "B", "the sign *": "C"},
+        ("C", "C++", "C#"): {"C++": "B", "C#.": "C", "C": "A", "I would learn C++ first": "B", "the answer is C#": "C"},
+        ("Java", "C++", "Rust"): {"C++": "B", "The answer is C++": "B", "C": "C"},
+        ("5", "-5"): {"-5": "B", "it is \u22125.": "B", "it is 5": "A"},
+        ("-5", "7"): {"it is 5": None, "it is -5": "A"},
+        ("दिन", "दान"): {"यह दान है": "B", "दिन": "A", "यह दन है": None},
+        ("北京", "上海"): {"答案是上海。": "B", "选择B。": "B", "上": None},
+        ("caf\u00e9", "cafe"): {"a cafe\u0301": "A", "a cafe": "B"},
+    }.items():
+        check_answer(options[1], "choice", options)
+        assert {text: choice_of(text, options) for text in said} == said
+
+
+def test_the_same_letters_in_one_and_in_two_characters_are_exact() -> None:
+    assert correct(Prompt("p", (), answer="caf\u00e9"), " cafe\u0301\n")
+
+
 def test_choice_without_options_reads_letters_only() -> None:
     assert choice_of("The answer is E.") == "E" and choice_of("Paris") is None and choice_of("") is None
 
@@ -82,6 +101,28 @@ def test_gold_choices(answer: str, right: bool) -> None:
         ("x = .5", 0.5),
         ("5 plus 7 is 12.", 12.0),
         ("1,2,3", 3.0),
+        ("1.2.3", 3.0),
+        ("12.05.2024", 2024.0),
+        ("1,5", 1.5),
+        ("1 000", 1000.0),
+        ("12\u202f345\u00a0678,25", 12345678.25),
+        ("1'234.5", 1234.5),
+        ("1.000,5", 1000.5),
+        ("1.234.567", 1234567.0),
+        ("12,34,567.5", 1234567.5),
+        ("1,500", 1500.0),
+        ("0,500", 0.5),
+        ("1.500", 1.5),
+        ("1234,567", 1234.567),
+        ("in 2020 100 people", 100.0),
+        ("2,5 100", 100.0),
+        ("1 1/2", 1.5),
+        ("-1\u00bd", -1.5),
+        ("\u2212\u00be", -0.75),
+        ("5 10/2", 5.0),
+        ("\u20ac-1.000,50", -1000.5),
+        ("\u0967\u0968", 12.0),  # Devanagari
+        ("\u0661\u0662\u066b\u0665", 12.5),  # Arabic
         ("1" + "0" * 400 + " and 7e999", None),  # not finite
         ("five", None),
         ("", None),

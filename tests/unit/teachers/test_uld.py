@@ -21,7 +21,7 @@ from opd.teachers.cross_tokenizer import CrossTokenizerTeacher, Retold
 from opd.teachers.registry import make_teacher
 from opd.teachers.tokenizers import check_byte_level
 from opd.train.batch import make_batch, make_samples
-from opd.types import Prompt, Rollout, Sample, ScoredRollout
+from opd.types import BadAudio, Prompt, Rollout, Sample, ScoredRollout
 
 __all__ = ["_at_root", "family"]  # fixtures
 
@@ -74,6 +74,14 @@ def answer(family: Family, text: str, ended: bool = True) -> Rollout:
 
 def pieces(text: str, offsets: list[tuple[int, int]]) -> list[str]:
     return [text.encode()[a:b].decode() for a, b in offsets]
+
+
+def test_control_tokens_of_the_teacher_alone_are_refused_too(family: Family, other: str) -> None:
+    family.refuse_control("say [U] now")
+    teacher_of(family, uld(other))
+    with pytest.raises(BadAudio, match=r"contains \[U\], a control token"):
+        family.prompt_ids([{"role": "user", "content": "say [U] now"}], [])
+    family.readers.pop()
 
 
 # ---- what is aligned -------------------------------------------------------------------------------------------------
