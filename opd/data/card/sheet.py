@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from opd.data.stages.prompts import NearTexts, normal
+from opd.prompts import audio
 from opd.prompts.manifest import parse_record, records
-from opd.settings import UserError, regular_file
+from opd.settings import UserError
 from opd.storage.digests import canonical, digest
-from opd.types import Prompt, audio_paths, render
+from opd.types import BadAudio, Prompt, audio_paths, render
 
 SHOWN = 20  # of what is listed by frequency
 NEAR = 0.8  # Jaccard similarity of 3-word shingles
@@ -66,14 +66,13 @@ class Sheet:
         return question
 
     def _hear(self, path: str, name: str) -> float:
-        """Seconds of a clip, by its header."""
+        """Seconds of a clip."""
         try:
-            found = soundfile.info(regular_file(path, "audio file"))
-        except (soundfile.LibsndfileError, OSError, UserError):
+            self.seconds.append(audio.seconds(path))
+        except BadAudio:
             self.unreadable.append(f"{name}: {path}")
             return 0.0
         self.clips.setdefault(digest(path), []).append(name)
-        self.seconds.append(found.frames / found.samplerate)
         return self.seconds[-1]
 
     def summary(self) -> dict[str, Any]:
