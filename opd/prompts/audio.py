@@ -31,7 +31,7 @@ CODECS = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "
 # declares them, never the file's, which is wrong in many whole files.
 CUT = re.compile(r"^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 DEMUXERS = "wav,w64,aiff,au,caf,voc,nistsphere,flac,mp3,aac,ogg,mov,matroska,amr,asf,wv,tta"  # no list of other files
-GUESSED = ("mp3", "aac", "amr", "ogg")  # whose length FFmpeg estimates
+GUESSED = ("mp3", "aac", "amr")  # whose length FFmpeg estimates
 INFO_FRAME = re.compile(rb"\xff[\xe0-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)...[\1\3\5\7\t\v\r\x0f](.{4})", re.DOTALL)
 MP3_FRAME = 1500  # bytes, at most
 TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between joined mp3 files
@@ -249,6 +249,7 @@ def _frames(container: Any, file: BinaryIO, name: str, whole: bool) -> Iterator[
     import av
 
     stream, kind, found, cut = container.streams.audio[0], container.format.name, 0.0, False
+    end = 0.0
     length = stream.duration and stream.duration * stream.time_base
     if length is None and len(container.streams) == 1 and container.duration:
         length = container.duration / av.time_base
@@ -257,7 +258,9 @@ def _frames(container: Any, file: BinaryIO, name: str, whole: bool) -> Iterator[
         if kind == "mp3" and not found:
             told = _info_frames(file, packet.pos or 0) * float((packet.duration or 0) * packet.time_base)
         try:
-            yield from packet.decode()
+            for frame in packet.decode():
+                end = max(end, (frame.time or 0.0) + frame.samples / frame.sample_rate)
+                yield frame
         except av.FFmpegError as e:
             data = bytes(packet)
             if kind == "mp3" and (data.startswith(TAGS) or 0 < told <= found and not any(data)):
@@ -265,6 +268,7 @@ def _frames(container: Any, file: BinaryIO, name: str, whole: bool) -> Iterator[
             raise BadAudio(f"{name}: truncated or damaged after {found:.2f} s: {e.strerror}") from e
         found += float((packet.duration or 0) * packet.time_base)
         cut = cut or packet.is_corrupt
+    found = max(found, end)
     slack = 1e-3 if kind == "mp3" or stream.codec.name.startswith("pcm_") else PADDING_S
     if whole and found + slack < told:
         raise BadAudio(f"{name}: truncated: {told:.2f} s declared, {found:.2f} s found")

@@ -7,7 +7,6 @@ transcript has times is several rows, each with `piece`: [first second, last sec
 from __future__ import annotations
 
 import csv
-import glob
 import itertools
 import json
 import math
@@ -273,12 +272,13 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
 
 
 def _left_over(files: list[Path]) -> Rows:
-    """Transcripts that lie beside no recording."""
-    heard = {file.with_suffix("") for file in files if file.suffix.lower() in AUDIO}
-    for file in files:
-        if file.suffix.lower() in (*TIMED, ".txt") and file.with_suffix("") not in heard:
-            others = [other.name for other in file.parent.glob(f"{glob.escape(file.stem)}.*") if other != file]
-            yield str(file), ValueError(f"a transcript with {_no_recording(others)}")
+    """What lies beside a transcript where a recording should; a text that is alone may be about the folder."""
+    for stem, group in itertools.groupby(sorted(files, key=lambda f: f.with_suffix("")), lambda f: f.with_suffix("")):
+        names = {file.suffix.lower(): file.name for file in group}
+        told = names.keys() & {*TIMED, ".txt"}
+        others = [name for suffix, name in names.items() if suffix not in told]
+        if told and not names.keys() & {*AUDIO} and (others or told & {".srt", ".vtt"}):
+            yield str(stem), ValueError(f"a transcript with {_no_recording(others)}")
 
 
 def _no_recording(others: list[str]) -> str:
