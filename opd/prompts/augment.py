@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from opd.config.augment import AugmentConfig, Effect, Noise, Told
-from opd.prompts.audio import load, resample
+from opd.prompts.audio import SUFFIXES, load, resample
 from opd.settings import UserError
 
 PEAK = 0.99  # full scale is left alone: codecs and the sampler's WAV agree below it
 TELEPHONE_HZ = (8000, 300.0, 3400.0)  # sampling rate and band of G.711's narrow band
 MU_LAW = 256  # its steps
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
 class Augmenter:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from opd.data.stages.prompts import NearTexts
+from opd.prompts import audio
 from opd.prompts.manifest import folder_of, parse_record
 from opd.prompts.tables import records
 from opd.scoring.words import CONTROL, normal, word_count
-from opd.settings import UserError, attempt, regular_file
+from opd.settings import UserError, attempt
 from opd.storage.digests import canonical, digest
 from opd.types import Prompt, audio_paths, render, transcript
 
@@ -71,14 +71,14 @@ class Sheet:
         return question
 
     def _hear(self, path: str, name: str) -> float:
-        """Seconds of a clip, by its header."""
-        found = attempt(lambda: soundfile.info(regular_file(path, "audio file")))
+        """Seconds of a clip."""
+        found = attempt(audio.seconds, path)
         if isinstance(found, ValueError):
             self.unreadable.append(f"{name}: {path}")
             return 0.0
+        self.seconds.append(found)
         self.clips.setdefault(digest(path), []).append(name)
-        self.seconds.append(found.frames / found.samplerate)
-        return self.seconds[-1]
+        return found
 
     def summary(self) -> dict[str, Any]:
         """The numbers, as card.json has them."""

@@ -41,11 +41,15 @@ class ClipStore:
         self._aside_folder = aside or self.root / FOLDER
 
     def make(self, key: str, wave: Callable[[], tuple[np.ndarray, int]]) -> Path:
-        """The clip of this key; unless it is there, what `wave` gives ([samples] in [-1, 1], Hz) as 16-bit FLAC."""
+        """The clip of this key; unless it is there, what `wave` gives ([samples], Hz) as 16-bit FLAC.
+
+        What peaks above 1 is scaled down to 1: clipped, it would be another sound.
+        """
         import soundfile
 
         def write(aside: Path) -> None:
             samples, rate = wave()
+            samples = samples / max(1.0, float(np.abs(samples).max()))
             encoded = io.BytesIO()  # libsndfile would not tell of a disk that is full when it closes a file
             soundfile.write(encoded, samples, rate, format="FLAC", subtype="PCM_16")
             aside.write_bytes(encoded.getbuffer())

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import soundfile
 from pydantic import AfterValidator, Field, PositiveFloat
 
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, audio_parts
 from opd.data.stages.natural import Natural, content_digest, dropping_bad_audio
+from opd.prompts import audio
 from opd.prompts.manifest import clip_of, folder_of
 from opd.prompts.tables import is_table, records, table
 from opd.scoring.answers import check_answer
@@ -162,7 +162,7 @@ class LoadBenchmark(Stage):
         about, part = self._named(source)
         made = [row for _, row in records(str(out), streaming=True)]
         clips = {str(out.parent / p["path"]) for row in made for p in audio_parts(row)}
-        longest = math.ceil(max(soundfile.info(c).duration for c in clips))
+        longest = math.ceil(max(audio.seconds(c) for c in clips))
         key = "eval.retention" if about.heard_only else "eval.test"
         other = "eval.test" if about.heard_only else "eval.retention"
         words = [f"{key}={out}", f"{other}="]

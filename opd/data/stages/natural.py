@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import soundfile
 from pydantic import Field, PositiveFloat, model_validator
 
 from opd import types
@@ -84,42 +83,30 @@ class Natural(Stage):
         path = None if row.get("bytes") is not None else Path(row["path"])
         if path is not None and not os.path.isfile(path):
             raise Drop(f"no audio: {path}")
-        about, rate, frames = _header(row)
-        self._check(frames / rate, _name(row))
-        if about not in SUFFIXES:
-            return self._encoded(store, row)
-        if path is not None and path.suffix.lower() == SUFFIXES[about]:
-            clip = path
-        else:
-            clip = store.put(path.read_bytes() if path else row["bytes"], SUFFIXES[about])
-        try:
-            audio.load(str(clip), rate, self.max_seconds)
-        except types.BadAudio:
-            if clip != path:
-                clip.unlink(missing_ok=True)
-            raise
-        return clip, frames / rate
+        sound = self._heard(row)
+        if (suffix := SUFFIXES.get(sound.format)) is None:
+            return self._encoded(store, row, sound)
+        if path is not None and path.suffix.lower() == suffix:
+            return path, sound.seconds
+        return store.put(path.read_bytes() if path else row["bytes"], suffix), sound.seconds
 
     def _piece(self, store: ClipStore, row: Record, piece: list[float]) -> Clip:
-        self._check(piece[1] - piece[0], f"{row['path']} from {piece[0]:.1f} s on")
-        _, rate, _ = _header(row)
-        return self._encoded(store, row, int(piece[0] * rate), int(piece[1] * rate))
+        return self._encoded(store, row, self._heard(row, *piece))
 
-    def _check(self, seconds: float, name: str) -> None:
-        if seconds < self.min_seconds:
-            raise Drop(f"too short: {name}: {seconds:.2f} s, at least {self.min_seconds:g} s expected")
-        if seconds > self.max_seconds:
-            raise types.TooLong(f"{name}: {seconds:.1f} s, at most {self.max_seconds:g} s expected")
+    def _heard(self, row: Record, start: float = 0.0, stop: float = math.inf) -> audio.Sound:
+        """A recording or a piece of it. Raises BadAudio, and Drop for one that is too short."""
+        name = _name(row) + (f" from {start:.1f} s on" if stop < math.inf else "")
+        sound = audio.read(_source(row), name, start, stop, self.max_seconds)
+        if stop < math.inf and sound.seconds < stop - start - audio.HOLE_S:
+            raise types.BadAudio(f"{name}: truncated: {stop - start:.2f} s expected, {sound.seconds:.2f} s found")
+        if sound.seconds < self.min_seconds:
+            raise Drop(f"too short: {name}: {sound.seconds:.2f} s, at least {self.min_seconds:g} s expected")
+        audio.check(audio.mono(sound.wave), sound.rate, name)
+        return sound
 
-    def _encoded(self, store: ClipStore, row: Record, start: int = 0, stop: int | None = None) -> Clip:
-        """Frames of a recording as a FLAC file of one channel."""
-        try:
-            wave, rate = soundfile.read(_file(row), start=start, stop=stop, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as e:
-            raise types.BadAudio(f"{_name(row)}: not readable as audio") from e
-        wave = wave.mean(axis=1)
-        audio.check(wave, rate, _name(row))
-        return store.make(self.key(row), lambda: (wave, rate)), len(wave) / rate
+    def _encoded(self, store: ClipStore, row: Record, sound: audio.Sound) -> Clip:
+        """As a FLAC file of one channel."""
+        return store.make(self.key(row), lambda: (audio.mono(sound.wave), sound.rate)), sound.seconds
 
 
 @contextmanager
@@ -133,23 +120,14 @@ def dropping_bad_audio(why_long: str = "") -> Iterator[None]:
         raise Drop(f"bad audio: {e}") from e
 
 
-def _header(row: Record) -> tuple[str, int, int]:
-    """Format, Hz and frames of a recording. Raises BadAudio."""
-    try:
-        found = soundfile.info(_file(row))
-    except soundfile.LibsndfileError as e:
-        raise types.BadAudio(f"{_name(row)}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
-    return found.format, found.samplerate, found.frames
-
-
 def content_digest(row: Record) -> str:
     """SHA-256 of a recording: of its `bytes`, else of the file at its `path`."""
     content = row.get("bytes")
     return digest(row["path"]) if content is None else hashlib.sha256(content).hexdigest()
 
 
-def _file(row: Record) -> Any:
-    return Path(row["path"]) if row.get("bytes") is None else io.BytesIO(row["bytes"])
+def _source(row: Record) -> audio.Source:
+    return Path(row["path"]) if row.get("bytes") is None else row["bytes"]
 
 
 def _name(row: Record) -> str:

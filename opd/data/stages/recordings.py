@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 
+from opd.prompts import audio
 from opd.prompts.manifest import clip_of, folder_of, within
 from opd.prompts.tables import Rows, is_table, records, table
-from opd.settings import UserError, attempt, read_text, regular_file, shown, text_lines
+from opd.settings import UserError, attempt, read_text, shown, text_lines
 
-AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".w64")
+AUDIO = audio.SUFFIXES
 TIMED = (".json", ".srt", ".vtt")  # transcripts with times: Whisper's JSON, subtitles
 COLUMNS = {  # what it is called, the first that is there
     "audio": ("audio", "file_name", "audio_filepath", "path"),
@@ -84,9 +84,10 @@ def rows(source: str, columns: dict[str, str], folder_is: str | None, longest: f
     if tables := [file for file in files if file.name in METADATA]:
         return itertools.chain.from_iterable(_table(str(file), columns) for file in tables)
     found = [file for file in files if file.suffix.lower() in AUDIO]
-    if not any(_beside_it(file) for file in found):
+    left = list(_left_over(files))
+    if not left and not any(_beside_it(file) for file in found):
         raise UserError(f"{source}: {len(found)} recordings ({', '.join(AUDIO)}), no transcript; looked for: {LAYOUTS}")
-    return _beside(path, found, folder_is, longest, pause)
+    return itertools.chain(_beside(path, found, folder_is, longest, pause), left)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -163,10 +164,12 @@ def _shard(file: Path) -> Rows:
             members = (m for m in tar if m.isfile() and not os.path.basename(m.name).startswith("."))
             for name, group in itertools.groupby(members, lambda m: re.sub(r"\.[^/]*$", "", m.name)):
                 row: Row = {"id": name}
+                others = []
                 for member in group:
                     suffix = Path(member.name).suffix.lower()
                     content = tar.extractfile(member)
                     if content is None or suffix not in (*AUDIO, ".txt", ".json"):
+                        others.append(member.name)
                         continue
                     data = content.read()
                     try:
@@ -174,7 +177,7 @@ def _shard(file: Path) -> Rows:
                     except ValueError as e:
                         row["error"] = f"{member.name}: {e}"
                 if "bytes" not in row:
-                    row.setdefault("error", f"{name}: no recording ({', '.join(AUDIO)})")
+                    row.setdefault("error", f"{name}: {_no_recording(others)}")
                 yield f"{file}:{name}", ValueError(row["error"]) if "error" in row else row
             if tar.fileobj is not None and tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it has no end")  # which tarfile passes over where a header is cut off
@@ -229,6 +232,20 @@ def _has_segments(file: Path) -> bool:
     return isinstance(found, dict) and "segments" in found
 
 
+def _left_over(files: list[Path]) -> Rows:
+    """What lies beside a transcript where a recording should; a text that is alone may be about the folder."""
+    for stem, group in itertools.groupby(sorted(files, key=lambda f: f.with_suffix("")), lambda f: f.with_suffix("")):
+        names = {file.suffix.lower(): file.name for file in group}
+        told = names.keys() & {*TIMED, ".txt"}
+        others = [name for suffix, name in names.items() if suffix not in told]
+        if told and not names.keys() & {*AUDIO} and (others or told & {".srt", ".vtt"}):
+            yield str(stem), ValueError(f"a transcript with {_no_recording(others)}")
+
+
+def _no_recording(others: list[str]) -> str:
+    return f"no recording beside it ({', '.join(AUDIO)})" + (f", only {', '.join(sorted(others))}" if others else "")
+
+
 def read_segments(file: Path) -> list[Segment]:
     """A transcript with times, in order: Whisper's JSON ({"segments": [{start, end, text}]}), SRT or WebVTT.
 
@@ -270,7 +287,7 @@ def pieces(segments: list[Segment], seconds: float, longest: float, pause: Pause
     whole: Segment | None = None
     for segment, after in itertools.zip_longest(segments, segments[1:]):
         texts.append(segment.text)
-        quiet = pause(segment, after) if after else (segment.end, seconds)
+        quiet = pause(segment, after) if after else (min(segment.end, seconds), seconds)
         if quiet is None:
             continue
         edge = min(EDGE_S, max(0.0, (quiet[1] - quiet[0]) / 2))
@@ -288,18 +305,16 @@ def pieces(segments: list[Segment], seconds: float, longest: float, pause: Pause
 
 def _pause(file: Path, least: float, before: Segment, after: Segment) -> tuple[float, float] | None:
     """The longest silence about the time between two segments: quieter by QUIET_DB than the speech at both sides."""
-    with soundfile.SoundFile(file) as f:
-        rate, frame = f.samplerate, max(1, int(FRAME_S * f.samplerate))
-        margin = 2 * REACH_S  # the outer half of it is taken for speech
-        first = max(0, int((before.end - margin) * rate))
-        f.seek(min(first, f.frames))
-        wave = f.read(max(0, int((after.start + margin) * rate) - first), dtype="float32", always_2d=True).mean(axis=1)
+    margin = 2 * REACH_S  # the outer half of it is taken for speech
+    first = max(0.0, before.end - margin)
+    sound = audio.read(file, start=first, stop=after.start + margin)
+    wave, frame = audio.mono(sound.wave), max(1, int(FRAME_S * sound.rate))
     count, sides = len(wave) // frame, int(margin / FRAME_S)
     levels = 10 * np.log10((wave[: count * frame].reshape(count, frame) ** 2).mean(axis=1) + 1e-14)
     if not count:
         return None
     loud = np.quantile(np.concatenate([levels[:sides], levels[-sides:]]), 0.95)
-    inner = int((max(0.0, before.end - REACH_S) - first / rate) / FRAME_S)
+    inner = int((max(0.0, before.end - REACH_S) - first) / FRAME_S)
     best, run = (0, 0), 0
     for i in range(max(0, inner), min(count, count - sides // 2)):
         run = run + 1 if levels[i] < loud - QUIET_DB else 0
@@ -307,11 +322,11 @@ def _pause(file: Path, least: float, before: Segment, after: Segment) -> tuple[f
     length, end = best
     if length * FRAME_S < least:
         return None
-    return first / rate + (end - length) * FRAME_S, first / rate + end * FRAME_S
+    return first + (end - length) * FRAME_S, first + end * FRAME_S
 
 
 def _seconds(file: Path) -> float | None:
     try:
-        return soundfile.info(regular_file(file, "audio file")).duration
-    except (soundfile.LibsndfileError, UserError):
+        return audio.seconds(file)
+    except audio.BadAudio:
         return None  # whoever decodes it says so

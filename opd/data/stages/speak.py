@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-import tempfile
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import soundfile
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, content_id, deciding, last_question
 from opd.data.stages import espeak
 from opd.endpoint import Endpoint, Failed
+from opd.prompts import audio
 from opd.prompts.audio import check, load, resample, whole_frames
 from opd.settings import UserError
 from opd.storage.digests import canonical
@@ -88,7 +87,7 @@ class Speak(Stage):
             said = self._draw(record, text)
             key = hashlib.sha256(canonical([settings, said])).hexdigest()[:32]
             path = store.make(key, lambda: (self._made(said), self.sample_rate))
-            seconds = self._fitting(soundfile.info(path).duration)
+            seconds = self._fitting(audio.seconds(path))
             message["content"] = [{"type": "audio", "path": str(path), "transcript": said.text}]
             return record | {"voice": said.voice, "seconds": round(seconds, 3)}
 
@@ -140,13 +139,7 @@ class Speak(Stage):
         asked |= {"response_format": self.format, "extra_body": self.extra}
         asked |= {} if said.speed == 1.0 else {"speed": said.speed}
         sent: bytes = endpoint.ask(lambda client: client.audio.speech.create(**asked).content)
-        with tempfile.NamedTemporaryFile(suffix=f".{self.format}") as f:
-            f.write(sent)
-            f.flush()
-            try:
-                return load(f.name, self.sample_rate, self.max_seconds)
-            except BadAudio as e:
-                raise type(e)(str(e).replace(f.name, f"sent {sent[:20]!r}...")) from e
+        return load(sent, self.sample_rate, self.max_seconds, f"sent {sent[:20]!r}...")
 
 
 def lufs(wave: np.ndarray, rate: int) -> float:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import soundfile
 
-from opd.prompts.audio import heard
+from opd.prompts import audio
 from opd.types import BadAudio, TooLong
-
-T = TypeVar("T")
 
 
 def clip(value: Any, rate: int, limit: float, cut: bool) -> tuple[np.ndarray, bool]:
@@ -29,14 +24,14 @@ def clip(value: Any, rate: int, limit: float, cut: bool) -> tuple[np.ndarray, bo
     most = int(limit * source_rate)
     if (long := len(wave) > most) and not cut:
         raise TooLong(f"the clip is {len(wave) / source_rate:.1f} s long, at most {limit:g} s expected")
-    return heard(wave[:most], source_rate, rate), long
+    return audio.heard(wave[:most], source_rate, rate), long
 
 
 def seconds(value: Any) -> float:
-    """Length of what `decode` takes; of a file from its header. Raises BadAudio."""
+    """Length of what `decode` takes. Raises BadAudio."""
     value = _stored(value)
     if isinstance(value, bytes | str):
-        return _read(value, lambda file: soundfile.info(file).duration)
+        return audio.seconds(value)
     wave, rate = decode(value)
     return len(wave) / rate
 
@@ -57,19 +52,12 @@ def decode(value: Any) -> tuple[np.ndarray, int]:
     if isinstance(value, dict):
         return _array(value["array"], value.get("sampling_rate"))
     if isinstance(value, bytes) or (isinstance(value, str) and Path(value).is_file()):
-        return _read(value, lambda file: soundfile.read(file, dtype="float32", always_2d=True))
+        sound = audio.read(value)
+        return sound.wave, sound.rate
     if hasattr(value, "get_all_samples"):  # torchcodec's decoder
         samples = value.get_all_samples()
         return _array(samples.data, samples.sample_rate)
     raise BadAudio(f"expected sound: a file, its bytes or an array with its sampling rate; found {str(value)[:80]!r}")
-
-
-def _read(value: bytes | str, read: Callable[[Any], T]) -> T:
-    file, name = (io.BytesIO(value), f"{len(value)} bytes") if isinstance(value, bytes) else (value, value)
-    try:
-        return read(file)
-    except soundfile.LibsndfileError as e:
-        raise BadAudio(f"{name}: not readable as audio (wav, flac, mp3 or ogg expected)") from e
 
 
 def _array(array: Any, rate: Any) -> tuple[np.ndarray, int]:

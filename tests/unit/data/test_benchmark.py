@@ -147,7 +147,7 @@ def test_long_clips_are_told(tmp_path: Path) -> None:
     assert told[0].startswith("clips up to 32 s: for a family that takes 30 s, load it with max_seconds=30")
     assert len(prompts) == 2 and "data.max_audio_seconds=32" in told[1] and "prompt: big_bench_audio}" in told[1]
     _, (short,), dropped = load("big_bench_audio", table, out, max_seconds=30)
-    assert short.id == "0" and dropped[0].startswith("too long: 1: 31.5 s, at most 30 s expected")
+    assert short.id == "0" and dropped[0].startswith("too long: 1: 31.5 s long, at most 30 s expected")
 
 
 @pytest.mark.parametrize(
