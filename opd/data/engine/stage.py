@@ -49,7 +49,7 @@ class ClipStore:
 
         def write(aside: Path) -> None:
             samples, rate = wave()
-            samples = samples / max(1.0, float(np.abs(samples).max()))
+            samples = samples / max(1.0, float(abs(samples).max()))
             encoded = io.BytesIO()  # libsndfile would not tell of a disk that is full when it closes a file
             soundfile.write(encoded, samples, rate, format="FLAC", subtype="PCM_16")
             aside.write_bytes(encoded.getbuffer())
