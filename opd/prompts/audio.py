@@ -40,6 +40,8 @@ SILENCE = 1e-4  # peak below -80 dBFS: nothing that a model could hear
 LOUDEST = 8.0  # peak of a float file; more is another scale, such as that of 16-bit integers
 CANCELLED = 0.1  # of the loudest channel's level is left in the mean of the channels
 SHORTEST_S = 0.05
+RATES = (1000, 768_000)  # Hz
+KERNEL = 2**25  # values of torchaudio's kernel, at most
 HOLE_S = 0.1  # that passes unheard between two frames
 PADDING_S = 0.1  # that encoders add and some containers count
 LEAD_S = 1.0  # decoded before a piece: how a frame sounds may depend on those before it
@@ -82,6 +84,8 @@ def read(source: Source, name: str = "", start: float = 0.0, stop: float = math.
     if not parts:
         raise BadAudio(f"{name}: holds no sound" + (f" from {start:g} s on" if start else ""))
     sound = parts[0] if len(parts) == 1 else parts[0]._replace(wave=np.concatenate([part.wave for part in parts]))
+    if not RATES[0] <= sound.rate <= RATES[1]:
+        raise BadAudio(f"{name}: sampled at {sound.rate} Hz, {RATES[0]} to {RATES[1]} expected")
     if sound.seconds > most:
         raise TooLong(f"{name}: {min(stop, seconds(source, name)) - start:.1f} s long, at most {most:g} s expected")
     peak = np.abs(sound.wave).max(initial=0.0)
@@ -131,9 +135,13 @@ def check(wave: np.ndarray, rate: int, name: str) -> None:
 
 
 def resample(wave: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
-    """Resample [samples] by torchaudio's windowed-sinc kernel."""
+    """Resample [samples] by torchaudio's windowed-sinc kernel; by scipy's where that is huge (22257 Hz)."""
     if source_rate == rate:
         return np.ascontiguousarray(wave, dtype=np.float32)
+    if source_rate * rate > KERNEL * math.gcd(source_rate, rate) ** 2:
+        from scipy.signal import resample_poly
+
+        return np.ascontiguousarray(resample_poly(wave, rate, source_rate), dtype=np.float32)
     return _resampler(source_rate, rate)(wave)
 
 
@@ -161,6 +169,13 @@ def to_base64_wav(wave: np.ndarray, rate: int) -> str:
 
 def _called(source: Source, name: str) -> str:
     return name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
+
+
+class _Bytes(io.BytesIO):
+    """Where a header is damaged libsndfile seeks before the first byte: no reason to print a stack trace."""
+
+    def seek(self, at: int, whence: int = io.SEEK_SET) -> int:
+        return super().seek(at if whence else max(0, at), whence)
 
 
 @contextmanager
@@ -195,7 +210,7 @@ def _opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, soundfile.Sou
 def _plain(source: Source, name: str) -> soundfile.SoundFile | None:
     """None for what soundfile cannot read, or not exactly. Raises BadAudio for what is cut off."""
     try:
-        found = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        found = soundfile.SoundFile(_Bytes(source) if isinstance(source, bytes) else source)
     except soundfile.LibsndfileError:
         return None
     for declared, there in (map(int, match) for match in CUT.findall(found.extra_info)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -120,6 +121,17 @@ def test_another_scale_is_refused(tmp_path: Path) -> None:
     assert np.array_equal(audio.load(str(path), RATE, 30), WAVE * 5)
 
 
+def test_odd_rates_are_resampled_in_little_memory(tmp_path: Path) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(22257) / 22257).astype(np.float32) / 2
+    soundfile.write(tmp_path / "x.wav", tone, 22257, subtype="FLOAT")
+    heard = audio.load(str(tmp_path / "x.wav"), 16000, 30)
+    expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000) / 2
+    assert len(heard) == 16000 and np.abs(heard - expected)[200:-200].max() < 1e-3
+    soundfile.write(tmp_path / "x.wav", np.tile(tone, 10), 1_000_000)
+    with pytest.raises(BadAudio, match="sampled at 1000000 Hz, 1000 to 768000 expected"):
+        audio.load(str(tmp_path / "x.wav"), 16000, 30)
+
+
 def test_silence_is_what_does_not_change(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "x.wav", np.full(RATE, 0.25, np.float32), RATE)
     with pytest.raises(BadAudio, match="x.wav: silent"):
@@ -141,6 +153,19 @@ def test_what_is_no_sound_is_refused_in_one_line(content: bytes) -> None:
             audio.read(junk, "x")
     with pytest.raises(BadAudio, match="the file is empty"):
         audio.read(b"", "x")
+
+
+@pytest.mark.parametrize("kind", ["wav", "24 bits", "w64", "aiff", "caf", "flac", "mp3", "ogg", "m4a", "webm", "amr"])
+def test_damaged_bytes_are_heard_or_refused_in_one_line(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(len(kind))
+    for _ in range(20):
+        damaged = bytearray(file(kind))
+        at = random.integers(100, size=3)
+        damaged[at[0] : at[0] + 4] = random.choice([b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff"])
+        damaged[at[1]] = at[2]
+        with contextlib.suppress(BadAudio):
+            assert audio.read(bytes(damaged), "x", most=30).seconds <= 30
+    assert capfd.readouterr() == ("", "")
 
 
 def test_ffmpeg_is_loaded_when_it_is_needed() -> None:
