@@ -171,11 +171,14 @@ def _called(source: Source, name: str) -> str:
     return name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
 
 
-class _Bytes(io.BytesIO):
-    """Where a header is damaged libsndfile seeks before the first byte: no reason to print a stack trace."""
+class _Quiet(io.BufferedReader):
+    """Where a header is damaged, decoders seek before the first byte, and print a stack trace of what that raises."""
 
     def seek(self, at: int, whence: int = io.SEEK_SET) -> int:
-        return super().seek(at if whence else max(0, at), whence)
+        try:
+            return super().seek(at, whence)
+        except (OSError, ValueError):
+            return -1
 
 
 @contextmanager
@@ -188,7 +191,7 @@ def _opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, soundfile.Sou
     try:
         if not isinstance(source, bytes):
             regular_file(source, "audio file")
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        with _Quiet(io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(source)) as file:
             head = file.read(12)
             if not head:
                 raise BadAudio(f"{name}: the file is empty (0 bytes)")
@@ -210,7 +213,7 @@ def _opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, soundfile.Sou
 def _plain(source: Source, name: str) -> soundfile.SoundFile | None:
     """None for what soundfile cannot read, or not exactly. Raises BadAudio for what is cut off."""
     try:
-        found = soundfile.SoundFile(_Bytes(source) if isinstance(source, bytes) else source)
+        found = soundfile.SoundFile(_Quiet(io.BytesIO(source)) if isinstance(source, bytes) else source)
     except soundfile.LibsndfileError:
         return None
     for declared, there in (map(int, match) for match in CUT.findall(found.extra_info)):

@@ -210,7 +210,7 @@ def _histogram(caption: str, label: str, values: dict[str, Sequence[float]]) -> 
         if all(isinstance(v, int) for v in everything) and high - low < BINS:
             edges = np.arange(low - 0.5, high + 1)  # a bin for each number
         else:
-            edges = np.histogram_bin_edges(everything, BINS)
+            edges = np.linspace(low, high if high - low > 1e-6 else low + 1, BINS + 1)
         for k, (name, of) in enumerate(values.items()):
             if of:
                 shares = np.histogram(of, edges)[0] / len(of)
