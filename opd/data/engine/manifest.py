@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from opd.data.engine.stage import Record
@@ -74,8 +75,8 @@ def _chunks(lines: Path, parts: bool = False) -> Iterator[list[Record]]:
 
 def count(source: str, limit: int | None = None) -> int | None:
     """Records of a JSONL or Parquet file, up to a limit, where they can be counted at once; none: nobody knows yet."""
-    path = Path(source)
-    try:
+    path, found = Path(source), None
+    with suppress(OSError, ValueError):  # whoever reads it says so; pyarrow's errors are ValueErrors
         if path.suffix == ".parquet" and path.is_file():
             import pyarrow.parquet
 
@@ -83,8 +84,4 @@ def count(source: str, limit: int | None = None) -> int | None:
         elif path.suffix == ".jsonl" and path.is_file():
             with open(path, "rb") as f:
                 found = sum(1 for line in f if line.strip())
-        else:
-            return None
-    except (OSError, ValueError):  # whoever reads it says so; pyarrow's errors are ValueErrors
-        return None
-    return found if limit is None else min(found, limit)
+    return found if found is None or limit is None else min(found, limit)

@@ -18,7 +18,7 @@ headings, markup or quotation marks. Do not answer the request: give its spoken 
 
 {text}"""
 SPARE = 80  # characters that a rewritten question may always be longer: "3^5" has three, its spoken form many
-QUOTES = {'"': '"', "“": "”", "'": "'"}
+QUOTES = {'"': '"', "“": "”", "'": "'"}  # that models like to put around what they were asked for
 
 
 class ChatStage(Stage):
@@ -78,7 +78,9 @@ class Rewrite(ChatStage):
         message, written = last_question(record)
         asked = [{"role": "user", "content": self.template.replace("{text}", written)}]
         text, truncated = self.answer(asked, record["id"])
-        text = _unquoted(text.strip(), written)
+        text = text.strip()
+        if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and written[:1] != text[0]:
+            text = text[1:-1].strip()
         if not text:
             raise Failed(f"empty answer: {self.endpoint.url}")
         if truncated:
@@ -87,13 +89,6 @@ class Rewrite(ChatStage):
             raise Drop(f"rewritten too long: {len(text)} characters for {len(written)}")
         message["content"] = text
         return record | {"written": record.get("written", written)}
-
-
-def _unquoted(text: str, written: str) -> str:
-    """Without the quotation marks that models like to put around what they were asked for."""
-    if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and written[:1] != text[0]:
-        return text[1:-1].strip()
-    return text
 
 
 class Respond(ChatStage):

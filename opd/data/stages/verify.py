@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeFloat
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import load
-from opd.settings import UserError, read_text
+from opd.settings import UserError, first_line, read_text
 from opd.types import BadAudio
 
 RATE = 16000  # Hz
@@ -132,8 +132,7 @@ def _local(model: str, device: str | None, language: str | None) -> tuple[Hear, 
         more: dict[str, Any] = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
         recogniser = pipeline("automatic-speech-recognition", model=model, device=where, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        raise UserError(f"asr {model}: cannot be loaded as a speech recogniser: {reason[0][:300]}") from e
+        raise UserError(f"asr {model}: cannot be loaded as a speech recogniser: {first_line(e)[:300]}") from e
     try:
         recogniser({"raw": np.zeros(RATE // 2, dtype=np.float32), "sampling_rate": RATE})
     except Exception as e:  # a model that hears and does something else fails in ways of its own
