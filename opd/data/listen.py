@@ -68,6 +68,6 @@ def _player(what: str, wave: np.ndarray) -> Figure:
     import soundfile
 
     sound = io.BytesIO()
-    soundfile.write(sound, wave, RATE, format="WAV", subtype="PCM_16")
+    soundfile.write(sound, wave / max(1.0, np.abs(wave).max()), RATE, format="WAV", subtype="PCM_16")
     source = f"data:audio/wav;base64,{base64.b64encode(sound.getvalue()).decode()}"
     return Figure(f"{what}, {len(wave) / RATE:.2f} s", sound=source)

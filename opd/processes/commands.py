@@ -133,7 +133,9 @@ def learner(config: Config, recipe: str, overrides: list[str], where: Layout, no
 def _accelerate(placement: Placement, host: str, port: int, here: int) -> list[str]:
     """Arguments of `accelerate launch` on the `here`-th node that has ranks."""
     nodes = len(placement.learner)
-    argv = ["-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", str(placement.ranks)]
+    neutral = str(Path(__file__).with_name("accelerate.yaml"))  # the user's own would move and count ranks otherwise
+    argv = ["-m", "accelerate.commands.launch", "--config_file", neutral, "--use_deepspeed"]
+    argv += ["--num_processes", str(placement.ranks)]
     argv += ["--num_machines", str(nodes), "--machine_rank", str(here), "--main_process_ip", host]
     if nodes > 1:  # else accelerate calls pdsh to reach the others
         argv += ["--deepspeed_multinode_launcher", "standard"]

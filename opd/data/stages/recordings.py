@@ -107,7 +107,7 @@ def _librispeech(file: Path) -> Rows:
 
 
 def _utterance(root: Path, name: str, text: str = "") -> Row:
-    path = _first(root, [f"{name}{suffix}" for suffix in (".flac", *AUDIO)])
+    path = _first(root, [f"{name}{suffix}" for suffix in (".flac", ".FLAC", *AUDIO)])
     return {"id": name, "path": path, "transcript": text, "speaker": name.split("-")[0]}
 
 
@@ -200,7 +200,7 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
         row |= {folder_is: file.parent.name} if folder_is and file.parent != root else {}
         told = _beside_it(file)
         try:
-            if told is None or told.suffix == ".txt":
+            if told is None or told.suffix.lower() == ".txt":
                 yield str(file), row | {"transcript": told and read_text(told)}
                 continue
             segments = read_segments(told)
@@ -219,8 +219,9 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
 
 def _beside_it(file: Path) -> Path | None:
     """The file beside a recording that tells what is said, with times if it can be; a JSON may tell other things."""
-    there = [told for suffix in (*TIMED, ".txt") if (told := file.with_suffix(suffix)).is_file()]
-    return next((told for told in there if told == there[-1] or told.suffix != ".json" or _has_segments(told)), None)
+    suffixes = [case for suffix in (*TIMED, ".txt") for case in (suffix, suffix.upper())]
+    there = [told for suffix in suffixes if (told := file.with_suffix(suffix)).is_file()]
+    return next((t for t in there if t == there[-1] or t.suffix.lower() != ".json" or _has_segments(t)), None)
 
 
 def _has_segments(file: Path) -> bool:
@@ -249,7 +250,7 @@ def read_segments(file: Path) -> list[Segment]:
     for speech, webvtt-py passes over SRT whose times have no hours, and refuses SRT without numbers.
     """
     text = read_text(file)
-    if file.suffix == ".json":
+    if file.suffix.lower() == ".json":
         content = json.loads(text)
         try:
             found = [Segment(float(s["start"]), float(s["end"]), str(s["text"]).strip()) for s in content["segments"]]

@@ -44,7 +44,7 @@ def shown(name: str) -> str:
         assert main(argv) == 0
     here = Path(sys.executable).parent
     text = out.getvalue().replace(sys.executable, "python").replace(f"{here}:/usr/bin", "...")
-    return text.replace(f"LD_PRELOAD={sys.prefix}/lib/libiomp5.so ", "")
+    return text.replace(f"LD_PRELOAD={sys.prefix}/lib/libiomp5.so ", "").replace(f"{ROOT}/", "")
 
 
 @pytest.fixture(autouse=True)

@@ -76,6 +76,18 @@ def test_nothing_beside_a_transcript_is_passed_over(tmp_path: Path) -> None:
     assert [r["id"] for r in rows] == ["a"] and dropped[0].endswith(", only b.xyz")
 
 
+def test_capitals_in_names_are_no_other_names(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/A.WAV").write_bytes(encoded("wav", SHORT))
+    (tmp_path / "in/A.TXT").write_text("what is one")
+    _, rows, dropped = run(tmp_path / "in", tmp_path / "m.jsonl")
+    assert [(r["id"], r["text"]) for r in rows] == [("A", "what is one")] and not dropped
+    put(tmp_path / "libri/1-2-3.FLAC", encoded("flac", SHORT))
+    (tmp_path / "libri/1-2.trans.txt").write_text("1-2-3 WHAT IS TWO\n")
+    _, rows, dropped = run(tmp_path / "libri", tmp_path / "l.jsonl")
+    assert [(r["id"], r["text"]) for r in rows] == [("1-2-3", "what is two")] and not dropped
+
+
 def test_loud_floats_are_scaled_down_and_other_scales_dropped(tmp_path: Path) -> None:
     loud = np.stack([SHORT * 3, SHORT * 3], 1)
     buffer = io.BytesIO()

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from opd.config.load import load_config
+from opd.processes.commands import learner
+from opd.processes.layout import layout
+
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[3]
@@ -83,3 +87,24 @@ def test_deepspeed_reads_the_hostfile() -> None:
     env = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.stdout.strip().splitlines()[-1] == "{'node2': 8, 'node3': 8}", done.stderr
+
+
+def test_the_users_own_accelerate_config_moves_no_rank(tmp_path: Path) -> None:
+    """accelerate reads it where it is given none: other devices, another number of ranks, another ZeRO stage."""
+    home = tmp_path / ".cache/huggingface/accelerate"
+    home.mkdir(parents=True)
+    zero1 = f"{{deepspeed_config_file: {tmp_path}/zero1.json, zero3_init_flag: false}}"
+    hostile = f"distributed_type: DEEPSPEED\ngpu_ids: '0,1'\nnum_processes: 8\ndeepspeed_config: {zero1}\n"
+    (home / "default_config.yaml").write_text(hostile)
+    (tmp_path / "zero1.json").write_text('{"zero_optimization": {"stage": 1}}')
+    seen = ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    (tmp_path / "seen.py").write_text(f"import os; print('seen', *map(os.environ.get, {seen!r}))")
+    config = load_config(RECIPE, ["launch.placement=recipes/placements/4gpu_1r_1t_2l.yaml", f"run.dir={tmp_path}/run"])
+    command = learner(config, RECIPE, [], layout(config), 0)
+    assert command is not None
+    argv = [*command.argv[: command.argv.index("opd.train")], "seen"]
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "XDG_CACHE_HOME")} | command.env
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=240)
+    told = [line for line in done.stdout.splitlines() if line.startswith("seen")]
+    assert told == ["seen 2,3 2 None"] * 2, done.stderr
