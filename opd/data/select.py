@@ -17,8 +17,7 @@ from unittest.mock import patch
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from opd.data.engine import manifest
-from opd.data.engine.runner import read_source
+from opd.data.engine.runner import read_source, write_manifest
 from opd.data.engine.stage import ClipStore, Drop, Record, audio_parts, last_question
 from opd.evaluate.records import read_records
 from opd.report.blocks import BLUE, Heading, Paragraph, Table, document, figure
@@ -148,7 +147,7 @@ def _write(picked: list[Record], rows: list[Row], about: dict[str, Any], out: Pa
         for record in picked:
             for part in audio_parts(record):
                 part["path"] = store.adopt(part["path"])
-        manifest.write(picked, out, aside)
+        write_manifest(picked, out, aside)
         write_atomic(folder / "select.json", json.dumps(about | {"clusters": rows}, indent=1) + "\n")
         write_atomic(folder / "select.html", _page(rows, about["total"], about["source"]))
     except OSError as e:

@@ -40,16 +40,12 @@ class ChatStage(Stage):
         Raises Failed and Unavailable as Endpoint.ask does.
         """
 
+        asked: dict[str, Any] = {"model": self.endpoint.model, "messages": messages, "extra_body": self.extra}
+        asked |= {"temperature": self.temperature, "top_p": self.top_p, "max_completion_tokens": self.max_tokens}
+        asked["seed"] = zlib.crc32(f"{self.seed}/{id}".encode()) & 0x7FFFFFFF
+
         def call(client: Any) -> tuple[Any, Any]:
-            choice = client.chat.completions.create(
-                model=self.endpoint.model,
-                messages=messages,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                max_completion_tokens=self.max_tokens,
-                seed=zlib.crc32(f"{self.seed}/{id}".encode()) & 0x7FFFFFFF,
-                extra_body=self.extra,
-            ).choices[0]
+            choice = client.chat.completions.create(**asked).choices[0]
             return choice.message.content, choice.finish_reason
 
         content, finish = self.endpoint.ask(call)

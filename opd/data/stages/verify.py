@@ -90,8 +90,7 @@ class Verify(Stage):
 
     def _asked(self, endpoint: Endpoint) -> tuple[Hear, dict[str, str]]:
         told: dict[str, Any] = {"model": endpoint.model, "response_format": "json", "temperature": 0.0}
-        told |= {"extra_body": self.extra}
-        told |= {"language": self.language} if self.language else {}
+        told |= {"extra_body": self.extra} | ({"language": self.language} if self.language else {})
 
         def hear(path: str, wave: np.ndarray) -> str:
             file = Path(path).name, Path(path).read_bytes()
