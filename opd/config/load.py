@@ -137,7 +137,7 @@ def placed(config: Config, teacher: bool = True) -> Config:
     _check_teachers(config, asks_teacher(config) if teacher else "")
     sleep = placement.shared if r.sleep is None else r.sleep
     config = config.changed({"rollout.transport": r.transport or placement.transport, "rollout.sleep": sleep})
-    _checkdevices_of(config, placement)
+    _check_devices(config, placement)
     if processes not in (None, placement.ranks):
         raise UserError(f"launch.processes {processes}: {config.launch.placement} has {placement.ranks} learner ranks")
     if config.train.prompts_per_step < placement.ranks:
@@ -176,7 +176,7 @@ def _check_teachers(config: Config, asked: str) -> None:
         raise UserError(f"teacher.kind {t.kind}: {name} has no teacher servers; set teacher.kind=local or teacher.urls")
 
 
-def _checkdevices_of(config: Config, placement: Placement) -> None:
+def _check_devices(config: Config, placement: Placement) -> None:
     """Refuse what the servers' or learner's devices cannot do. Servers named by URL may be anywhere."""
     named = bool(config.rollout.urls)
     where = config.launch.placement or "without launch.placement everything is on the CPU"
