@@ -16,6 +16,7 @@ from opd.doctor.checks import Check, Facts, Skip, Warned, first_line
 from opd.settings import UserError
 
 WIDTH = 16  # of the names' column
+Outcome = Literal["pass", "warn", "FAIL", "not run"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Line:
     """What came of one check."""
 
     name: str
-    outcome: Literal["pass", "warn", "FAIL", "not run"]
+    outcome: Outcome
     found: str
     remedy: str
     seconds: float
@@ -43,10 +44,12 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
         raise UserError(f"--json {json_file}: expected a file in a folder that exists")
     from transformers.utils.logging import disable_progress_bar
 
+    from opd.doctor import live
+
     disable_progress_bar()  # it would break the table
     lines = []
     with ExitStack() as stack:
-        for line in examine(checks(), Facts(config, stack=stack), server):
+        for line in examine((*preflight.checks(), *live.CHECKS), Facts(config, stack=stack), server):
             print(line, flush=True)
             lines.append(line)
     failed = [line.name for line in lines if line.outcome == "FAIL"]
@@ -58,19 +61,12 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
     return int(bool(failed))
 
 
-def checks() -> tuple[Check, ...]:
-    """All checks in their order: what takes no server first."""
-    from opd.doctor import live
-
-    return (*preflight.checks(), *live.CHECKS)
-
-
 def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterable[Line]:
     """Run the checks that can be run. One that needs what failed, or was not run, is not run either."""
     done: set[str] = set()
     for check in every:
         began = time.perf_counter()
-        outcome: Literal["pass", "warn", "FAIL", "not run"]
+        outcome: Outcome
         try:
             if check.live and not server:
                 raise Skip("--no-server")
