@@ -44,12 +44,10 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
         raise UserError(f"--json {json_file}: expected a file in a folder that exists")
     from transformers.utils.logging import disable_progress_bar
 
-    from opd.doctor import live
-
     disable_progress_bar()  # it would break the table
     lines = []
     with ExitStack() as stack:
-        for line in examine((*preflight.checks(), *live.CHECKS), Facts(config, stack=stack), server):
+        for line in examine(checks(), Facts(config, stack=stack), server):
             print(line, flush=True)
             lines.append(line)
     failed = [line.name for line in lines if line.outcome == "FAIL"]
@@ -59,6 +57,13 @@ def main(recipe: str, overrides: list[str], server: bool = True, json_file: Path
         about = {"recipe": recipe, "overrides": overrides, "passed": not failed, "seconds": seconds}
         json_file.write_text(json.dumps(about | {"checks": [asdict(line) for line in lines]}, indent=1) + "\n")
     return int(bool(failed))
+
+
+def checks() -> tuple[Check, ...]:
+    """All checks in their order: what takes no server first."""
+    from opd.doctor import live
+
+    return (*preflight.checks(), *live.CHECKS)
 
 
 def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterable[Line]:
