@@ -115,7 +115,7 @@ class RunFailed(RuntimeError):
     """A server, the learner or a worker ended badly: the message names it, the cause and the log; exit code 1."""
 
 
-def first_line(e: Exception) -> str:
+def first_line(e: BaseException) -> str:
     """What a library's error says first, which is mostly what matters."""
     return str(e).strip().partition("\n")[0] or type(e).__name__
 
