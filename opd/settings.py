@@ -188,10 +188,10 @@ class Section(BaseModel):
         return out
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises UserError that names it."""
+def read_yaml(path: str | Path, kind: str = "YAML file") -> dict[str, Any]:
+    """A YAML file that holds a mapping; `kind`: what it is, in messages. Raises UserError that names it."""
     try:
-        raw = yaml.load(read_text(path, "YAML file"), _Loader)
+        raw = yaml.load(read_text(path, kind), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):

@@ -46,9 +46,7 @@ class EvalConfig(ScoringConfig):
     groups: list[str] | None = Field(
         None, description="opd eval: fields of the records to tabulate by; none: strings of few values, and seconds"
     )
-    bins: dict[str, list[float]] = Field(
-        {}, description="opd eval: edges between groups of a number; else its quartiles"
-    )
+    bins: dict[str, list[float]] = Field({}, description="opd eval: edges of a number's groups; else its quartiles")
 
     def check(self) -> None:
         """Raises ValueError for settings that do not go together."""

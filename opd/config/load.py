@@ -29,11 +29,7 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (),
     What the recipe leaves open is filled in; paths that lead nowhere from here are looked for beside it. `teacher`:
     False where nothing asks it. Raises UserError that names the file and key, what was expected and what was found.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        found = "expected a recipe file, found none" if path.exists() else "no such recipe file"
-        raise UserError(f"{recipe}: {found}")
-    raw = read_yaml(path)
+    path, raw = Path(recipe), read_yaml(recipe, "recipe file")
     for item in overrides:
         override(raw, item)
     config = placed(validated(Config, _beside(path.parent, raw), recipe), teacher)
@@ -141,10 +137,8 @@ def placed(config: Config, teacher: bool = True) -> Config:
     if processes not in (None, placement.ranks):
         raise UserError(f"launch.processes {processes}: {config.launch.placement} has {placement.ranks} learner ranks")
     if config.train.prompts_per_step < placement.ranks:
-        raise UserError(
-            f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
-            f"launch.processes ({placement.ranks}): every learner process needs a prompt"
-        )
+        least = f"at least launch.processes ({placement.ranks}): every learner process needs a prompt"
+        raise UserError(f"train.prompts_per_step ({config.train.prompts_per_step}) must be {least}")
     return config.changed({"launch.processes": placement.ranks})
 
 

@@ -40,10 +40,8 @@ def check(config: Config) -> str:
         made = [n for n in MADE if n != "launches.jsonl"]
         foreign = [n for n in made if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
         if foreign:
-            raise Taken(
-                f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run; "
-                "choose another run.dir, or set run.overwrite=true to delete them"
-            )
+            found = f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run"
+            raise Taken(f"{found}; choose another run.dir, or set run.overwrite=true to delete them")
         return "new"
     try:
         before = yaml.safe_load(stored.read_text())["config"]
@@ -53,10 +51,8 @@ def check(config: Config) -> str:
     differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if differing:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
-        raise Taken(
-            f"run.dir {folder}: holds a run of another configuration: {shown}; "
-            "choose another run.dir, or set run.overwrite=true to delete that run"
-        )
+        found = f"run.dir {folder}: holds a run of another configuration: {shown}"
+        raise Taken(f"{found}; choose another run.dir, or set run.overwrite=true to delete that run")
     if status_of(folder).get("phase") == "finished":
         return "finished"
     return "resume" if checkpoints(folder) else "new"

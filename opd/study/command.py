@@ -27,9 +27,11 @@ def main(
 ) -> int:
     """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
 
-    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, for files that its runs would
-    miss, where another study is at work, and for a report of nothing.
+    Raises UserError for a mistake in the study, its recipes, `jobs`, or a pattern of `only`, for files that its runs
+    would miss, where another study is at work, and for a report of nothing.
     """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs: expected 1 or more, found {jobs}")
     study = Study(path)
     wanted = study.chosen_rows(only)
     if not report_only:
