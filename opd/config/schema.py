@@ -34,7 +34,9 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The speech LLM and which of its parts are trained."""
 
-    path: str = Field(min_length=1, description="checkpoint folder, hub id, or run: RUN (its newest), RUN:best, RUN:40")
+    path: str = Field(
+        min_length=1, description="checkpoint folder, hub id, or a run: RUN (its newest checkpoint), RUN:best, RUN:40"
+    )
     family: str | None = Field(None, description="see `opd families`; none: by the checkpoint's config.json")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
@@ -134,7 +136,9 @@ class LaunchConfig(Section):
     placement: str | None = Field(None, description="YAML of recipes/placements; none: all on this machine, no GPUs")
     hosts: list[str] = Field([], description="address of each node of the placement, under which the others reach it")
     node: NonNegativeInt | None = Field(None, description="which node this is; none: OPD_NODE or SLURM_NODEID says")
-    port: PositiveInt | None = Field(None, le=65000, description="first taken; none: free ones, 8100 on several nodes")
+    port: PositiveInt | None = Field(
+        None, le=65000, description="first of the ports taken; none: free ones, 8100 on several nodes"
+    )
     launcher: Literal["accelerate", "deepspeed"] = Field("accelerate", description="starts the learner processes")
     lost_after_s: PositiveFloat = Field(60.0, description="a node that is silent for longer ends the run everywhere")
     processes: PositiveInt | None = Field(None, description="learner's, of all nodes; none: as the placement, else 2")

@@ -45,7 +45,9 @@ class TeacherConfig(Section):
     )
     path: str = Field("", description="checkpoint folder or hub id of the text LLM; none: self, routed, or not asked")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    urls: list[str] = Field([], description="servers that score or write a warm start; empty: `opd launch` starts them")
+    urls: list[str] = Field(
+        [], description="servers that score, or write a warm start's responses; empty: `opd launch` starts them"
+    )
     shard: bool = Field(False, description="local, self: ZeRO-3 over the learner's ranks instead of a copy on each")
     batch_tokens: PositiveInt = Field(16384, description="local, self: padded tokens in one forward pass")
     field: str = Field("group", description="routed: of a record, names its route")

@@ -70,7 +70,9 @@ class Judge(Endpoint):
         PROMPTS["rubric"],
         description="match rubric: with {conversation} and {criterion}; asks for yes or no, or JSON with criteria_met",
     )
-    system: str | None = Field(None, description="system message before it; voicebench: VoiceBench's, from lmms-eval")
+    system: str | None = Field(
+        None, description="system message before what is asked; voicebench: VoiceBench's own, from lmms-eval"
+    )
     max_tokens: PositiveInt = Field(16, description="of the verdict")
     temperature: NonNegativeFloat = Field(0.0, description="of the verdict")
     top_p: float | None = Field(None, gt=0, le=1, description="of the verdict; none: as the endpoint has it")
