@@ -21,7 +21,7 @@ from opd.prompts import audio
 from opd.prompts.clips import ContextLimit
 from opd.scoring.statistics import ratio_stderr
 from opd.teachers.local import LocalTeacher
-from opd.train.batch import collate, make_samples
+from opd.train.batch import make_samples
 from opd.types import Rollout, ScoredRollout, View, audio_paths
 
 RECORDS = 12
@@ -124,7 +124,7 @@ def test_the_estimates_are_unbiased(measured: Any) -> None:
 
     def logits(rollouts: list[Rollout]) -> list[torch.Tensor]:
         samples = make_samples([ScoredRollout(r, None) for r in rollouts], clips, gap.family)
-        return [local.logits(collate([s]))[0, : len(s.response_ids)].log_softmax(-1) for s in samples]
+        return [local.eval_logits([s])[1][0, : len(s.response_ids)].log_softmax(-1) for s in samples]
 
     def theirs(rollouts: list[Rollout]) -> list[torch.Tensor]:
         samples = make_samples([ScoredRollout(r, None) for r in rollouts], clips, gap.family)

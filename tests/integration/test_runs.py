@@ -16,10 +16,12 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
-from live import ROOT, STUDENT, opd, recipe
+from live import ROOT, STUDENT, config_of, opd, recipe, serving
 
 from opd.cli import main
 from opd.config.load import resolve_model
+from opd.processes.commands import student_server
+from opd.processes.layout import Place
 from opd.prompts.audio import resample
 
 
@@ -122,13 +124,14 @@ def test_resume_after_kill_gives_the_same_losses(data: Path, warm: Path, tmp_pat
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
 
 
-def test_resumed_xopd_samples_the_same(data: Path, warm: Path, xopd: Path, student_url: str, tmp_path: Path) -> None:
-    """Against a run with a server of its own: this one's serves other tests, too, and outlives the rank."""
+def test_resumed_xopd_samples_the_same(data: Path, warm: Path, xopd: Path, tmp_path: Path) -> None:
+    """Against a run with a server of its own: this one's is running, and outlives the rank."""
     run = tmp_path / "killed"
-    own = [f"student.path={warm}", f'rollout.urls=["{student_url}"]']
-    path, overrides = recipe("2_xopd", data, run, *own, *STOPS, *held(data))
-    _kill_learner_after(1, run, path, overrides)
-    resumed = opd("launch", path, *overrides, "--plain")
+    own = [f"student.path={warm}", *STOPS, *held(data)]
+    with serving(student_server(config_of("2_xopd", data, tmp_path, *own), Place.here("student")), tmp_path) as url:
+        path, overrides = recipe("2_xopd", data, run, *own, f'rollout.urls=["{url}"]')
+        _kill_learner_after(1, run, path, overrides)
+        resumed = opd("launch", path, *overrides, "--plain")
     assert resumed.returncode == 0, resumed.stderr + resumed.stdout
     a, b = ([(s["step"], s["id"], s["view"], s["tokens"]) for s in lines(r, "samples")] for r in (xopd, run))
     assert [x[:3] for x in a] == [x[:3] for x in b]
