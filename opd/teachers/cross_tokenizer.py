@@ -18,9 +18,8 @@ from opd.config.objective import ObjectiveConfig
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.objectives.token_loss import Aligned
-from opd.teachers.base import Reply
+from opd.teachers.base import Reply, check_byte_level, trl_module
 from opd.teachers.local import LocalTeacher
-from opd.teachers.tokenizers import check_byte_level, trl_module
 from opd.types import Prompt, Rollout, Sample
 
 REPLACED = "\ufffd"  # what decoding puts where bytes are no text
