@@ -9,9 +9,8 @@ import random
 import numpy as np
 
 from opd import types
-from opd.config import resume
 from opd.config.deepspeed import deepspeed_settings
-from opd.config.load import resolve_model, unread
+from opd.config.load import resolve_model, state_of_run, unread
 from opd.config.needs import asks_teacher, copies_start, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
@@ -69,7 +68,7 @@ def checks() -> tuple[Check, ...]:
 
 def run_folder_(facts: Facts) -> str:
     """The run folder holds nothing else."""
-    return f"{facts.config.run.dir}: {resume.check(facts.config)}"
+    return f"{facts.config.run.dir}: {state_of_run(facts.config)}"
 
 
 def deepspeed(facts: Facts) -> str:

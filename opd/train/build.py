@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from opd.config import resume
-from opd.config.load import resolve_model
+from opd.config.load import prepare_run, resolve_model, state_of_run
 from opd.config.needs import asks_teacher, asks_teacher_servers, evaluates, teacher_servers
 from opd.config.schema import Config
 from opd.inference.client import Server, check_model
@@ -120,7 +119,7 @@ def check_urls(config: Config) -> None:
 def run(config: Config) -> None:
     """Train as the recipe says, resuming what its run folder holds."""
     rank = dist.get_rank()
-    verdict = resume.check(config)
+    verdict = state_of_run(config)
     dist.barrier()
     if verdict == "finished":
         if rank == 0:
@@ -129,7 +128,7 @@ def run(config: Config) -> None:
     check_urls(config)
     log = None
     if rank == 0:
-        resume.prepare(config)
+        prepare_run(config)
         log = MetricsLog(Path(config.run.dir), list(config.metrics.sinks), config.metrics.project, config.run.stage)
         log.status("loading", "", 0, config.train.steps, None)
     dist.barrier()
