@@ -125,13 +125,13 @@ def _plan_command(commands) -> None:
 def _study_command(commands) -> None:
     text = "run methods side by side: learning rates, seeds, tables, plots"
     study = commands.add_parser("study", help=text, description=text)
-    study.add_argument("study", type=Path, metavar="STUDY", help="YAML file")
+    study.add_argument("path", type=Path, metavar="STUDY", help="YAML file")
     only = "rows to run, with what they start from; * and ? as in file names; repeatable"
     study.add_argument("--only", action="append", default=[], metavar="WORLD/ROW", help=only)
     study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: as the study has)")
     study.add_argument("--dry-run", action="store_true", help="list the runs and where they stand, start nothing")
     study.add_argument("--report-only", action="store_true", help="write tables and plots of what is there")
-    study.set_defaults(run=_study)
+    study.set_defaults(run="opd.study.command:main")
 
 
 def _eval_commands(commands) -> None:
@@ -157,7 +157,7 @@ def _eval_commands(commands) -> None:
     text = "go on where folders were measured under other settings, and say so"
     compare.add_argument("--unlike", action="store_true", help=text)
     compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(run="opd.evaluate.compare:main")
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -193,28 +193,12 @@ def _train(args: argparse.Namespace) -> int:
     return __main__.main([args.recipe, *args.overrides])
 
 
-def _study(args: argparse.Namespace) -> int:
-    from opd.study import command
-
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs: expected 1 or more, found {args.jobs}")
-    return command.main(args.study, args.only, args.jobs, args.dry_run, args.report_only)
-
-
 def _export(args: argparse.Namespace) -> int:
     from opd.report.export import export
 
     for line in export(args.run_folder, args.out, args.checkpoint, args.merge, args.overwrite):
         print(line)
     return 0
-
-
-def _compare(args: argparse.Namespace) -> int:
-    from opd.evaluate import compare
-
-    if args.seed < 0:
-        raise UserError(f"--seed: expected 0 or more, found {args.seed}")
-    return compare.main(args.folders, args.out, args.common, args.seed, args.unlike)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -220,15 +220,6 @@ class EvalConfig(ScoringConfig):
         {}, description="opd eval: edges between groups of a number; else its quartiles"
     )
 
-    def check(self) -> None:
-        """Raises ValueError for settings that do not go together."""
-        if self.patience is not None and self.best is None:
-            raise ValueError("eval.patience needs eval.best, the metric that is to improve, found none")
-        if self.best is not None:
-            for key in ("every", "retention" if self.best == "retention" else "test"):
-                if getattr(self, key) is None:
-                    raise ValueError(f"eval.best {self.best} needs eval.{key}, found none")
-
 
 class LaunchConfig(Section):
     """What `opd launch` starts, and where (opd/config/placement.py)."""
@@ -283,7 +274,12 @@ class Config(Section):
                 f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be more than "
                 f"rollout.max_tokens ({self.rollout.max_tokens}): no prompt would fit beside a response"
             )
-        self.eval.check()
+        best = self.eval.best
+        if self.eval.patience is not None and best is None:
+            raise ValueError("eval.patience needs eval.best, the metric that is to improve, found none")
+        for key in ("every", "retention" if best == "retention" else "test"):
+            if best is not None and getattr(self.eval, key) is None:
+                raise ValueError(f"eval.best {best} needs eval.{key}, found none")
         if self.student.lora is not None and "llm" not in self.student.train:
             raise ValueError(f"student.lora adapts the LLM: student.train must hold llm, found {self.student.train}")
         return self

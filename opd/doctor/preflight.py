@@ -15,7 +15,7 @@ from opd.config.needs import asks_teacher, copies_start, route_of, starts_studen
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.machine import caches, memory, placement, versions, weights_folder
-from opd.inference.client import Server, check_model
+from opd.inference.client import Server
 from opd.models.registry import whole_weights
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
@@ -133,7 +133,7 @@ def servers(facts: Facts) -> str:
     config = facts.config
 
     def holds(key: str, url: str, path: str) -> int:
-        return check_model(Server(url, config.rollout.timeout_s), key, path, path)
+        return Server(url, config.rollout.timeout_s).check_model(key, path, path)
 
     taken = [holds("rollout.urls", url, facts.student) for url in config.rollout.urls]
     asked = teacher_servers(config)

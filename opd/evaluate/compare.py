@@ -40,6 +40,8 @@ class Column:
 
 def main(folders: list[Path], out: Path | None, common: bool, seed: int = 0, unlike: bool = False) -> int:
     """Print the table, and write it to `out`/compare.html and compare.json where that is given."""
+    if seed < 0:
+        raise UserError(f"--seed: expected 0 or more, found {seed}")
     content = compare(folders, common, seed, unlike)
     print(page.compare_text(content))
     if out is not None:

@@ -30,6 +30,8 @@ def main(
     Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, for files that its runs would
     miss, where another study is at work, and for a report of nothing.
     """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs: expected 1 or more, found {jobs}")
     study = Study(path)
     wanted = study.chosen_rows(only)
     if not report_only:
