@@ -245,8 +245,7 @@ def state_of_run(config: Config) -> str:
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
         raise Taken(f"{stored}: not readable as a run's config; move the folder away") from e
     old, new = compared(before), compared(dump_config(config))
-    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    if differing:
+    if differing := [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
         raise Taken(
             f"run.dir {folder}: holds a run of another configuration: {shown}; "

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 
-from opd.settings import UserError
+from opd.settings import T, UserError
 
 TLS = ssl.create_default_context()  # made once: it reads every root certificate, 40 ms
 REACH: dict[str, Any] = {"verify": TLS, "trust_env": False, "retries": 2}  # of a request that never reached the server
@@ -160,9 +160,6 @@ def post_all(
                     c.cancel()
 
     return asyncio.run(run())
-
-
-T = TypeVar("T")
 
 
 def together(calls: Sequence[Callable[[], T]]) -> list[T]:

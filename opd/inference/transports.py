@@ -257,8 +257,7 @@ def decode_handle(handle: Any) -> tuple[Any, ...]:
 
 
 def _decoded(name: str, kind: type, value: Any) -> Any:
-    right = type(value) is (str if kind is bytes else kind)  # a bool is no int here
-    if not right:
+    if type(value) is not (str if kind is bytes else kind):  # a bool is no int here
         raise ValueError(f"IPC handle: {name}: expected {kind.__name__}, found {str(value)[:80]!r}")
     if name in HANDLE_NAMES:
         if value not in HANDLE_NAMES[name]:
