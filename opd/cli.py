@@ -80,23 +80,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_command(commands, name, text, run) -> argparse.ArgumentParser:
+def _command(commands, name, text, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe_command(commands, name, text, run) -> argparse.ArgumentParser:
+    parser = _command(commands, name, text, run)
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-4")
-    parser.set_defaults(run=run)
     return parser
 
 
 def _export_command(commands) -> None:
     text = "write a checkpoint as a folder that is ready to push to the Hub"
-    export = commands.add_parser("export", help=text, description=text)
+    export = _command(commands, "export", text, _export)
     export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     export.add_argument("--checkpoint", default="last", metavar="STEP", help="a step, last or best (default: last)")
     export.add_argument("--merge", action="store_true", help="with student.lora: the merged model, not the adapter")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    export.set_defaults(run=_export)
 
 
 def _plan_command(commands) -> None:
@@ -121,14 +125,13 @@ def _plan_command(commands) -> None:
 
 def _study_command(commands) -> None:
     text = "run methods side by side: learning rates, seeds, tables, plots"
-    study = commands.add_parser("study", help=text, description=text)
+    study = _command(commands, "study", text, "opd.study.command:main")
     study.add_argument("path", type=Path, metavar="STUDY", help="YAML file")
     only = "rows to run, with what they start from; * and ? as in file names; repeatable"
     study.add_argument("--only", action="append", default=[], metavar="WORLD/ROW", help=only)
     study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: as the study has)")
     study.add_argument("--dry-run", action="store_true", help="list the runs and where they stand, start nothing")
     study.add_argument("--report-only", action="store_true", help="write tables and plots of what is there")
-    study.set_defaults(run="opd.study.command:main")
 
 
 def _eval_commands(commands) -> None:
@@ -138,23 +141,21 @@ def _eval_commands(commands) -> None:
     measure.add_argument("--no-teacher", action="store_false", dest="teacher", help="without what needs the teacher")
     measure.add_argument("--plain", action="store_true", help=PLAIN)
     text = "public benchmarks, through lmms-eval, on the student's vLLM servers"
-    bench = commands.add_parser("benchmark", help=text, description=text)
+    bench = _command(commands, "benchmark", text, "opd.evaluate.benchmark.command:main")
     bench.add_argument("recipe", help="YAML file")
     bench.add_argument("benchmark", type=Path, metavar="BENCHMARK", help="YAML file, such as recipes/benchmarks/*.yaml")
     keys = "of the recipe; benchmark.key=value of the benchmark file, such as benchmark.limit=20"
     bench.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=keys)
     bench.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the same one goes on")
     bench.add_argument("--plain", action="store_true", help=PLAIN)
-    bench.set_defaults(run="opd.evaluate.benchmark.command:main")
     text = "runs and evaluations side by side; evaluations of the same records with a paired bootstrap"
-    compare = commands.add_parser("compare", help=text, description=text)
+    compare = _command(commands, "compare", text, "opd.evaluate.compare:main")
     compare.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or --out of `opd eval`")
     compare.add_argument("--out", type=Path, metavar="FOLDER", help="for compare.html and compare.json")
     compare.add_argument("--common", action="store_true", help="only the records that all evaluations share")
     text = "go on where folders were measured under other settings, and say so"
     compare.add_argument("--unlike", action="store_true", help=text)
     compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
-    compare.set_defaults(run="opd.evaluate.compare:main")
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -115,7 +115,7 @@ class RunFailed(RuntimeError):
     """A server, the learner or a worker ended badly: the message names it, the cause and the log; exit code 1."""
 
 
-def first_line(e: Exception) -> str:
+def first_line(e: BaseException) -> str:
     """What a library's error says first, which is mostly what matters."""
     return str(e).strip().partition("\n")[0] or type(e).__name__
 
@@ -188,10 +188,10 @@ class Section(BaseModel):
         return out
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises UserError that names it."""
+def read_yaml(path: str | Path, kind: str = "YAML file") -> dict[str, Any]:
+    """A YAML file that holds a mapping; `kind`: what it is, in messages. Raises UserError that names it."""
     try:
-        raw = yaml.load(read_text(path, "YAML file"), _Loader)
+        raw = yaml.load(read_text(path, kind), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):

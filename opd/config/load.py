@@ -34,11 +34,7 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = (),
     What the recipe leaves open is filled in; paths that lead nowhere from here are looked for beside it. `teacher`:
     False where nothing asks it. Raises UserError that names the file and key, what was expected and what was found.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        found = "expected a recipe file, found none" if path.exists() else "no such recipe file"
-        raise UserError(f"{recipe}: {found}")
-    raw = read_yaml(path)
+    path, raw = Path(recipe), read_yaml(recipe, "recipe file")
     for item in overrides:
         override(raw, item)
     config = placed(validated(Config, _beside(path.parent, raw), recipe), teacher)
@@ -144,10 +140,8 @@ def placed(config: Config, teacher: bool = True) -> Config:
     if processes not in (None, placement.ranks):
         raise UserError(f"launch.processes {processes}: {config.launch.placement} has {placement.ranks} learner ranks")
     if config.train.prompts_per_step < placement.ranks:
-        raise UserError(
-            f"train.prompts_per_step ({config.train.prompts_per_step}) must be at least "
-            f"launch.processes ({placement.ranks}): every learner process needs a prompt"
-        )
+        least = f"at least launch.processes ({placement.ranks}): every learner process needs a prompt"
+        raise UserError(f"train.prompts_per_step ({config.train.prompts_per_step}) must be {least}")
     return config.changed({"launch.processes": placement.ranks})
 
 
@@ -235,10 +229,8 @@ def state_of_run(config: Config) -> str:
         made = [n for n in MADE if n != "launches.jsonl"]
         foreign = [n for n in made if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
         if foreign:
-            raise Taken(
-                f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run; "
-                "choose another run.dir, or set run.overwrite=true to delete them"
-            )
+            found = f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run"
+            raise Taken(f"{found}; choose another run.dir, or set run.overwrite=true to delete them")
         return "new"
     try:
         before = yaml.safe_load(stored.read_text())["config"]
@@ -247,10 +239,8 @@ def state_of_run(config: Config) -> str:
     old, new = compared(before), compared(dump_config(config))
     if differing := [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]:
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
-        raise Taken(
-            f"run.dir {folder}: holds a run of another configuration: {shown}; "
-            "choose another run.dir, or set run.overwrite=true to delete that run"
-        )
+        found = f"run.dir {folder}: holds a run of another configuration: {shown}"
+        raise Taken(f"{found}; choose another run.dir, or set run.overwrite=true to delete that run")
     if saved.status_of(folder).get("phase") == "finished":
         return "finished"
     return "resume" if saved.checkpoints(folder) else "new"

@@ -83,11 +83,8 @@ def route_of(teacher: TeacherConfig, prompt: Prompt) -> str:
     found = next((name for name in (value, "*") if name in teacher.routes), None)
     if found is None:
         has = f"{teacher.field} {value!r}" if value else f"no {teacher.field}"
-        known = ", ".join(teacher.routes)
-        raise UserError(
-            f"{prompt.place or prompt.id}: has {has}, which is no route of teacher.routes ({known}); "
-            'name it there, or "*" for all others'
-        )
+        told = f"has {has}, which is no route of teacher.routes ({', '.join(teacher.routes)})"
+        raise UserError(f'{prompt.place or prompt.id}: {told}; name it there, or "*" for all others')
     return found
 
 

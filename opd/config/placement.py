@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from opd.config.schema import Config
-from opd.settings import Section, UserError, looked, read_yaml, regular_file, shipped, validated
+from opd.settings import Section, UserError, looked, read_yaml, shipped, validated
 
 
 class Group(Section):
@@ -76,9 +76,8 @@ class Placement(Section):
                 if len(set(g.devices)) < len(g.devices):
                     raise ValueError(f"{name}: a device twice in {g.devices}")
                 if isinstance(g, Servers) and g.devices and len(g.devices) % g.tensor_parallel:
-                    raise ValueError(
-                        f"{name}: {len(g.devices)} devices do not divide by tensor_parallel {g.tensor_parallel}"
-                    )
+                    parts = f"tensor_parallel {g.tensor_parallel}"
+                    raise ValueError(f"{name}: {len(g.devices)} devices do not divide by {parts}")
             if len(devices_of(some)) < sum(len(g.devices) for g in some):
                 raise ValueError(f"{name}: a device in two groups")
         if both := devices_of(self.teacher) & (devices_of(self.rollout) | devices_of(self.learner)):
@@ -102,7 +101,7 @@ def devices_of(groups: list[Servers] | list[Group]) -> set[tuple[int, int]]:
 def load_placement(path: str) -> Placement:
     """Read a placement. Raises UserError that names the file and key."""
     kind = f"placement{looked(path, ', or in opd itself')}"
-    return validated(Placement, read_yaml(regular_file(shipped(path), kind)), path)
+    return validated(Placement, read_yaml(shipped(path), kind), path)
 
 
 def placement_of(config: Config) -> Placement:
@@ -130,10 +129,8 @@ def node_of(config: Config) -> int:
     if found is None:
         word = os.environ.get("OPD_NODE") or os.environ.get("SLURM_NODEID") or ("0" if nodes == 1 else "")
         if not word:
-            raise UserError(
-                f"launch.node: {config.launch.placement} has {nodes} nodes, and nothing says which one this is; "
-                "set OPD_NODE=0 on the first, and so on"
-            )
+            told = f"{config.launch.placement} has {nodes} nodes, and nothing says which one this is"
+            raise UserError(f"launch.node: {told}; set OPD_NODE=0 on the first, and so on")
         if not word.isdigit():
             raise UserError(f"OPD_NODE={word}: expected the number of this node, counting from 0")
         found = int(word)

@@ -21,9 +21,7 @@ BETTER = dict.fromkeys(get_args(Higher), 1) | dict.fromkeys(get_args(Lower), -1)
 class RunConfig(Section):
     """The run folder, its seed, and what the run makes."""
 
-    dir: str = Field(
-        "", description="run folder, resumed by the same command; none: runs/<recipe>-<hash of the config>"
-    )
+    dir: str = Field("", description="run folder, resumed by the same command; none: runs/<recipe>-<hash of config>")
     stage: str = Field("", description="name of what this run makes, in evaluations and reports; none: objective.name")
     seed: NonNegativeInt = 0
     overwrite: bool = Field(False, description="delete whatever run the folder holds and start anew")
@@ -138,9 +136,7 @@ class RolloutConfig(Section):
     transport: Literal["file", "nccl", "ipc"] | None = Field(
         None, description="carries new weights to the servers; none: as the placement has it, file without one"
     )
-    sleep: bool | None = Field(
-        None, description="servers sleep while the learner works; none: where they share its device"
-    )
+    sleep: bool | None = Field(None, description="they sleep while the learner works; none: if they share its device")
     transfer_dir: str = Field(
         "/dev/shm", min_length=1, description="file: folder that learner and servers share, for new weights"
     )
@@ -177,9 +173,7 @@ class TrainConfig(Section):
     prompts_per_step: PositiveInt = 256
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward and backward pass")
     gradient_checkpointing: bool = True
-    deepspeed: str = Field(
-        "deepspeed_configs/zero3.json", min_length=1, description="ZeRO stage, offload and buckets only"
-    )
+    deepspeed: str = Field("deepspeed_configs/zero3.json", min_length=1, description="ZeRO stage/offload/buckets only")
     checkpoint_every: PositiveInt = 50
     keep_checkpoints: PositiveInt = 2
     samples_per_step: NonNegativeInt = Field(2, description="rollouts per view and step written to samples.jsonl")
@@ -224,9 +218,7 @@ class EvalConfig(ScoringConfig):
 class LaunchConfig(Section):
     """What `opd launch` starts, and where (opd/config/placement.py)."""
 
-    placement: str | None = Field(
-        None, description="YAML of recipes/placements; none: all on this machine, without GPUs"
-    )
+    placement: str | None = Field(None, description="YAML of recipes/placements; none: all on this machine, no GPUs")
     hosts: list[str] = Field([], description="address of each node of the placement, under which the others reach it")
     node: NonNegativeInt | None = Field(None, description="which node this is; none: OPD_NODE or SLURM_NODEID says")
     port: PositiveInt | None = Field(
@@ -234,9 +226,7 @@ class LaunchConfig(Section):
     )
     launcher: Literal["accelerate", "deepspeed"] = Field("accelerate", description="starts the learner processes")
     lost_after_s: PositiveFloat = Field(60.0, description="a node that is silent for longer ends the run everywhere")
-    processes: PositiveInt | None = Field(
-        None, description="learner processes of all nodes; none: as the placement, else 2"
-    )
+    processes: PositiveInt | None = Field(None, description="learner's, of all nodes; none: as the placement, else 2")
     threads: NonNegativeInt = Field(0, description="OpenMP threads of a learner process, CPU only; 0: share the cores")
     health_timeout_s: PositiveInt = 600
 
@@ -270,10 +260,8 @@ class Config(Section):
             found = self.rollout.source
             raise ValueError(f"objective.reference is for on-policy responses: rollout.source student, found {found}")
         if not self.rollout.urls and self.rollout.server.max_model_len <= self.rollout.max_tokens:
-            raise ValueError(
-                f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be more than "
-                f"rollout.max_tokens ({self.rollout.max_tokens}): no prompt would fit beside a response"
-            )
+            more = f"more than rollout.max_tokens ({self.rollout.max_tokens}): no prompt would fit beside a response"
+            raise ValueError(f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be {more}")
         best = self.eval.best
         if self.eval.patience is not None and best is None:
             raise ValueError("eval.patience needs eval.best, the metric that is to improve, found none")

@@ -43,9 +43,7 @@ class TeacherConfig(Section):
     kind: Literal[tuple(TEACHER_KINDS)] | None = Field(  # type: ignore[valid-type]
         None, description="none: server where the placement has teacher servers and the objective can use them"
     )
-    path: str = Field(
-        "", description="checkpoint folder or hub id of the text LLM; none: self, routed, or nothing asks it"
-    )
+    path: str = Field("", description="checkpoint folder or hub id of the text LLM; none: self, routed, or not asked")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     urls: list[str] = Field(
         [], description="servers that score, or write a warm start's responses; empty: `opd launch` starts them"

@@ -17,13 +17,12 @@ from unittest.mock import patch
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from opd.data.engine import manifest
-from opd.data.engine.runner import read_source
+from opd.data.engine.runner import read_source, write_manifest
 from opd.data.engine.stage import ClipStore, Drop, Record, audio_parts, last_question
 from opd.evaluate.records import read_records
 from opd.report.blocks import BLUE, Heading, Paragraph, Table, document, figure
 from opd.scoring.words import normal, word_count
-from opd.settings import Section, UserError
+from opd.settings import Section, UserError, first_line
 from opd.storage.json_lines import write_atomic
 
 MEASURED = "misalignment/sampled"  # of a record, by `opd eval`
@@ -148,7 +147,7 @@ def _write(picked: list[Record], rows: list[Row], about: dict[str, Any], out: Pa
         for record in picked:
             for part in audio_parts(record):
                 part["path"] = store.adopt(part["path"])
-        manifest.write(picked, out, aside)
+        write_manifest(picked, out, aside)
         write_atomic(folder / "select.json", json.dumps(about | {"clusters": rows}, indent=1) + "\n")
         write_atomic(folder / "select.html", _page(rows, about["total"], about["source"]))
     except OSError as e:
@@ -210,6 +209,8 @@ def cluster(corpus: Texts, probe: Texts, count: int, embedding: str, size: int, 
 
 def embed(corpus: Texts, probe: Texts, embedding: str, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors [N, D] and [n, D] of texts; what is learnt for it is learnt from the corpus."""
+    from sklearn.preprocessing import normalize
+
     if embedding == "tfidf":
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -221,7 +222,7 @@ def embed(corpus: Texts, probe: Texts, embedding: str, size: int, seed: int) -> 
     else:
         model = _sentence_model(embedding)
         vectors = tuple(model.encode(list(t), batch_size=BATCH, show_progress_bar=True) for t in (corpus, probe))
-    return _unit(vectors[0]), _unit(vectors[1])
+    return normalize(vectors[0].astype(np.float64)), normalize(vectors[1].astype(np.float64))
 
 
 def _sentence_model(name: str) -> Any:
@@ -234,9 +235,8 @@ def _sentence_model(name: str) -> Any:
         with patch.object(torch, "load", side_effect=ValueError("a module has pickled weights alone, no safetensors")):
             return SentenceTransformer(name, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        reason = str(e).strip().splitlines() or [type(e).__name__]
         expected = "expected tfidf or a sentence-transformers model with safetensors"
-        raise UserError(f"embedding {name}: {expected}: {reason[0][:300]}") from e
+        raise UserError(f"embedding {name}: {expected}: {first_line(e)[:300]}") from e
 
 
 def misalignment(found: np.ndarray, nats: np.ndarray, tokens: np.ndarray, count: int, prior: float = 1.0) -> np.ndarray:
@@ -283,8 +283,3 @@ def draw(found: np.ndarray, probability: np.ndarray, seconds: np.ndarray, budget
     order = np.argsort(-keys, kind="stable")
     order = order[np.isfinite(keys[order])]
     return np.sort(order[: int(np.searchsorted(np.cumsum(seconds[order]), budget, side="right"))])
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.asarray(vectors, dtype=np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

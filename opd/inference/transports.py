@@ -186,10 +186,8 @@ def _check_reachable(address: str, servers: list[Server]) -> None:
     local = ("127.", "localhost", "::1")
     away = next((s.url for s in servers if not (urlsplit(s.url).hostname or "").startswith(local)), None)
     if away is not None and address.startswith(local):
-        raise UserError(
-            f"rollout.transport nccl: {away} cannot reach the learner at MASTER_ADDR={address}; start it with the "
-            "address that its host has there (--main_process_ip, launch.hosts), or take file"
-        )
+        remedy = "start it with the address that its host has there (--main_process_ip, launch.hosts), or take file"
+        raise UserError(f"rollout.transport nccl: {away} cannot reach the learner at MASTER_ADDR={address}; {remedy}")
 
 
 class IpcTransport(_Streaming):
@@ -200,10 +198,8 @@ class IpcTransport(_Streaming):
     def connect(self, servers: list[Server]) -> None:
         gpus = sum(on_each(servers, workers))
         if gpus > 1:
-            raise UserError(
-                f"rollout.transport ipc: expected one server on the learner's GPU, found {len(servers)} with "
-                f"{gpus} GPUs together; take nccl or file"
-            )
+            found = f"{len(servers)} with {gpus} GPUs together; take nccl or file"
+            raise UserError(f"rollout.transport ipc: expected one server on the learner's GPU, found {found}")
         servers[0].post(INIT, {"init_info": {"packed": True}})
 
     def _update(self, chunk: list[Named], about: dict[str, Any], servers: list[Server]) -> None:

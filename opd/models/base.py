@@ -158,10 +158,8 @@ class Family(ABC):
 
     def to_vllm(self, name: str) -> str:
         """A parameter's name as vLLM's `load_weights` wants it, which is also its name in published checkpoints."""
-        for prefix, published in self.names.items():
-            if name.startswith(prefix):
-                return published + name.removeprefix(prefix)
-        return name
+        prefix = next((p for p in self.names if name.startswith(p)), "")
+        return self.names.get(prefix, "") + name.removeprefix(prefix)
 
     def published(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """One parameter in memory as vLLM and published checkpoints hold it: (name, tensor), several if split there."""

@@ -40,16 +40,13 @@ def targets(hf: Any, family: Family, lora: LoraConfig) -> list[str]:
     Raises UserError when a target matches no adaptable layer, with the names that would.
     """
     layers = adaptable(hf, family)
-    for target in lora.targets:
-        if not any(_ends(n, target) for n in layers):
+    found = {t: {n for n in layers if f".{n}".endswith(f".{t}")} for t in lora.targets}
+    for target, those in found.items():
+        if not those:
             known = ", ".join(sorted({n.rpartition(".")[2] for n in layers}))
             told = f"expected names of the LLM's linear layers, found {target!r}; {family.path} has {known}"
             raise UserError(f"student.lora.targets: {told} (of one decoder layer: such as {layers[0]})")
-    return [n for n in layers if not lora.targets or any(_ends(n, t) for t in lora.targets)]
-
-
-def _ends(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+    return [n for n in layers if not found or any(n in those for those in found.values())]
 
 
 def inject(hf: Any, family: Family, lora: LoraConfig, seed: int) -> None:

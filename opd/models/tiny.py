@@ -26,14 +26,9 @@ from opd.models.base import family_of
 from opd.models.registry import FAMILIES
 
 SPECS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+CHAT = Template(SPECS["template"])
 PADDED = 8  # rows of the output layer that no token owns
 SENTENCES = ["what is three plus four? the answer is seven.", "set a timer for ten minutes", "who wrote this?"] * 5
-CHAT = Template(
-    "{% for m in messages %}{{ $turn|replace('ROLE', m['role']) }}"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
-    "{% if p['type'] == 'text' %}{{ p['text'] }}{% else %}{{ $audio }}{% endif %}"
-    "{% endfor %}{% endif %}{{ $end }}{% endfor %}{% if add_generation_prompt %}{{ $reply }}{% endif %}"
-)
 
 
 def build(name: str, folder: Path, seed: int = 0) -> None:

@@ -71,10 +71,7 @@ class Voxtral(Merging):
 
     def to_vllm(self, name: str) -> str:
         """As Mistral names it, in part: vLLM takes the LLM's names from Hugging Face."""
-        for pattern, published in RENAMED:
-            if re.fullmatch(pattern, name):
-                return re.sub(pattern, published, name)
-        return name
+        return next((re.sub(old, new, name) for old, new in RENAMED if re.fullmatch(old, name)), name)
 
     def save_extras(self, hf: Any, folder: Path) -> None:
         super().save_extras(hf, folder)

@@ -158,7 +158,7 @@ class Cluster(Alone):
         if fault is None:
             self._hear(node, lines)
         else:
-            _say(f"refused a launcher: {fault}")
+            print(f"refused a launcher: {fault}", file=sys.stderr, flush=True)
             peer.close()
 
     def _connect(self, check: Callable[[], None]) -> None:
@@ -210,7 +210,7 @@ class Cluster(Alone):
         time.sleep(0.1)
         if missing and time.monotonic() - self._told > TELL_S:
             self._told = time.monotonic()
-            _say(missing)
+            print(missing, file=sys.stderr, flush=True)
 
     # ---- the hub's verdict ----------------------------------------------------------------------------------------
 
@@ -240,10 +240,6 @@ class Cluster(Alone):
                 for peer in self._peers.values():
                     _send(peer, {"end": vars(end)})
             self._end = end
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _send(peer: socket.socket, line: dict[str, Any]) -> None:

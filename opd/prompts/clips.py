@@ -44,9 +44,8 @@ class ContextLimit:
         Raises BadAudio when a text of the prompt, or its response, spells a control token, TooLong when it leaves no
         room for max_tokens more.
         """
-        lengths = [len(clips[p]) for p in audio_paths(prompt)]
-        if len(lengths) > self.family.entry.clips:
-            entry = self.family.entry
+        lengths, entry = [len(clips[p]) for p in audio_paths(prompt)], self.family.entry
+        if len(lengths) > entry.clips:
             raise types.BadAudio(f"it has {len(lengths)} clips; {entry.name} takes {entry.clips}")
         self.family.refuse_control(prompt.response or "")
         ids = max(len(self.family.prompt_ids(render(prompt, v), lengths if v == "speech" else [])) for v in VIEWS)
@@ -112,11 +111,7 @@ class ClipLoader:
             of = part["type"] == "audio"
             return part | {"path": f"{part['path']}#{self.name(prompt, next(places))}"} if of else part
 
-        messages = (
-            m if isinstance(m["content"], str) else {**m, "content": [own(part) for part in m["content"]]}
-            for m in prompt.messages
-        )
-        return replace(prompt, messages=tuple(messages))
+        return replace(prompt, messages=tuple(types.with_parts(prompt.messages, own)))
 
     def _heard(self, clip: np.ndarray, name: str, epoch: int) -> np.ndarray:
         assert self._augmenter is not None

@@ -6,10 +6,11 @@ import csv
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opd.settings import UserError, attempt, open_text, read_text, regular_file, text_lines
+from opd.settings import UserError, attempt, first_line, open_text, read_text, regular_file, text_lines
 
 Rows = Iterator[tuple[str, Any]]  # (place, row), a ValueError for a row that cannot be read
 HUB = "hf://datasets/"
@@ -109,18 +110,15 @@ def _cells(cells: Iterator[list[str]]) -> list[str] | None:
 def _datasets(path: str, streaming: bool, check: Callable[[list[str]], None]) -> Rows:
     import datasets
 
-    name, _, split = path.removeprefix("hub:").partition(":")
-    owner, _, rest = name.partition("/")
-    title, _, part = rest.partition("/")
-    hub = path.startswith("hub:")
-    if not hub:
-        regular_file(path, "manifest")
+    load = datasets.load_dataset
+    if path.startswith("hub:"):
+        name, _, split = path.removeprefix("hub:").partition(":")
+        owner, title, part = [*name.split("/", 2), "", ""][:3]
+        load = partial(load, f"{owner}/{title}" if title else owner, part or None, split=split or "train")
+    else:
+        load = partial(load, "parquet", data_files=str(regular_file(path, "manifest")), split="train")
     try:
-        if hub:
-            of = f"{owner}/{title}" if title else owner
-            data = datasets.load_dataset(of, part or None, split=split or "train", streaming=streaming)
-        else:
-            data = datasets.load_dataset("parquet", data_files=path, split="train", streaming=streaming)
+        data = load(streaming=streaming)
         data = data if data.features is not None else data._resolve_features()
         check(data.column_names)
         labels = {n: f.names for n, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
@@ -128,8 +126,7 @@ def _datasets(path: str, streaming: bool, check: Callable[[list[str]], None]) ->
             row |= {n: names[row[n]] for n, names in labels.items() if row[n] in range(len(names))}
             yield f"{path}:{i + 1}", {key: _as_written(value) for key, value in row.items()}
     except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
-        reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
-        raise UserError(f"{path}: `datasets` cannot read it: {reason[0][:300]}") from e
+        raise UserError(f"{path}: `datasets` cannot read it: {first_line(e.__cause__ or e)[:300]}") from e
 
 
 def _undecoded(data: Any) -> Any:

@@ -34,8 +34,6 @@ def export(run: Path, out: Path, which: str = saved.LAST, merge: bool = False, o
     not load, and an `out` that is there, unless it is an earlier export and `overwrite` says to replace it.
     """
     found = pipeline(run)
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run}: a run folder without a finished checkpoint; run its recipe first")
     checkpoint = saved.find(run, which, str(run))
     adapter = (checkpoint / "adapter").is_dir() and not merge
     if merge and not (checkpoint / "adapter").is_dir():

@@ -110,8 +110,7 @@ class _Sample(Line):
         return self
 
 
-_Student = create_model("_Student", __base__=_Loose, path=str)
-_Settings = create_model("_Settings", __base__=_Loose, student=_Student)
+_Settings = create_model("_Settings", __base__=_Loose, student=create_model("_Student", __base__=_Loose, path=str))
 _About = create_model("_About", __base__=_Loose, config=_Settings, versions=dict[str, str], git_commit=str)
 _Launch = create_model("_Launch", __base__=_Loose, seconds=float)
 _OPTIONAL: Any = {"detail": (str, ""), "step": (int, 0), "steps": (int, 0), "error": (str | None, None)}

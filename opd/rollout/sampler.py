@@ -31,17 +31,16 @@ class VllmSampler:
         Raises ServerError, naming both versions, when there is none.
         """
         found = on_each(self.servers, lambda server: server.get("/weight_info")["weight_version"])
-        others = {s.url: v for s, v in zip(self.servers, found, strict=True) if v != str(self.version)}
+        about = f"holds weights of version {{}}, the learner is at {self.version}"
+        versions = zip((s.url for s in self.servers), found, strict=True)
+        others = {url: f"{url}: {about.format(v)}" for url, v in versions if v != str(self.version)}
         usable = [s.url for s in self.servers if s.url not in others]
         if not usable:
-            url, version = next(iter(others.items()))
-            about = f"holds weights of version {version}, the learner is at {self.version}"
             remedy = "the push was lost or the server was restarted: start the same command again to resume"
-            raise ServerError(f"{url}: {about}; {remedy}")
-        for url, version in others.items():
+            raise ServerError(f"{next(iter(others.values()))}; {remedy}")
+        for url, told in others.items():
             if self.rank == 0 and url not in self._left_out:
-                about = f"holds weights of version {version}, the learner is at {self.version}"
-                print(f"opd: warning: {url}: {about}: left out until the next push", file=sys.stderr, flush=True)
+                print(f"opd: warning: {told}: left out until the next push", file=sys.stderr, flush=True)
         self._left_out = set(others)
         return usable
 

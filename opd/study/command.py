@@ -27,8 +27,8 @@ def main(
 ) -> int:
     """Run what is missing, then write the tables. 0: all done; 1: a run failed; 128 + number: a signal ended it.
 
-    Raises UserError for a mistake in the study, its recipes, or a pattern of `only`, for files that its runs would
-    miss, where another study is at work, and for a report of nothing.
+    Raises UserError for a mistake in the study, its recipes, `jobs`, or a pattern of `only`, for files that its runs
+    would miss, where another study is at work, and for a report of nothing.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs: expected 1 or more, found {jobs}")
@@ -36,19 +36,18 @@ def main(
     wanted = study.chosen_rows(only)
     if not report_only:
         study.check_files(wanted)
+    code = 0
     if dry_run:
         show(study, wanted)
-        return 0
-    code = 0
-    if report_only:
-        if not any(study.outcome(run).finished for row in study.rows.values() for run in study.named(row)):
-            raise UserError(f"{study.out}: nothing to report yet, no finished run of {path} in there")
-    else:
+        return code
+    if not report_only:
         with run_folder.lock(study.out, of="out", by="opd study"):
             failed, code = run_all(study, wanted, jobs or study.spec.jobs, launcher or Launcher())
         if failed:
-            print(f"failed: {', '.join(run.name for run in failed)}", flush=True)
+            say(f"failed: {', '.join(run.name for run in failed)}")
             code = code or 1
+    elif not any(study.outcome(run).finished for row in study.rows.values() for run in study.named(row)):
+        raise UserError(f"{study.out}: nothing to report yet, no finished run of {path} in there")
     from opd.study.results import write  # pandas and scipy, which listing and running need not wait for
 
     write(study)
@@ -79,18 +78,14 @@ class Launcher:
         """Begin a launch; its output is appended to the run's log. Raises UserError where that cannot be."""
         try:
             run.log.parent.mkdir(parents=True, exist_ok=True)
-            return Process(command(run), run.log)
+            options = [run.row.recipe, *run.overrides, "--plain"]
+            return Process(Command(run.name, [sys.executable, "-m", "opd.cli", "launch", *options], {}), run.log)
         except OSError as e:
             raise UserError(f"{run.log}: expected a log that can be written ({e.strerror})") from e
 
     def stop(self, started: list[Process]) -> None:
         """Ask all to end and wait until nothing of them is left."""
         stop_all(started)
-
-
-def command(run: Run) -> Command:
-    """The launch of a run."""
-    return Command(run.name, [sys.executable, "-m", "opd.cli", "launch", run.row.recipe, *run.overrides, "--plain"], {})
 
 
 def run_all(study: Study, rows: list[Row], jobs: int, launcher: Launcher) -> tuple[list[Run], int]:
@@ -111,10 +106,10 @@ def run_all(study: Study, rows: list[Row], jobs: int, launcher: Launcher) -> tup
                 time.sleep(POLL_S)
         finally:
             launcher.stop([*board.running.values()])
-    if signals.received:
-        say(f"stopped by {signals.received.name}; the same command goes on from here")
-        return board.failed, 128 + signals.received
-    return board.failed, 0
+    if not signals.received:
+        return board.failed, 0
+    say(f"stopped by {signals.received.name}; the same command goes on from here")
+    return board.failed, 128 + signals.received
 
 
 class Board:
@@ -127,12 +122,12 @@ class Board:
         self.running: dict[Run, Process] = {}
         self.failed: list[Run] = []
         self.took: list[float] = []
-        self._changed, self._queue = True, list[Run]()
+        self._queue: list[Run] | None = None  # None: has to be found anew
 
     def next(self) -> Run | None:
         """The next run that can start; None when there is none now."""
-        if self._changed:
-            self._queue, self._changed = self._ready(), False
+        if self._queue is None:
+            self._queue = self._ready()
         return self._queue.pop(0) if self._queue else None
 
     def _ready(self) -> list[Run]:
@@ -162,7 +157,7 @@ class Board:
         self.study.forget(run)
         took = time.monotonic() - self.taken[run]
         outcome = self.study.outcome(run)
-        self._changed = True
+        self._queue = None
         if outcome.finished:
             self.took.append(took)
             say(f"{self._progress()} finished {run.name} in {minutes(took)}")

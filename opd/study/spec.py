@@ -112,9 +112,7 @@ class Row:
 
 def read_study(path: Path) -> StudySpec:
     """Read and check a study's YAML. Raises UserError that names file and key."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such study file")
-    spec = validated(StudySpec, read_yaml(path), path)
+    spec = validated(StudySpec, read_yaml(path, "study file"), path)
     for key, names in (("metric", [spec.selection.metric]), ("guard", [*spec.selection.guard])):
         if unknown := [name for name in names if name not in BETTER]:
             known = ", ".join(BETTER)

@@ -83,7 +83,7 @@ def split(samples: list[Sample], budget: int) -> list[list[Sample]]:
     return [[s for row in rows for s in row] for rows in micro]
 
 
-def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
+def collate(samples: list[Sample]) -> MicroBatch:
     """Pack samples that share a prompt into rows and pad on the right; [B, ...] tensors keep the samples' order."""
     ids, places, parts = [], [], []  # of each row; parts: 0 prompt, k the k-th response
     row = torch.zeros(len(samples), dtype=torch.long)
@@ -104,7 +104,7 @@ def collate(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
     top_ids, top_logp = _top(samples)
     return MicroBatch(
         samples=samples,
-        ids=_padded(ids, pad_id),
+        ids=_padded(ids),
         position_ids=_padded(places),
         attends=_attends(_padded(parts, -1)),
         row=row,

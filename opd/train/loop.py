@@ -85,11 +85,9 @@ def report_step(parts: Parts, done: int, batch: Batch, result: StepResult, clock
         why = "the server does not hold the learner's weights, or computes otherwise"
         raise RuntimeError(f"step {done}: mean |learner - sampler| log-prob is {mismatch:.3f}, more than {most}: {why}")
     rollouts = [s.scored.rollout for s in batch.samples]
-    line: dict[str, Any] = {"step": done, "steps": c.train.steps, **result.metrics}
-    line["length/mean"] = batch.tokens / batch.responses
-    truncated = all_reduce(torch.tensor(float(sum(r.truncated for r in rollouts))), "sum")
-    line["length/truncated"] = float(truncated) / batch.responses
-    line["tokens"] = batch.tokens
+    truncated = float(all_reduce(torch.tensor(float(sum(r.truncated for r in rollouts))), "sum"))
+    line: dict[str, Any] = {"step": done, "steps": c.train.steps, **result.metrics, "tokens": batch.tokens}
+    line |= {"length/mean": batch.tokens / batch.responses, "length/truncated": truncated / batch.responses}
     if c.rollout.student_writes:
         lag = max((done - 1 - r.version for r in rollouts if r.version >= 0), default=0)
         line["version/lag"] = int(all_reduce(torch.tensor(float(lag)), "max"))

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def _spread(of: dict[str, float] | None, digits: int) -> str:
     return f"{half} ({low} to {high})"
 
 
+def _number(found: Callable[[Split], list[Any]], split: Split) -> str:
+    return str(sum(len(one) - 1 if isinstance(one, list) else 1 for one in found(split)))
+
+
 COLUMNS: dict[str, Cell] = {
     "records": lambda s: str(s["records"]),
     "hours": lambda s: f"{s['clips']['hours']:.2f}",
@@ -53,23 +58,21 @@ COLUMNS: dict[str, Cell] = {
     "groups": lambda s: str(len(s["groups"]) or "–"),
     "WER, mean %": lambda s: "–" if s["wer"] is None else f"{100 * s['wer']['mean']:.1f}",
 }
-TROUBLES: dict[str, Cell] = {
-    "questions asked again": lambda s: _again(s["duplicates"]["same_question"]),
-    "nearly the same": lambda s: str(len(s["duplicates"]["near"])),
-    "clips used again": lambda s: _again(s["duplicates"]["same_clip"]),
-    "records not usable": lambda s: str(len(s["bad"])),
-    "records with control tokens": lambda s: str(len(s["control_tokens"])),
-    "clips not readable": lambda s: str(len(s["clips"]["unreadable"])),
+LISTED: dict[str, Callable[[Split], list[Any]]] = {  # a list in a list: records that are alike
+    "questions asked again": lambda s: s["duplicates"]["same_question"],
+    "nearly the same": lambda s: s["duplicates"]["near"],
+    "clips used again": lambda s: s["duplicates"]["same_clip"],
+    "records not usable": lambda s: s["bad"],
+    "records with control tokens": lambda s: s["control_tokens"],
+    "clips not readable": lambda s: s["clips"]["unreadable"],
 }
+LONGER = {"nearly the same": " as an earlier one", "records with control tokens": ", which training refuses"}
+TROUBLES: dict[str, Cell] = {name: partial(_number, found) for name, found in LISTED.items()}
 ABOUT = "Median, and in brackets the range that holds nine tenths. WER as the records have it."
 ABOUT_TROUBLES = (
     "Asked again: the same words and signs, in any case and punctuation. Nearly the same: Jaccard similarity of 3-word "
     "shingles of 0.8 or more to an earlier question of the split. Used again: the same bytes."
 )
-
-
-def _again(groups: list[list[str]]) -> str:
-    return str(sum(len(names) - 1 for names in groups))
 
 
 def write_card(
@@ -221,19 +224,11 @@ def _histogram(caption: str, label: str, values: dict[str, Sequence[float]]) -> 
 
 
 def _details(name: str, split: Split) -> Iterator[Details]:
-    again = split["duplicates"]
-    lists = {
-        "questions asked again": [" = ".join(names) for names in again["same_question"]],
-        "nearly the same as an earlier one": again["near"],
-        "clips used again": [" = ".join(names) for names in again["same_clip"]],
-        "records not usable": split["bad"],
-        "records with control tokens, which training refuses": split["control_tokens"],
-        "clips not readable": split["clips"]["unreadable"],
-    }
-    for title, lines in lists.items():
+    for title, found in LISTED.items():
+        lines = [" = ".join(one) if isinstance(one, list) else one for one in found(split)]
         more = [f"… {len(lines) - SHOWN} more in card.json"] if len(lines) > SHOWN else []
         if lines:
-            yield Details(f"{name}: {title}", ["\n".join([*lines[:SHOWN], *more])])
+            yield Details(f"{name}: {title}{LONGER.get(title, '')}", ["\n".join([*lines[:SHOWN], *more])])
 
 
 # ---- README.md --------------------------------------------------------------------------------------------------

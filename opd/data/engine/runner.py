@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd.data.engine import manifest
 from opd.data.engine.pool import Outcome, Pool
 from opd.data.engine.stage import RESUMES, ClipStore, Record, Stage, audio_parts, content_id
 from opd.prompts.manifest import folder_of, parse_record, unmarked
@@ -28,6 +28,7 @@ MAX_FAILED = 0.01  # share of the records tried, and more than FEW of them
 FEW = 10
 Job = tuple[str, str | None]  # the key of what is made, and its id
 GRACE_S = 10.0  # after Ctrl-C, for records that are being made
+CHUNK = 1000  # records of a row group of Parquet
 
 
 @dataclass
@@ -43,10 +44,9 @@ class Summary:
     open: int = 0  # left to other shards
 
     def __str__(self) -> str:
+        told = [f"wrote {self.out}: {self.written} of {self.read} records"]
         if self.open:
             told = [f"{self.out}: not written yet, {self.open} of {self.read} records are left to other shards"]
-        else:
-            told = [f"wrote {self.out}: {self.written} of {self.read} records"]
         for what, counts in (("dropped", self.dropped), ("failed", self.failed)):
             if counts:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
@@ -113,7 +113,7 @@ class _Run:
         self.keys: list[str] = []  # of all records, in order
         self.failed: set[str] = set()
         self.summary = Summary(self.out)
-        self.ticker = _Ticker(self.stage.name, self.say, self._of(manifest.count(self.source, self.limit)))
+        self.ticker = _Ticker(self.stage.name, self.say, self._of(_countable(self.source, self.limit)))
 
     def make(self, workers: int | None) -> None:
         """Do what is missing of this shard."""
@@ -204,7 +204,7 @@ class _Run:
         if s.open:
             return s
         dropped: list[str] = []
-        s.written = manifest.write(self._results(dropped), self.out, self.aside)
+        s.written = write_manifest(self._results(dropped), self.out, self.aside)
         write_atomic(folder / "dropped.jsonl", "".join(dropped))
         if s.written == 0:
             told = str(s).replace(f"wrote {self.out}: ", "")
@@ -254,6 +254,78 @@ def _normal(row: Any, root: Path, place: str) -> Record:
     record = {k: unmarked(v) for k, v in row.items() if k not in ("audio", "transcript", "id")}
     record |= {"messages": json.loads(json.dumps(prompt.messages))}
     return {"id": content_id(record) if row.get("id") is None else prompt.id} | record
+
+
+def write_manifest(records: Iterable[Record], out: Path, aside: Path) -> int:
+    """Write records, all or none, as JSONL or Parquet, as `out` is named; returns how many. `aside`: a folder near.
+
+    In Parquet, text contents are lists of one text part where other contents are lists: a column has one type. Reading
+    (opd/prompts/manifest.py) makes texts of them again. Raises UserError when a field is of types that Parquet cannot
+    hold in one column, OSError when it cannot be written; `out` is then as it was.
+    """
+    lines = aside / f"{out.name}.jsonl"
+    count = 0
+    with open(lines, "w", encoding="utf-8") as f:
+        for record in records:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+        f.flush()
+        os.fsync(f.fileno())
+    if count:
+        if out.suffix == ".parquet":
+            table = aside / out.name
+            _to_parquet(lines, table, out)
+            table.replace(out)
+            lines.unlink()
+        else:
+            lines.replace(out)
+    return count
+
+
+def _to_parquet(lines: Path, table: Path, out: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = any(isinstance(m["content"], list) for chunk in _chunks(lines) for row in chunk for m in row["messages"])
+    try:
+        schema = pa.schema([])
+        for chunk in _chunks(lines, parts):
+            fields = list(pa.array(chunk).type)
+            schema = pa.unify_schemas([schema, pa.schema(fields)], promote_options="permissive")
+        with open(table, "wb") as f:
+            with pq.ParquetWriter(f, schema) as writer:
+                for chunk in _chunks(lines, parts):
+                    writer.write_table(pa.Table.from_pylist(chunk, schema))
+            f.flush()
+            os.fsync(f.fileno())
+    except (pa.ArrowException, OverflowError) as e:
+        if isinstance(e, OSError):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--out {out}: Parquet cannot hold these records ({reason}); name a .jsonl file") from e
+
+
+def _chunks(lines: Path, parts: bool = False) -> Iterator[list[Record]]:
+    with open(lines, encoding="utf-8") as f:
+        while chunk := [json.loads(line) for line in itertools.islice(f, CHUNK)]:
+            for message in (m for row in chunk if parts for m in row["messages"]):
+                if isinstance(message["content"], str):
+                    message["content"] = [{"type": "text", "text": message["content"]}]
+            yield chunk
+
+
+def _countable(source: str, limit: int | None = None) -> int | None:
+    """Records of a JSONL or Parquet file, up to a limit, where they can be counted at once; none: nobody knows yet."""
+    path, found = Path(source), None
+    with contextlib.suppress(OSError, ValueError):  # whoever reads it says so; pyarrow's errors are ValueErrors
+        if path.suffix == ".parquet" and path.is_file():
+            import pyarrow.parquet
+
+            found = int(pyarrow.parquet.read_metadata(path).num_rows)
+        elif path.suffix == ".jsonl" and path.is_file():
+            with open(path, "rb") as f:
+                found = sum(1 for line in f if line.strip())
+    return found if found is None or limit is None else min(found, limit)
 
 
 class _Ticker:

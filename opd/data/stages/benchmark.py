@@ -55,8 +55,7 @@ class Benchmark(Section):
     hint: str = ""  # to a column that is not there
 
 
-LISTED = read_yaml(Path(__file__).with_name("benchmarks.yaml"))
-BENCHMARKS = {name: Benchmark.model_validate(about) for name, about in LISTED.items()}
+BENCHMARKS = {k: Benchmark.model_validate(v) for k, v in read_yaml(Path(__file__).with_name("benchmarks.yaml")).items()}
 
 
 class LoadBenchmark(Stage):
@@ -163,10 +162,9 @@ class LoadBenchmark(Stage):
         made = [row for _, row in records(str(out), streaming=True)]
         clips = {str(out.parent / p["path"]) for row in made for p in audio_parts(row)}
         longest = math.ceil(max(audio.seconds(c) for c in clips))
-        key = "eval.retention" if about.heard_only else "eval.test"
-        other = "eval.test" if about.heard_only else "eval.retention"
-        words = [f"{key}={out}", f"{other}="]
-        words += [f"data.max_audio_seconds={max(longest, WINDOW_S)}", f"rollout.max_tokens={ANSWER_TOKENS}"]
+        keys = ("eval.retention", "eval.test") if about.heard_only else ("eval.test", "eval.retention")
+        words = [f"{keys[0]}={out}", f"{keys[1]}=", f"data.max_audio_seconds={max(longest, WINDOW_S)}"]
+        words += [f"rollout.max_tokens={ANSWER_TOKENS}"]
         if part.match in ("judge", "rating", "rubric"):
             more = f", {part.judge}" if part.judge else ""
             words.append(f"'eval.judge={{url: …, model: …{more}}}'")

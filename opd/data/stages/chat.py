@@ -18,7 +18,7 @@ headings, markup or quotation marks. Do not answer the request: give its spoken 
 
 {text}"""
 SPARE = 80  # characters that a rewritten question may always be longer: "3^5" has three, its spoken form many
-QUOTES = {'"': '"', "“": "”", "'": "'"}
+QUOTES = {'"': '"', "“": "”", "'": "'"}  # that models like to put around what they were asked for
 
 
 class ChatStage(Stage):
@@ -40,16 +40,12 @@ class ChatStage(Stage):
         Raises Failed and Unavailable as Endpoint.ask does.
         """
 
+        asked: dict[str, Any] = {"model": self.endpoint.model, "messages": messages, "extra_body": self.extra}
+        asked |= {"temperature": self.temperature, "top_p": self.top_p, "max_completion_tokens": self.max_tokens}
+        asked["seed"] = zlib.crc32(f"{self.seed}/{id}".encode()) & 0x7FFFFFFF
+
         def call(client: Any) -> tuple[Any, Any]:
-            choice = client.chat.completions.create(
-                model=self.endpoint.model,
-                messages=messages,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                max_completion_tokens=self.max_tokens,
-                seed=zlib.crc32(f"{self.seed}/{id}".encode()) & 0x7FFFFFFF,
-                extra_body=self.extra,
-            ).choices[0]
+            choice = client.chat.completions.create(**asked).choices[0]
             return choice.message.content, choice.finish_reason
 
         content, finish = self.endpoint.ask(call)
@@ -78,7 +74,9 @@ class Rewrite(ChatStage):
         message, written = last_question(record)
         asked = [{"role": "user", "content": self.template.replace("{text}", written)}]
         text, truncated = self.answer(asked, record["id"])
-        text = _unquoted(text.strip(), written)
+        text = text.strip()
+        if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and written[:1] != text[0]:
+            text = text[1:-1].strip()
         if not text:
             raise Failed(f"empty answer: {self.endpoint.url}")
         if truncated:
@@ -87,13 +85,6 @@ class Rewrite(ChatStage):
             raise Drop(f"rewritten too long: {len(text)} characters for {len(written)}")
         message["content"] = text
         return record | {"written": record.get("written", written)}
-
-
-def _unquoted(text: str, written: str) -> str:
-    """Without the quotation marks that models like to put around what they were asked for."""
-    if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and written[:1] != text[0]:
-        return text[1:-1].strip()
-    return text
 
 
 class Respond(ChatStage):

@@ -68,7 +68,7 @@ class Natural(Stage):
             text = text.lower()
         piece = row.get("piece")
         with dropping_bad_audio("; no silence to cut at" if piece else "; its transcript has no times to cut by"):
-            clip, seconds = self._piece(store, row, piece) if piece else self.whole(store, row)
+            clip, seconds = self._encoded(store, row, self._heard(row, *piece)) if piece else self.whole(store, row)
         part = {"type": "audio", "path": str(clip), "transcript": text}
         record: Record = {"messages": [{"role": "user", "content": [part]}], "seconds": round(seconds, 3)}
         record |= {k: str(row[k]) for k in ("speaker", "accent", "group") if row.get(k) not in (None, "")}
@@ -90,13 +90,11 @@ class Natural(Stage):
             return path, sound.seconds
         return store.put(path.read_bytes() if path else row["bytes"], suffix), sound.seconds
 
-    def _piece(self, store: ClipStore, row: Record, piece: list[float]) -> Clip:
-        return self._encoded(store, row, self._heard(row, *piece))
-
     def _heard(self, row: Record, start: float = 0.0, stop: float = math.inf) -> audio.Sound:
         """A recording or a piece of it. Raises BadAudio, and Drop for one that is too short."""
-        name = _name(row) + (f" from {start:.1f} s on" if stop < math.inf else "")
-        sound = audio.read(_source(row), name, start, stop, self.max_seconds)
+        name = f"{row.get('path') or row.get('id')}" + (f" from {start:.1f} s on" if stop < math.inf else "")
+        source = Path(row["path"]) if row.get("bytes") is None else row["bytes"]
+        sound = audio.read(source, name, start, stop, self.max_seconds)
         if stop < math.inf and sound.seconds < stop - start - audio.HOLE_S:
             raise types.BadAudio(f"{name}: truncated: {stop - start:.2f} s expected, {sound.seconds:.2f} s found")
         if sound.seconds < self.min_seconds:
@@ -124,11 +122,3 @@ def content_digest(row: Record) -> str:
     """SHA-256 of a recording: of its `bytes`, else of the file at its `path`."""
     content = row.get("bytes")
     return digest(row["path"]) if content is None else hashlib.sha256(content).hexdigest()
-
-
-def _source(row: Record) -> audio.Source:
-    return Path(row["path"]) if row.get("bytes") is None else row["bytes"]
-
-
-def _name(row: Record) -> str:
-    return str(row.get("path") or row.get("id"))

@@ -35,6 +35,7 @@ COLUMNS = {  # what it is called, the first that is there
     "group": ("group",),
 }
 TABLES = (".tsv", ".csv", ".jsonl", ".json")
+SHARDS = (".tar", ".tar.gz", ".tgz")
 METADATA = ("metadata.csv", "metadata.jsonl")  # of an audio folder, or of LJSpeech
 LAYOUTS = (
     "x.txt, x.json, x.srt or x.vtt beside x.wav; *.trans.txt (LibriSpeech); metadata.csv or metadata.jsonl (audio "
@@ -69,7 +70,7 @@ def rows(source: str, columns: dict[str, str], folder_is: str | None, longest: f
     path = Path(source)
     if source.startswith("hub:") or path.suffix == ".parquet" or os.path.isfile(path) and path.suffix.lower() in TABLES:
         return _table(source, columns)
-    if os.path.isfile(path) and _is_shard(path):
+    if os.path.isfile(path) and path.name.endswith(SHARDS):
         return _shard(path)
     if not os.path.isdir(path):
         what = f"a folder, a table ({', '.join(TABLES)}), a .tar shard, a .parquet file or hub:owner/name"
@@ -79,7 +80,7 @@ def rows(source: str, columns: dict[str, str], folder_is: str | None, longest: f
         raise UserError(f"{source}: holds tables of Common Voice: name one of them, such as {tables[0]}")
     if chapters := [file for file in files if file.name.endswith(".trans.txt")]:
         return itertools.chain.from_iterable(map(_librispeech, chapters))
-    if shards := [file for file in files if _is_shard(file)]:
+    if shards := [file for file in files if file.name.endswith(SHARDS)]:
         return itertools.chain.from_iterable(map(_shard, shards))
     if tables := [file for file in files if file.name in METADATA]:
         return itertools.chain.from_iterable(_table(str(file), columns) for file in tables)
@@ -97,10 +98,6 @@ def _files(folder: Path) -> list[Path]:
         raise UserError(f"{e.filename}: a folder that cannot be read: {e.strerror}") from e
 
     return sorted(Path(at, n) for at, _, names in os.walk(folder, onerror=refuse, followlinks=True) for n in names)
-
-
-def _is_shard(path: Path) -> bool:
-    return path.name.endswith((".tar", ".tar.gz", ".tgz"))
 
 
 def _librispeech(file: Path) -> Rows:
@@ -140,8 +137,7 @@ def _told_by(root: Path, columns: dict[str, str], row: Row) -> Row:
     for what, usual in COLUMNS.items():
         names = [columns[what]] if what in columns else [n for n in usual if n in row]
         if what in ("audio", "transcript") and not names or what in columns and names[0] not in row:
-            told = f"no column {columns.get(what, what)}, only {', '.join(row)}; say columns.{what}=NAME"
-            raise NoColumn(told)
+            raise NoColumn(f"no column {columns.get(what, what)}, only {', '.join(row)}; say columns.{what}=NAME")
         made |= {what: next((row[n] for n in names if row[n] is not None), None)} if names else {}
     clip, start = made.pop("audio"), row.get("offset")
     if not isinstance(clip, str) or str(root).startswith("hub:"):
@@ -208,8 +204,8 @@ def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float
                 yield str(file), row | {"transcript": told and read_text(told)}
                 continue
             segments = read_segments(told)
-            seconds = _seconds(file)
-            if seconds is None or seconds <= longest:
+            seconds = attempt(audio.seconds, file)
+            if isinstance(seconds, ValueError) or seconds <= longest:  # whoever decodes a bad one says so
                 yield str(file), row | {"transcript": " ".join(s.text for s in segments)}
                 continue
             cuts = pieces(segments, seconds, longest, partial(_pause, file, pause))
@@ -324,10 +320,3 @@ def _pause(file: Path, least: float, before: Segment, after: Segment) -> tuple[f
     if length * FRAME_S < least:
         return None
     return first + (end - length) * FRAME_S, first + end * FRAME_S
-
-
-def _seconds(file: Path) -> float | None:
-    try:
-        return audio.seconds(file)
-    except audio.BadAudio:
-        return None  # whoever decodes it says so

@@ -13,7 +13,6 @@ from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, content_
 from opd.data.stages import espeak
 from opd.endpoint import Endpoint, Failed
 from opd.prompts import audio
-from opd.prompts.audio import check, load, resample, whole_frames
 from opd.settings import UserError
 from opd.storage.journal import canonical
 from opd.types import BadAudio, TooLong
@@ -80,7 +79,10 @@ class Speak(Stage):
 
     def begin(self, store: ClipStore) -> Work:
         """Record whose last question is text -> the same, spoken, with `voice` and `seconds`."""
-        settings = self._deciding()
+        # what of the settings is in a clip; ranges, limits and seed are in what was drawn, or leave no trace
+        of_engine = ("endpoint", "format", "extra") if self.endpoint else ()
+        settings = {k: v for k, v in deciding(self).items() if k in (*of_engine, "sample_rate", "lufs")}
+        settings |= {} if self.endpoint else {"espeak": espeak.version()}
 
         def work(record: Record) -> Record:
             message, text = last_question(record)
@@ -92,12 +94,6 @@ class Speak(Stage):
             return record | {"voice": said.voice, "seconds": round(seconds, 3)}
 
         return work
-
-    def _deciding(self) -> dict[str, Any]:
-        """What of the settings is in a clip; ranges, limits and seed are in what was drawn, or leave no trace."""
-        of_engine = ("endpoint", "format", "extra") if self.endpoint else ()
-        values = {k: v for k, v in deciding(self).items() if k in (*of_engine, "sample_rate", "lufs")}
-        return values if self.endpoint else values | {"espeak": espeak.version()}
 
     def _draw(self, record: Record, text: str) -> Said:
         """The voice by the record, all else by text and voice: one text in one voice is one clip."""
@@ -131,15 +127,15 @@ class Speak(Stage):
         with espeak.Synthesizer() as engine:  # a new one, so that a clip does not depend on those before it
             samples, source_rate = engine.say(said.text, said.voice, said.rate, said.pitch).samples, engine.rate
         wave = samples.astype(np.float32) / 32768
-        check(wave, source_rate, "espeak-ng")
-        return whole_frames(resample(wave, source_rate, self.sample_rate), self.sample_rate)
+        audio.check(wave, source_rate, "espeak-ng")
+        return audio.heard(wave[:, None], source_rate, self.sample_rate)
 
     def _ask(self, said: Said, endpoint: Endpoint) -> np.ndarray:
         asked: dict[str, Any] = {"model": endpoint.model, "voice": said.voice, "input": said.text}
         asked |= {"response_format": self.format, "extra_body": self.extra}
         asked |= {} if said.speed == 1.0 else {"speed": said.speed}
         sent: bytes = endpoint.ask(lambda client: client.audio.speech.create(**asked).content)
-        return load(sent, self.sample_rate, self.max_seconds, f"sent {sent[:20]!r}...")
+        return audio.load(sent, self.sample_rate, self.max_seconds, f"sent {sent[:20]!r}...")
 
 
 def lufs(wave: np.ndarray, rate: int) -> float:

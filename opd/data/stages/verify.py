@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeFloat
 from opd.data.engine.stage import ClipStore, Drop, Record, Stage, Work, audio_parts
 from opd.endpoint import Endpoint, Failed
 from opd.prompts.audio import load
-from opd.settings import UserError, read_text
+from opd.settings import UserError, first_line, read_text
 from opd.types import BadAudio
 
 RATE = 16000  # Hz
@@ -90,8 +90,7 @@ class Verify(Stage):
 
     def _asked(self, endpoint: Endpoint) -> tuple[Hear, dict[str, str]]:
         told: dict[str, Any] = {"model": endpoint.model, "response_format": "json", "temperature": 0.0}
-        told |= {"extra_body": self.extra}
-        told |= {"language": self.language} if self.language else {}
+        told |= {"extra_body": self.extra} | ({"language": self.language} if self.language else {})
 
         def hear(path: str, wave: np.ndarray) -> str:
             file = Path(path).name, Path(path).read_bytes()
@@ -132,8 +131,7 @@ def _local(model: str, device: str | None, language: str | None) -> tuple[Hear, 
         more: dict[str, Any] = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
         recogniser = pipeline("automatic-speech-recognition", model=model, device=where, **more)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        raise UserError(f"asr {model}: cannot be loaded as a speech recogniser: {reason[0][:300]}") from e
+        raise UserError(f"asr {model}: cannot be loaded as a speech recogniser: {first_line(e)[:300]}") from e
     try:
         recogniser({"raw": np.zeros(RATE // 2, dtype=np.float32), "sampling_rate": RATE})
     except Exception as e:  # a model that hears and does something else fails in ways of its own
