@@ -253,7 +253,8 @@ def decode_handle(handle: Any) -> tuple[Any, ...]:
 
 
 def _decoded(name: str, kind: type, value: Any) -> Any:
-    if type(value) is not (str if kind is bytes else kind):  # a bool is no int here
+    right = type(value) is (str if kind is bytes else kind)  # a bool is no int here
+    if not right:
         raise ValueError(f"IPC handle: {name}: expected {kind.__name__}, found {str(value)[:80]!r}")
     if name in HANDLE_NAMES:
         if value not in HANDLE_NAMES[name]:
