@@ -7,7 +7,6 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from opd import __version__
 from opd.config.load import load_config
@@ -31,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     try:
-        return _called(**vars(args)) if isinstance(args.run, str) else args.run(args)
+        if callable(args.run):
+            return args.run(args)
+        given = vars(args)
+        module, _, name = given.pop("run").partition(":")
+        return getattr(import_module(module), name)(**given)  # only now it is imported
     except (UserError, RunFailed) as e:
         print(f"opd: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
@@ -43,12 +46,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _called(run: str, **given: Any) -> int:
-    """What MODULE:FUNCTION gives for the arguments, by name; only now it is imported."""
-    module, _, name = run.partition(":")
-    return getattr(import_module(module), name)(**given)
 
 
 def _parser() -> argparse.ArgumentParser:

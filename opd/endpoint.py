@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from opd.settings import Fatal, Section, UserError
-
-T = TypeVar("T")
+from opd.settings import Fatal, Section, T, UserError
 
 
 class Endpoint(Section):

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from opd import __version__
-from opd.config import resume
-from opd.config.load import compared, dump_config, load_config, resolve_model
+from opd.config.load import compared, dump_config, load_config, resolve_model, state_of_run
 from opd.config.placement import node_of, placement_of
 from opd.config.schema import Config
 from opd.doctor import preflight
@@ -39,7 +38,7 @@ def launch(recipe: str, overrides: list[str], dry_run: bool = False, plain: bool
         show(config, recipe, overrides)
         return 0
     where, node = layout(config), node_of(config)
-    if resume.check(config) == "finished":
+    if state_of_run(config) == "finished":
         print(f"{config.run.dir}: this run is finished; set run.overwrite=true to do it again")
         return 0
     folder, is_head = Path(config.run.dir), node == where.head

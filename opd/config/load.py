@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked recipe, and back. Imports no torch."""
+"""From a YAML file and overrides to a checked recipe, and back; whether a run folder belongs to it. No torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from opd.config.needs import asks_teacher
 from opd.config.placement import Placement, devices_of, placement_of
 from opd.config.schema import Config
 from opd.settings import Section, UserError, first_line, looked, override, read_yaml, validated
+from opd.storage import disk
 from opd.storage import run_folder as saved
+from opd.storage.json_lines import write_atomic
 
 # What names files and folders that are there before a run.
 PATHS = re.compile(
@@ -53,18 +58,16 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 # What may differ between a run and its resumption.
-NOT_COMPARED = (
-    *("run.dir", "run.overwrite", "rollout.urls", "rollout.transport", "rollout.sleep"),
-    *("teacher.urls", "teacher.shard", "launch", "metrics", "train.keep_checkpoints", "eval.warn"),
+NOT_COMPARED = re.compile(
+    r"run\.(dir|overwrite)|rollout\.(urls|transport|sleep)|teacher\.(routes\..*\.)?(urls|shard)|"
+    r"(launch|metrics|eval\.warn)(\..+)?|train\.keep_checkpoints",
+    re.DOTALL,
 )
 
 
 def compared(dumped: dict[str, Any]) -> dict[str, Any]:
     """What makes a run the run that it is: a dumped config as {dotted key: value}, without NOT_COMPARED."""
-    flat = _flat(dumped)
-    of_routes = [k for k in flat if k.startswith("teacher.routes.") and k.endswith((".urls", ".shard"))]
-    flat = {k: v for k, v in flat.items() if k not in of_routes}
-    return {k: v for k, v in flat.items() if not any(k == n or k.startswith(f"{n}.") for n in NOT_COMPARED)}
+    return {k: v for k, v in _flat(dumped).items() if not NOT_COMPARED.fullmatch(k)}
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -197,3 +200,60 @@ def unread(config: Config) -> list[str]:
 
 def _changed(section: Section) -> list[str]:
     return [k for k, f in type(section).model_fields.items() if getattr(section, k) != f.default]
+
+
+# What a run makes once its config.yaml is there.
+MADE = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "launches.jsonl", "checkpoints")
+
+
+class Taken(UserError):
+    """The run folder holds something else: not even a status may be written there."""
+
+
+def state_of_run(config: Config) -> str:
+    """What starting this recipe in its run folder would do: "new", "resume" or "finished".
+
+    Raises Taken when the folder holds a run of another configuration, naming the keys that differ, or files that a new
+    run would delete though no run wrote them.
+    """
+    folder = Path(config.run.dir)
+    stored = folder / "config.yaml"
+    try:
+        disk.free(folder, "run.dir")
+    except UserError as e:
+        raise Taken(str(e)) from e
+    if config.run.overwrite:
+        return "new"
+    if not stored.is_file():
+        # a launch that ended before its learner began leaves launches.jsonl
+        made = [n for n in MADE if n != "launches.jsonl"]
+        foreign = [n for n in made if (folder / n).is_file() or ((folder / n).is_dir() and any((folder / n).iterdir()))]
+        if foreign:
+            found = f"run.dir {folder}: holds {', '.join(foreign)} but no config.yaml of a run"
+            raise Taken(f"{found}; choose another run.dir, or set run.overwrite=true to delete them")
+        return "new"
+    try:
+        before = yaml.safe_load(stored.read_text())["config"]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as e:
+        raise Taken(f"{stored}: not readable as a run's config; move the folder away") from e
+    old, new = compared(before), compared(dump_config(config))
+    if differing := [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]:
+        shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differing[:6])
+        found = f"run.dir {folder}: holds a run of another configuration: {shown}"
+        raise Taken(f"{found}; choose another run.dir, or set run.overwrite=true to delete that run")
+    if saved.status_of(folder).get("phase") == "finished":
+        return "finished"
+    return "resume" if saved.checkpoints(folder) else "new"
+
+
+def prepare_run(config: Config) -> None:
+    """Make the folder ready for `state_of_run`'s verdict; a new run writes its resolved config first."""
+    folder = Path(config.run.dir)
+    if state_of_run(config) == "new":
+        for name in ("status.json", *MADE):
+            target = folder / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        (folder / "checkpoints").mkdir(parents=True)
+        made_by = {"versions": saved.package_versions(), "git_commit": saved.git_commit()}
+        content = yaml.safe_dump({"config": dump_config(config), **made_by}, sort_keys=False)
+        write_atomic(folder / "config.yaml", content)

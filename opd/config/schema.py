@@ -1,16 +1,21 @@
-"""Recipes: every key that there is, files with dotted overrides, run folders as models. Imports no torch."""
+"""Recipes: every key that there is. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from opd.config.augment import AugmentConfig
-from opd.config.evaluation import EvalConfig
 from opd.config.objective import ObjectiveConfig
 from opd.config.teacher import TeacherConfig
+from opd.scoring.scorer import ScoringConfig
 from opd.settings import Section
+
+# Metrics by which checkpoints can be told apart: +1 where higher is better, -1 where lower is.
+Higher = Literal["accuracy/speech", "accuracy/text", "retention"]
+Lower = Literal["misalignment", "forgetting", "reverse_kl/speech", "reverse_kl/text"]
+Metric = Literal[Higher, Lower]
+BETTER = dict.fromkeys(get_args(Higher), 1) | dict.fromkeys(get_args(Lower), -1)
 
 
 class RunConfig(Section):
@@ -42,6 +47,51 @@ class StudentConfig(Section):
     train: list[Literal["tower", "adapter", "llm"]] = Field(["llm"], min_length=1, description="what is not frozen")
     attention: Literal["sdpa", "eager"] = "sdpa"
     lora: LoraConfig | None = Field(None, description="train adapters instead of the LLM's own weights")
+
+
+class Effect(Section):
+    """How often an effect is heard, and how strong it is: uniform within the range."""
+
+    share: float = Field(ge=0, le=1, description="of the clips")
+    range: list[float] = Field([], max_length=2)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Effect:
+        if self.range and (len(self.range) != 2 or self.range[0] > self.range[1]):
+            raise ValueError(f"range: expected [lowest, highest], found {self.range}")
+        return self
+
+
+class Noise(Effect):
+    """Noise at a signal-to-noise ratio."""
+
+    files: str | None = Field(None, description="folder of recordings of noise; none: pink noise")
+
+
+class AugmentConfig(Section):
+    """data.augment: which effects a training clip may get, in this order; evaluations hear clean clips."""
+
+    speed: Effect = Effect(share=0.0, range=[0.9, 1.1])  # factor; the pitch moves with it
+    reverb: Effect = Effect(share=0.0, range=[0.1, 0.5])  # seconds to fall by 60 dB
+    noise: Noise = Noise(share=0.0, range=[5.0, 25.0])  # dB below the speech
+    clipping: Effect = Effect(share=0.0, range=[2.0, 10.0])  # dB that the peaks are too loud by
+    telephone: Effect = Effect(share=0.0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> AugmentConfig:
+        for name, lowest, highest in (("speed", 0.5, 2.0), ("reverb", 0.01, 5.0), ("clipping", 0.0, 40.0)):
+            effect = getattr(self, name)
+            if effect.range and not lowest <= effect.range[0] <= effect.range[1] <= highest:
+                raise ValueError(f"{name}.range: expected values from {lowest:g} to {highest:g}, found {effect.range}")
+        for name in ("speed", "reverb", "noise", "clipping"):
+            if getattr(self, name).share and not getattr(self, name).range:
+                raise ValueError(f"{name}.range is required with {name}.share")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether any clip may be changed."""
+        return any(getattr(self, name).share for name in type(self).model_fields)
 
 
 class DataConfig(Section):
@@ -130,6 +180,41 @@ class TrainConfig(Section):
     timeout_s: PositiveInt = Field(1800, description="a collective that waits longer ends the run")
 
 
+class WarnConfig(Section):
+    """What makes an evaluation warn, compared with the run's first one on the same records."""
+
+    text: float = Field(0.03, ge=0, le=1, description="typed accuracy lost, as a share of the records")
+    retention: float = Field(0.03, ge=0, le=1, description="retention lost, likewise")
+    length: float = Field(2.0, gt=1, description="times the first mean length of a view's responses")
+    errors: NonNegativeFloat = Field(2.0, description="standard errors that a change must exceed too")
+
+
+class EvalConfig(ScoringConfig):
+    """What is measured on held-out records, when, and what follows from it."""
+
+    test: str | None = Field(None, description="manifest of held-out questions with answers")
+    retention: str | None = Field(None, description="manifest of a skill that training must not cost")
+    limit: PositiveInt | None = Field(None, description="records of each manifest; all by default")
+    kl_limit: PositiveInt = Field(128, description="records for misalignment, forgetting and reverse KL")
+    start: str | None = Field(None, description="name of an evaluation before the first step; none: no evaluation")
+    end: bool = Field(True, description="evaluate after the last step, under the name run.stage")
+    every: PositiveInt | None = Field(
+        None, description="steps between evaluations in training, without divergences but that of eval.best"
+    )
+    every_limit: PositiveInt = Field(100, description="records of each manifest in those")
+    best: Metric | None = Field(None, description="the checkpoint that is best by this metric is kept, and named")
+    patience: PositiveInt | None = Field(
+        None, description="evaluations in a row without a better eval.best that end the run; none: it takes all steps"
+    )
+    warn: WarnConfig = WarnConfig()
+    groups: list[str] | None = Field(
+        None, description="opd eval: fields of the records to tabulate by; none: strings of few values, and seconds"
+    )
+    bins: dict[str, list[float]] = Field(
+        {}, description="opd eval: edges between groups of a number; else its quartiles"
+    )
+
+
 class LaunchConfig(Section):
     """What `opd launch` starts, and where (opd/config/placement.py)."""
 
@@ -177,7 +262,12 @@ class Config(Section):
         if not self.rollout.urls and self.rollout.server.max_model_len <= self.rollout.max_tokens:
             more = f"more than rollout.max_tokens ({self.rollout.max_tokens}): no prompt would fit beside a response"
             raise ValueError(f"rollout.server.max_model_len ({self.rollout.server.max_model_len}) must be {more}")
-        self.eval.check()
+        best = self.eval.best
+        if self.eval.patience is not None and best is None:
+            raise ValueError("eval.patience needs eval.best, the metric that is to improve, found none")
+        for key in ("every", "retention" if best == "retention" else "test"):
+            if best is not None and getattr(self.eval, key) is None:
+                raise ValueError(f"eval.best {best} needs eval.{key}, found none")
         if self.student.lora is not None and "llm" not in self.student.train:
             raise ValueError(f"student.lora adapts the LLM: student.train must hold llm, found {self.student.train}")
         return self

@@ -9,14 +9,13 @@ import random
 import numpy as np
 
 from opd import types
-from opd.config import resume
 from opd.config.deepspeed import deepspeed_settings
-from opd.config.load import resolve_model, unread
+from opd.config.load import resolve_model, state_of_run, unread
 from opd.config.needs import asks_teacher, copies_start, route_of, starts_student, teacher_servers
 from opd.config.schema import Config
 from opd.doctor.checks import Check, Facts, Skip, Warned, each_teacher
 from opd.doctor.machine import caches, memory, placement, versions, weights_folder
-from opd.inference.client import Server, check_model
+from opd.inference.client import Server
 from opd.models.registry import whole_weights
 from opd.prompts import audio
 from opd.prompts.augment import Augmenter
@@ -69,7 +68,7 @@ def checks() -> tuple[Check, ...]:
 
 def run_folder_(facts: Facts) -> str:
     """The run folder holds nothing else."""
-    return f"{facts.config.run.dir}: {resume.check(facts.config)}"
+    return f"{facts.config.run.dir}: {state_of_run(facts.config)}"
 
 
 def deepspeed(facts: Facts) -> str:
@@ -134,7 +133,7 @@ def servers(facts: Facts) -> str:
     config, asked = facts.config, teacher_servers(facts.config)
     named = [("rollout.urls", url, facts.student) for url in config.rollout.urls]
     named += [(key, url, resolve_model(model, key)) for key, url, model in asked]
-    found = [check_model(Server(url, config.rollout.timeout_s), key, path, path) for key, url, path in named]
+    found = [Server(url, config.rollout.timeout_s).check_model(key, path, path) for key, url, path in named]
     taken = found[: len(config.rollout.urls)]
     if not taken and starts_student(config):
         taken = [config.rollout.server.max_model_len]

@@ -10,7 +10,7 @@ from opd.config.needs import asks_teacher
 from opd.doctor.checks import Facts, Warned
 from opd.models.base import control_ids
 from opd.settings import UserError
-from opd.teachers.tokenizers import TEXTS, check_byte_level, check_tokenizers
+from opd.teachers.base import TEXTS, check_byte_level, check_tokenizers
 from opd.types import BadAudio, Message, Prompt, joined, render
 
 FIRST = 64  # records of the manifest, whose texts are put into ids

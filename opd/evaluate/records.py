@@ -20,7 +20,7 @@ from opd.prompts.manifest import read_manifest
 from opd.scoring.scorer import Scorer
 from opd.settings import UserError
 from opd.storage import run_folder
-from opd.storage.digests import canonical, digest, stats
+from opd.storage.journal import canonical, digest, stats
 from opd.storage.json_lines import read_lines, write_atomic
 from opd.types import Prompt, audio_paths, render, transcript
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 
-from opd.settings import UserError
+from opd.settings import T, UserError
 
 TLS = ssl.create_default_context()  # made once: it reads every root certificate, 40 ms
 REACH: dict[str, Any] = {"verify": TLS, "trust_env": False, "retries": 2}  # of a request that never reached the server
@@ -42,16 +42,24 @@ class Server:
         """POST `body` to `path`; parsed JSON, None for an empty answer."""
         return self._ask("POST", path, json=body)
 
-    def model(self) -> tuple[str, int]:
-        """Path or hub id of the model that it holds, and how many ids it takes. UserError when it is out of reach."""
+    def check_model(self, key: str, path: str, wanted: str) -> int:
+        """How many ids it takes, once it is clear that it holds the model at `path`.
+
+        Raises UserError, naming the setting `key` and the model `wanted` by the recipe, when it holds another or is out
+        of reach.
+        """
+        where = f"{key}: {self.url}"
         try:
             found = parse(self._client.get("/v1/models", timeout=min(ASK_S, self.timeout_s)), self.url)["data"][0]
-            return found["root"], found["max_model_len"]
+            root, max_model_len = found["root"], found["max_model_len"]
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             remedy = "start it, mend the URL in the recipe, or leave the list empty and let `opd launch` start one"
-            raise UserError(f"{self.url}: no vLLM server answers there ({type(e).__name__}); {remedy}") from e
+            raise UserError(f"{where}: no vLLM server answers there ({type(e).__name__}); {remedy}") from e
         except (ServerError, KeyError, IndexError, TypeError) as e:
-            raise UserError(f"{self.url}: answers, but not as a vLLM server does: /v1/models names no model") from e
+            raise UserError(f"{where}: answers, but not as a vLLM server does: /v1/models names no model") from e
+        if root != path and Path(root).resolve() != Path(path).resolve():
+            raise UserError(f"{where} serves {root}, the recipe names {wanted}; start it with that model")
+        return max_model_len
 
     def _ask(self, method: str, path: str, **kwargs: Any) -> Any:
         try:
@@ -72,20 +80,6 @@ def healthy(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def check_model(server: Server, key: str, path: str, wanted: str) -> int:
-    """How many ids a server takes, once it is clear that it holds the model at `path`.
-
-    Raises UserError, naming the setting `key` and the model `wanted` by the recipe, when it holds another.
-    """
-    try:
-        root, max_model_len = server.model()
-    except UserError as e:
-        raise UserError(f"{key}: {e}") from e
-    if root != path and Path(root).resolve() != Path(path).resolve():
-        raise UserError(f"{key}: {server.url} serves {root}, the recipe names {wanted}; start it with that model")
-    return max_model_len
 
 
 def parse(response: httpx.Response, where: str) -> Any:
@@ -166,9 +160,6 @@ def post_all(
                     c.cancel()
 
     return asyncio.run(run())
-
-
-T = TypeVar("T")
 
 
 def together(calls: Sequence[Callable[[], T]]) -> list[T]:

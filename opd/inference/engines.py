@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from opd.inference.ipc_handle import decode
+from opd.inference.transports import decode_handle
 
 
 def tied_heads(model: Any) -> list[tuple[Any, Any]]:
@@ -130,12 +130,12 @@ class NcclEngine(Mended, NCCLWeightTransferEngine):
 class IpcUpdateInfo(IPCWeightTransferUpdateInfo):
     """vLLM's, but the handles come as plain JSON; pickled ones are refused."""
 
-    ipc_handles: Any = None  # {UUID of the GPU: handle as opd.inference.ipc_handle writes it}
+    ipc_handles: Any = None  # {UUID of the GPU: handle as opd.inference.transports writes it}
 
     def __post_init__(self) -> None:
         if self.ipc_handles_pickled is not None or not isinstance(self.ipc_handles, dict):
             raise ValueError("opd_ipc: expected ipc_handles as {uuid: handle}; it takes no pickles")
-        self.ipc_handles = {uuid: decode(handle) for uuid, handle in self.ipc_handles.items()}
+        self.ipc_handles = {uuid: decode_handle(handle) for uuid, handle in self.ipc_handles.items()}
         super().__post_init__()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import tempfile
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from opd.config.schema import RolloutConfig
-from opd.inference import ipc_handle
 from opd.inference.client import Server, on_each, together
 from opd.inference.host import TRANSFER_PREFIX, free_port, sweep
 from opd.settings import UserError
@@ -214,7 +214,59 @@ class IpcTransport(_Streaming):
 def export(flat: Tensor) -> dict[str, Any]:
     """{UUID of its GPU: handle} by which another process maps a tensor; the tensor must live until it has."""
     torch.cuda.synchronize(flat.device)
-    return {str(torch.cuda.get_device_properties(flat.device).uuid): ipc_handle.encode(reduce_tensor(flat)[1])}
+    return {str(torch.cuda.get_device_properties(flat.device).uuid): encode_handle(reduce_tensor(flat)[1])}
+
+
+# Handles of CUDA memory travel as JSON: what `torch.multiprocessing` would pickle, without a pickle from the network.
+# Arguments of `rebuild_cuda_tensor` as torch's `reduce_tensor` gives them, in order, and what JSON holds of each.
+HANDLE_FIELDS: dict[str, type] = {
+    **{"class": str, "size": list, "stride": list, "offset": int, "storage_class": str, "dtype": str, "device": int},
+    **{"handle": bytes, "storage_bytes": int, "storage_offset_bytes": int, "requires_grad": bool},
+    **{"counter": bytes, "counter_offset": int, "event": bytes, "event_sync": bool},
+}
+# The only classes and dtypes that a handle may name.
+HANDLE_NAMES: dict[str, dict[str, Any]] = {
+    "class": {"Tensor": torch.Tensor},
+    "storage_class": {"TypedStorage": torch.storage.TypedStorage, "UntypedStorage": torch.UntypedStorage},
+    "dtype": {"uint8": torch.uint8},
+}
+
+
+def encode_handle(args: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments of `rebuild_cuda_tensor` for a flat uint8 tensor as JSON; bytes in base64."""
+    out: dict[str, Any] = {}
+    for (name, kind), value in zip(HANDLE_FIELDS.items(), args, strict=True):
+        if name in HANDLE_NAMES:
+            out[name] = next(word for word, known in HANDLE_NAMES[name].items() if known is value)
+        elif kind is bytes:
+            out[name] = base64.b64encode(value).decode()
+        else:
+            out[name] = kind(value)
+    return out
+
+
+def decode_handle(handle: Any) -> tuple[Any, ...]:
+    """What `encode_handle` was given. Raises ValueError for anything else than its results."""
+    if not isinstance(handle, dict) or set(handle) != set(HANDLE_FIELDS):
+        raise ValueError(f"IPC handle: expected the keys {', '.join(HANDLE_FIELDS)}, found {str(handle)[:80]}")
+    return tuple(_decoded(name, kind, handle[name]) for name, kind in HANDLE_FIELDS.items())
+
+
+def _decoded(name: str, kind: type, value: Any) -> Any:
+    right = type(value) is (str if kind is bytes else kind)  # a bool is no int here
+    if not right:
+        raise ValueError(f"IPC handle: {name}: expected {kind.__name__}, found {str(value)[:80]!r}")
+    if name in HANDLE_NAMES:
+        if value not in HANDLE_NAMES[name]:
+            raise ValueError(f"IPC handle: {name}: expected {' or '.join(HANDLE_NAMES[name])}, found {value[:80]!r}")
+        return HANDLE_NAMES[name][value]
+    if kind is bytes:
+        return base64.b64decode(value, validate=True)
+    if kind is list:
+        if any(type(n) is not int for n in value):
+            raise ValueError(f"IPC handle: {name}: expected whole numbers, found {str(value)[:80]}")
+        return torch.Size(value) if name == "size" else tuple(value)
+    return value
 
 
 Make = Callable[[RolloutConfig], WeightTransport]

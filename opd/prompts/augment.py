@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opd.config.augment import AugmentConfig, Effect, Noise, Told
+from opd.config.schema import AugmentConfig, Effect, Noise
 from opd.prompts.audio import SUFFIXES, load, resample
 from opd.settings import UserError
 
@@ -28,14 +28,14 @@ class Augmenter:
         self.config, self.seed, self.rate = config, seed, rate
         self._noises = _recordings(config.noise) if config.noise.share and config.noise.files else []
 
-    def __call__(self, wave: np.ndarray, name: str, epoch: int) -> tuple[np.ndarray, Told]:
+    def __call__(self, wave: np.ndarray, name: str, epoch: int) -> tuple[np.ndarray, list[str]]:
         """A clip [samples] float32 in [-1, 1] as it is heard in an epoch, and what was done to it, in words.
 
         `name`: what tells clips apart, such as a record's id and the clip's place in it.
         """
         key = hashlib.sha256(f"{self.seed}/{epoch}/{name}".encode()).digest()
         rng = np.random.default_rng(np.frombuffer(key, dtype=np.uint32))
-        told: Told = []
+        told: list[str] = []
         steps: Sequence[tuple[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray], str]] = (
             ("speed", self._speed, "speed × {:.2f}"),
             ("reverb", self._reverb, "reverberation {:.2f} s"),

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import compress
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
@@ -23,10 +23,9 @@ from opd.endpoint import Endpoint, Failed
 from opd.scoring import voicebench as official
 from opd.scoring.answers import NO_ANSWER, check_answer, correct
 from opd.scoring.voicebench import FOUR, Grade, criteria, instructions, qa_prompt, rating_prompt, system_message
-from opd.settings import Section, UserError
+from opd.settings import Section, T, UserError
 from opd.types import Match, Prompt, joined, render, transcript
 
-T = TypeVar("T")
 SCALE = 5  # of a rating, from 1; VoiceBench's own overall score takes a rating for r / 5
 RATED, MET = "rating, 1 to 5", "criteria met"
 PROMPTS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))

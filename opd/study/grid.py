@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from opd.config.evaluation import BETTER, EvalConfig
 from opd.config.load import resolve_model
-from opd.config.schema import Config
+from opd.config.schema import BETTER, Config, EvalConfig
 from opd.settings import UserError
 from opd.study import runs
 from opd.study.runs import Outcome, Run

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from opd.config import resume
-from opd.config.load import load_config
+from opd.config.load import Taken, load_config, state_of_run
 from opd.config.schema import Config
 from opd.report.runs import Run as Folder
 from opd.report.runs import read_run
@@ -104,8 +103,8 @@ def outcome(run: Run) -> Outcome:
     """What the run's folder holds. Raises UserError for a recipe that is wrong or a file that cannot be read."""
     config = config_of(run)
     try:
-        verdict = resume.check(config)
-    except resume.Taken as e:
+        verdict = state_of_run(config)
+    except Taken as e:
         # a study owns run.dir and run.overwrite: another way out than for a single run
         reason, other, _ = str(e).partition("; choose another run.dir")
         return Outcome("conflict", f"{reason}; move that folder away" if other else reason)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, StringConstraints, field_validator
 
-from opd.config.evaluation import BETTER
+from opd.config.schema import BETTER
 from opd.settings import Section, UserError, read_yaml, validated
 
 BASE = "base"  # the row of the untrained student

@@ -7,6 +7,7 @@ bytes where both end a token, and compares the sorted probabilities of each alig
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,8 @@ from opd.config.objective import ObjectiveConfig
 from opd.config.schema import Config
 from opd.models.base import Family
 from opd.objectives.token_loss import Aligned
-from opd.teachers.base import Reply
+from opd.teachers.base import Reply, check_byte_level, trl_module
 from opd.teachers.local import LocalTeacher
-from opd.teachers.tokenizers import check_byte_level, trl_module
 from opd.types import Prompt, Rollout, Sample
 
 REPLACED = "\ufffd"  # what decoding puts where bytes are no text
@@ -70,9 +70,7 @@ class CrossTokenizerTeacher(LocalTeacher):
                 return logits.sum() * 0.0
             teacher = self._project(states[ends[i] - len(r.theirs) : ends[i]])
             ours, theirs = (_given(*a, logits.device) for a in ((r.ids, r.offsets), (r.theirs, r.their_offsets)))
-            return self.loss(
-                logits[None, : len(r.ids)], teacher[None], ours[0], theirs[0], ours[1], theirs[1], ours[2], theirs[2]
-            )
+            return self.loss(logits[None, : len(r.ids)], teacher[None], *chain(*zip(ours, theirs, strict=True)))
 
         return loss
 

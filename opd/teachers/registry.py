@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +17,7 @@ from opd.teachers.cross_tokenizer import CrossTokenizerTeacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reference import ReferenceModel, Running, SelfTeacher
 from opd.teachers.server import ServerTeacher
-from opd.types import Prompt, Rollout, Sample, ScoredRollout
-
-T = TypeVar("T")
+from opd.types import Prompt, Rollout, Sample, ScoredRollout, T
 
 
 def make_teacher(config: Config, family: Family, device: torch.device, start: ReferenceModel | None = None) -> Teacher:

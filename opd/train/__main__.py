@@ -13,9 +13,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from opd.config import resume
 from opd.config.deepspeed import deepspeed_settings
-from opd.config.load import load_config
+from opd.config.load import Taken, load_config
 from opd.config.schema import Config
 from opd.settings import UserError
 from opd.storage.disk import filling
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         with filling(config.run.dir, "run.dir"):
             run(config)
     except UserError as e:
-        code, message, ours = 2, str(e), not isinstance(e, resume.Taken)
+        code, message, ours = 2, str(e), not isinstance(e, Taken)
     except Exception as e:
         traceback.print_exc()
         code, message = 1, f"{type(e).__name__}: {e}"

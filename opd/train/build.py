@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from opd.config import resume
-from opd.config.load import resolve_model
+from opd.config.load import prepare_run, resolve_model, state_of_run
 from opd.config.needs import asks_teacher, asks_teacher_servers, evaluates, teacher_servers
 from opd.config.schema import Config
-from opd.inference.client import Server, check_model
+from opd.inference.client import Server
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import Family, family_of
 from opd.prompts.clips import ClipLoader, ContextLimit, list_bad, listed
@@ -39,7 +38,7 @@ def build(config: Config, log: MetricsLog | None) -> Parts:
     prompts, bad = read_manifest(config.data.train)
     sampler, sync, limit = _student_servers(config, family, path)
     for key, url, model in teacher_servers(config):
-        check_model(Server(url, config.rollout.timeout_s), key, model, model)
+        Server(url, config.rollout.timeout_s).check_model(key, model, model)
     learner = Learner(config, family, path)
     teacher, writer = _teachers(config, learner)
     if log is not None:
@@ -71,7 +70,7 @@ def _student_servers(
         return None, None, ContextLimit(family, max_tokens, None)
     rank = dist.get_rank()
     sampler = VllmSampler(config, family, urls, rank)
-    taken = [check_model(s, "rollout.urls", path, config.student.path) for s in sampler.servers]
+    taken = [s.check_model("rollout.urls", path, config.student.path) for s in sampler.servers]
     sync = WeightSync(sampler.servers, family, config, rank)
     sync.sleep()
     return sampler, sync, ContextLimit(family, max_tokens, min(taken))
@@ -120,7 +119,7 @@ def check_urls(config: Config) -> None:
 def run(config: Config) -> None:
     """Train as the recipe says, resuming what its run folder holds."""
     rank = dist.get_rank()
-    verdict = resume.check(config)
+    verdict = state_of_run(config)
     dist.barrier()
     if verdict == "finished":
         if rank == 0:
@@ -129,7 +128,7 @@ def run(config: Config) -> None:
     check_urls(config)
     log = None
     if rank == 0:
-        resume.prepare(config)
+        prepare_run(config)
         log = MetricsLog(Path(config.run.dir), list(config.metrics.sinks), config.metrics.project, config.run.stage)
         log.status("loading", "", 0, config.train.steps, None)
     dist.barrier()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opd.config.evaluation import BETTER, EvalConfig, WarnConfig
+from opd.config.schema import BETTER, EvalConfig, WarnConfig
 
 
 @dataclass(frozen=True)

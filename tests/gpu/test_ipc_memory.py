@@ -9,9 +9,9 @@ import sys
 READ = """
 import json, sys, torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
-from opd.inference.ipc_handle import decode
+from opd.inference.transports import decode_handle
 (handle,) = json.load(sys.stdin).values()
-print(json.dumps(rebuild_cuda_tensor(*decode(handle)).cpu().tolist()))
+print(json.dumps(rebuild_cuda_tensor(*decode_handle(handle)).cpu().tolist()))
 """
 
 

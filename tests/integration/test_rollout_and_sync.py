@@ -12,7 +12,7 @@ import torch
 from live import STUDENT, config_of, sample, worst
 
 from opd.doctor.probe import PlainStudent
-from opd.inference.client import Server, ServerError, check_model
+from opd.inference.client import Server, ServerError
 from opd.inference.weight_sync import WeightSync
 from opd.models.base import family_of
 from opd.objectives.losses import EXCLUDED
@@ -106,13 +106,13 @@ def test_wrong_version_is_refused(setup) -> None:
 
 def test_server_with_another_model_is_refused(student_url: str) -> None:
     with pytest.raises(UserError, match=r"rollout.urls: .* serves .*student, the recipe names other"):
-        check_model(Server(student_url, 10), "rollout.urls", "recipes/tiny/teacher", "other")
-    assert check_model(Server(student_url, 10), "rollout.urls", STUDENT, STUDENT) == 512
+        Server(student_url, 10).check_model("rollout.urls", "recipes/tiny/teacher", "other")
+    assert Server(student_url, 10).check_model("rollout.urls", STUDENT, STUDENT) == 512
 
 
 def test_unreachable_server_is_named() -> None:
     with pytest.raises(UserError, match="http://127.0.0.1:9: no vLLM server answers there"):
-        Server("http://127.0.0.1:9", 2).model()
+        Server("http://127.0.0.1:9", 2).check_model("rollout.urls", "m", "m")
 
 
 def test_both_teachers_agree(data: Path, teacher_url: str, setup, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from report_runs import evaluation, step
 
-from opd.config import resume
+from opd.config.load import prepare_run
 from opd.study.runs import Run, config_of
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def _estimate(value: Any) -> Any:
 def leave(run: Run, found: Numbers | None, responses: int = 128) -> None:
     """The run folder of a finished run with these means, or of a failed one: steps of 2 s each."""
     config = config_of(run)
-    resume.prepare(config)
+    prepare_run(config)
     folder = run.folder
     steps = config.train.steps
     status = {"phase": "finished" if found is not None else "failed", "detail": "", "step": steps, "steps": steps}

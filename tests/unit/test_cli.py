@@ -148,7 +148,7 @@ def test_shell_can_be_pasted(tmp_path: Path) -> None:
 def test_a_finished_run_starts_nothing(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("opd.config.resume.check", lambda config: "finished")
+    monkeypatch.setattr("opd.launch.state_of_run", lambda config: "finished")
     assert main(["launch", str(recipe)]) == 0
     assert "this run is finished" in capsys.readouterr().out
     assert not (recipe.parent / "run").exists()
@@ -164,7 +164,7 @@ def test_wrong_usage_exits_2(args: list[str], capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("command", ["launch", "check"])
 def test_ctrl_c_exits_130(command: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.config.resume.check", _raise(KeyboardInterrupt()))
+    monkeypatch.setattr("opd.launch.state_of_run", _raise(KeyboardInterrupt()))
     monkeypatch.setattr("opd.doctor.preflight.check", _raise(KeyboardInterrupt()))
     assert main([command, str(recipe)]) == 130
 

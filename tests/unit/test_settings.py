@@ -33,7 +33,7 @@ from opd.settings import (
     text_lines,
     validated,
 )
-from opd.storage.digests import digest
+from opd.storage.journal import digest
 from opd.types import BadAudio, transcript
 
 MARK = b"\xef\xbb\xbf"

@@ -18,7 +18,7 @@ from opd.prompts.manifest import folder_of, parse_record
 from opd.prompts.tables import records
 from opd.scoring.words import CONTROL, normal, word_count
 from opd.settings import UserError, attempt
-from opd.storage.digests import canonical, digest
+from opd.storage.journal import canonical, digest
 from opd.types import Prompt, audio_paths, render, transcript
 
 SHOWN = 20  # of what is listed by frequency

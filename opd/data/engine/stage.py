@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from opd.endpoint import Endpoint
 from opd.prompts.tables import records
 from opd.settings import Fatal, Section
-from opd.storage.digests import canonical, digest, stats
+from opd.storage.journal import canonical, digest, stats
 from opd.types import joined
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from opd.data.engine.stage import ClipStore, Drop, Record, Stage, content_id
 from opd.data.stages import recordings
 from opd.prompts import audio
 from opd.settings import plain_text
-from opd.storage.digests import digest
+from opd.storage.journal import digest
 
 SUFFIXES = {"WAV": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}  # what is kept as it is
 Clip = tuple[Path, float]  # and its seconds

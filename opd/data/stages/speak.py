@@ -14,7 +14,7 @@ from opd.data.stages import espeak
 from opd.endpoint import Endpoint, Failed
 from opd.prompts import audio
 from opd.settings import UserError
-from opd.storage.digests import canonical
+from opd.storage.journal import canonical
 from opd.types import BadAudio, TooLong
 
 BLOCK_S = 0.4  # the gating block of EBU R128

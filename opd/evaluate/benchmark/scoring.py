@@ -29,7 +29,7 @@ from loguru import logger
 from opd.endpoint import Failed, Unavailable
 from opd.evaluate.benchmark.command import Benchmark, JudgeConfig
 from opd.settings import UserError
-from opd.storage.digests import canonical
+from opd.storage.journal import canonical
 
 DRAWS = 20  # of a guess, until the task can take it
 PROBE = "A"  # an answer that every way of scoring takes

@@ -25,8 +25,7 @@ from opd.prompts.clips import ContextLimit
 from opd.rollout.sampler import VllmSampler
 from opd.rollout.sources import decode
 from opd.settings import UserError
-from opd.storage.digests import canonical
-from opd.storage.journal import Journal
+from opd.storage.journal import Journal, canonical
 from opd.types import BadAudio, Prompt, audio_paths, render
 
 VERSION = 1  # higher when the same question is answered differently than before

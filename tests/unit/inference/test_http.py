@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from opd.inference import client as opd_http
-from opd.inference.client import Server, check_model
+from opd.inference.client import Server
 from opd.settings import UserError
 
 
@@ -43,15 +43,15 @@ def test_something_else_than_vllm(answering: dict[str, bytes], body: bytes | Non
     if body is not None:
         answering["body"] = body
     with pytest.raises(UserError, match=r"rollout.urls: http://127.0.0.1:\d+: answers, but not as a vLLM server does"):
-        check_model(Server(answering["url"].decode(), 5), "rollout.urls", "m", "m")
+        Server(answering["url"].decode(), 5).check_model("rollout.urls", "m", "m")
 
 
 def test_the_right_and_the_wrong_model(answering: dict[str, bytes]) -> None:
     answering["body"] = json.dumps({"data": [{"root": "a/b", "max_model_len": 77}]}).encode()
     server = Server(answering["url"].decode(), 5)
-    assert check_model(server, "teacher.urls", "a/b", "a/b") == 77
+    assert server.check_model("teacher.urls", "a/b", "a/b") == 77
     with pytest.raises(UserError, match="teacher.urls: .* serves a/b, the recipe names c; start it with that model"):
-        check_model(server, "teacher.urls", "c", "c")
+        server.check_model("teacher.urls", "c", "c")
 
 
 def test_a_port_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +59,6 @@ def test_a_port_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyP
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError, match=r"rollout.urls: .*: no vLLM server answers there \(ReadTimeout\)"):
-            check_model(Server(url, 300), "rollout.urls", "m", "m")
+            Server(url, 300).check_model("rollout.urls", "m", "m")
     with pytest.raises(UserError, match="rollout.urls: 127.0.0.1:1: no vLLM server answers there"):
-        check_model(Server("127.0.0.1:1", 300), "rollout.urls", "m", "m")
+        Server("127.0.0.1:1", 300).check_model("rollout.urls", "m", "m")

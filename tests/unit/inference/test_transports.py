@@ -16,7 +16,7 @@ from fake_servers import FakeServer, serving
 from safetensors.torch import save_file
 
 from opd.config.schema import RolloutConfig
-from opd.inference import ipc_handle, transports
+from opd.inference import transports
 from opd.inference.client import Server, ServerError
 from opd.inference.plugin import BACKENDS, ENGINES, register
 from opd.inference.transports import IpcTransport, NcclTransport, chunks
@@ -149,8 +149,8 @@ ARGS += (1024, False, b"/torch_1_2", 7, b"\x01" * 64, True)
 
 
 def test_handles_travel_as_json() -> None:
-    there = json.loads(json.dumps(ipc_handle.encode(ARGS)))
-    back = ipc_handle.decode(there)
+    there = json.loads(json.dumps(transports.encode_handle(ARGS)))
+    back = transports.decode_handle(there)
     assert back == ARGS and [type(x) for x in back] == [type(x) for x in ARGS]
     hash(back[0:5] + back[6:])  # vLLM keeps a mapping by its arguments
 
@@ -170,7 +170,7 @@ def test_handles_travel_as_json() -> None:
 )
 def test_anything_else_than_a_handle_is_refused(key: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ipc_handle.decode(ipc_handle.encode(ARGS) | {key: value})
+        transports.decode_handle(transports.encode_handle(ARGS) | {key: value})
 
 
 def test_torchs_own_arguments_have_these_fields() -> None:
@@ -182,7 +182,7 @@ def test_torchs_own_arguments_have_these_fields() -> None:
     theirs += "storage_size_bytes storage_offset_bytes requires_grad ref_counter_handle ref_counter_offset "
     theirs += "event_handle event_sync_required"
     assert list(inspect.signature(rebuild_cuda_tensor).parameters) == theirs.split()
-    assert len(ipc_handle.FIELDS) == len(theirs.split())
+    assert len(transports.HANDLE_FIELDS) == len(theirs.split())
 
 
 def test_ipc_sends_handles_that_vllm_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_ipc_sends_handles_that_vllm_reads(monkeypatch: pytest.MonkeyPatch) -> N
 
     def export(flat: torch.Tensor) -> dict[str, Any]:
         flats.append(flat)
-        return {"GPU-1": ipc_handle.encode(ARGS)}
+        return {"GPU-1": transports.encode_handle(ARGS)}
 
     monkeypatch.setattr(transports, "export", export)
     fake = FakeServer()

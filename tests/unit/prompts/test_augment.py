@@ -14,8 +14,8 @@ import pytest
 import soundfile
 
 from opd.cli import main
-from opd.config.augment import AugmentConfig
 from opd.config.load import load_config
+from opd.config.schema import AugmentConfig
 from opd.prompts.augment import PEAK, Augmenter
 from opd.prompts.clips import ClipLoader
 from opd.prompts.manifest import PromptStream, read_manifest

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd.config import resume
-from opd.config.load import load_config, resolve_model
+from opd.config.load import load_config, prepare_run, resolve_model, state_of_run
 from opd.config.schema import Config
 from opd.report.runs import read_run, wall
 from opd.settings import UserError
@@ -31,41 +30,41 @@ def finish(tmp_path: Path, *steps: int) -> None:
 
 def test_new_then_resume_then_finished(tmp_path: Path) -> None:
     c = config(tmp_path)
-    assert resume.check(c) == "new"
-    resume.prepare(c)
+    assert state_of_run(c) == "new"
+    prepare_run(c)
     stored = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert stored["config"]["optim"]["lr"] == c.optim.lr and stored["versions"]["torch"] and stored["git_commit"]
-    assert resume.check(c) == "new"  # nothing is saved yet
+    assert state_of_run(c) == "new"  # nothing is saved yet
     finish(tmp_path, 10)
-    assert resume.check(c) == "resume"
+    assert state_of_run(c) == "resume"
     (tmp_path / "run/metrics.jsonl").write_text("kept\n")
-    resume.prepare(c)
+    prepare_run(c)
     assert (tmp_path / "run/metrics.jsonl").read_text() == "kept\n"
     (tmp_path / "run/status.json").write_text(json.dumps({"phase": "finished"}))
-    assert resume.check(c) == "finished"
+    assert state_of_run(c) == "finished"
 
 
 def test_another_configuration_is_refused_by_name_and_overwrite_starts_anew(tmp_path: Path) -> None:
-    resume.prepare(config(tmp_path))
+    prepare_run(config(tmp_path))
     finish(tmp_path, 10)
     with pytest.raises(UserError, match=r"another configuration: optim.lr \(0.0002 -> 0.5\).*run.overwrite=true"):
-        resume.check(config(tmp_path, "optim.lr=0.5"))
+        state_of_run(config(tmp_path, "optim.lr=0.5"))
     (tmp_path / "run/metrics.jsonl").write_text("old\n")
-    resume.prepare(config(tmp_path, "optim.lr=0.5", "run.overwrite=true"))
+    prepare_run(config(tmp_path, "optim.lr=0.5", "run.overwrite=true"))
     assert checkpoints(tmp_path / "run") == [] and not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_a_launch_that_ended_before_its_learner_began_is_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     run_folder.add_launch(tmp_path / "run", time.time())
-    assert resume.check(config(tmp_path)) == "new"
+    assert state_of_run(config(tmp_path)) == "new"
 
 
 @pytest.mark.parametrize("override", ['rollout.urls=["http://127.0.0.1:1"]', "launch.processes=4", "metrics.sinks=[]"])
 def test_where_a_run_runs_may_change(tmp_path: Path, override: str) -> None:
-    resume.prepare(config(tmp_path))
+    prepare_run(config(tmp_path))
     finish(tmp_path, 10)
-    assert resume.check(config(tmp_path, override)) == "resume"
+    assert state_of_run(config(tmp_path, override)) == "resume"
 
 
 @pytest.mark.parametrize("text", [b"[1, 2", b"- 1", b"other: 1", b"", b"\xff\xfe\x00"])
@@ -73,7 +72,7 @@ def test_a_broken_config_is_no_stack_trace(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_bytes(text)
     with pytest.raises(UserError, match="config.yaml: not readable as a run's config"):
-        resume.check(config(tmp_path))
+        state_of_run(config(tmp_path))
 
 
 def test_checkpoints_are_whole_and_in_order(tmp_path: Path) -> None:
@@ -89,7 +88,7 @@ def test_checkpoints_are_whole_and_in_order(tmp_path: Path) -> None:
 
 
 def test_every_differing_key_is_named_up_to_six(tmp_path: Path) -> None:
-    resume.prepare(config(tmp_path))
+    prepare_run(config(tmp_path))
     finish(tmp_path, 10)
     changed = [
         "optim.lr=0.5",
@@ -100,7 +99,7 @@ def test_every_differing_key_is_named_up_to_six(tmp_path: Path) -> None:
         "eval.end=false",
     ]
     with pytest.raises(UserError) as e:
-        resume.check(config(tmp_path, *changed, "rollout.n=5"))
+        state_of_run(config(tmp_path, *changed, "rollout.n=5"))
     found = str(e.value)
     for text in (
         "eval.end (True -> False)",
@@ -116,32 +115,32 @@ def test_every_differing_key_is_named_up_to_six(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_of_another_configuration_is_refused_too(tmp_path: Path) -> None:
-    resume.prepare(config(tmp_path))
+    prepare_run(config(tmp_path))
     finish(tmp_path, 10)
     (tmp_path / "run/status.json").write_text(json.dumps({"phase": "finished"}))
     with pytest.raises(UserError, match="train.steps"):
-        resume.check(config(tmp_path, "train.steps=61"))
-    assert resume.check(config(tmp_path, "run.overwrite=true")) == "new"  # asked for: once more from the start
+        state_of_run(config(tmp_path, "train.steps=61"))
+    assert state_of_run(config(tmp_path, "run.overwrite=true")) == "new"  # asked for: once more from the start
 
 
 def test_a_run_that_failed_or_left_a_torn_status_is_resumed(tmp_path: Path) -> None:
-    resume.prepare(config(tmp_path))
+    prepare_run(config(tmp_path))
     finish(tmp_path, 10)
     for text in ('{"phase": "failed"}', '{"phase": "fini', ""):
         (tmp_path / "run/status.json").write_text(text)
-        assert resume.check(config(tmp_path)) == "resume"
+        assert state_of_run(config(tmp_path)) == "resume"
 
 
 def test_a_new_run_sweeps_its_own_files_and_no_others(tmp_path: Path) -> None:
-    resume.prepare(config(tmp_path))
+    prepare_run(config(tmp_path))
     run = tmp_path / "run"
     swept = ["metrics.jsonl", "samples.jsonl", "eval.jsonl", "bad_records.jsonl", "status.json"]
     for name in (*swept, "notes.txt"):
         (run / name).write_text("old")
     (run / "logs").mkdir()
     (run / "checkpoints/.step_10.writing").mkdir()  # cut off before the first checkpoint was whole
-    assert resume.check(config(tmp_path)) == "new"
-    resume.prepare(config(tmp_path))
+    assert state_of_run(config(tmp_path)) == "new"
+    prepare_run(config(tmp_path))
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "logs", "notes.txt"]
     assert not list((run / "checkpoints").iterdir())
 
@@ -152,11 +151,11 @@ def test_a_folder_that_is_no_run_keeps_its_files(tmp_path: Path, name: str) -> N
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text("precious")
-    for attempt in (resume.check, resume.prepare):
+    for attempt in (state_of_run, prepare_run):
         with pytest.raises(UserError, match=rf"run: holds {name.split('/')[0]} but no config.yaml of a run"):
             attempt(config(tmp_path))
     assert path.read_text() == "precious"
-    resume.prepare(config(tmp_path, "run.overwrite=true"))
+    prepare_run(config(tmp_path, "run.overwrite=true"))
     assert not path.exists()
 
 
@@ -167,8 +166,8 @@ def test_what_a_start_leaves_before_its_config_is_no_hindrance(tmp_path: Path) -
         (run / name).mkdir(parents=True)
     (run / ".lock").write_text("")
     (run / "status.json").write_text(json.dumps({"phase": "failed"}))
-    assert resume.check(config(tmp_path)) == "new"
-    resume.prepare(config(tmp_path))
+    assert state_of_run(config(tmp_path)) == "new"
+    prepare_run(config(tmp_path))
     assert not (run / "status.json").exists() and (run / "config.yaml").is_file()
 
 
@@ -180,7 +179,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_wall_time_is_of_all_launches(tmp_path: Path) -> None:
-    resume.prepare(config(tmp_path))
+    prepare_run(config(tmp_path))
     folder = tmp_path / "run"
     assert wall(read_run(folder)) == 0.0
     for ago in (20, 10):

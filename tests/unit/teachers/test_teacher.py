@@ -21,9 +21,9 @@ from opd.config.schema import Config
 from opd.inference.client import Answer
 from opd.models.base import Family, family_of
 from opd.settings import UserError
+from opd.teachers.base import check_tokenizers
 from opd.teachers.local import LocalTeacher
 from opd.teachers.server import ServerTeacher
-from opd.teachers.tokenizers import check_tokenizers
 from opd.types import Prompt, Rollout
 
 ROOT = Path(__file__).parents[3]

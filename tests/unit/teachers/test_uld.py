@@ -17,9 +17,9 @@ from opd.doctor.checks import Facts
 from opd.doctor.tokenizers import stop_ids, templates, tokenizers
 from opd.models.base import Family
 from opd.settings import UserError
+from opd.teachers.base import check_byte_level
 from opd.teachers.cross_tokenizer import CrossTokenizerTeacher, Retold
 from opd.teachers.registry import make_teacher
-from opd.teachers.tokenizers import check_byte_level
 from opd.train.batch import make_batch, make_samples
 from opd.types import BadAudio, Prompt, Rollout, Sample, ScoredRollout
 

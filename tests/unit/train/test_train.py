@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from opd.config import resume
-from opd.config.load import load_config
+from opd.config.load import load_config, prepare_run, state_of_run
 from opd.models.base import family_of
 from opd.storage.metrics import MetricsLog
 from opd.storage.run_folder import checkpoints
@@ -61,7 +60,7 @@ def test_a_refused_start_leaves_the_run_that_is_there_alone(
     tmp_path: Path, phase: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(RECIPE, [f"run.dir={tmp_path}/run"])
-    resume.prepare(config)
+    prepare_run(config)
     (tmp_path / "run/checkpoints/step_60").mkdir()
     (tmp_path / "run/status.json").write_text(json.dumps({"phase": phase}))
     assert start(tmp_path, "optim.lr=0.5") == 2
@@ -70,13 +69,13 @@ def test_a_refused_start_leaves_the_run_that_is_there_alone(
 
 
 def test_a_run_that_is_finished_stays_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    resume.prepare(load_config(RECIPE, [f"run.dir={tmp_path}/run"]))
+    prepare_run(load_config(RECIPE, [f"run.dir={tmp_path}/run"]))
     (tmp_path / "run/checkpoints/step_60").mkdir()
     (tmp_path / "run/status.json").write_text(json.dumps({"phase": "finished"}))
     assert start(tmp_path) == 0
     assert (
         "this run is finished" in capsys.readouterr().out
-        and resume.check(load_config(RECIPE, [f"run.dir={tmp_path}/run"])) == "finished"
+        and state_of_run(load_config(RECIPE, [f"run.dir={tmp_path}/run"])) == "finished"
     )
 
 
@@ -217,7 +216,7 @@ class Watched:
     def start(self) -> Any:
         """What `train.run` does once it has its parts."""
         if not self.folder.exists():
-            resume.prepare(self.config)
+            prepare_run(self.config)
         log = MetricsLog(self.folder, [], "", "")
         engine = SimpleNamespace(zero_optimization_stage=lambda: 3)
         parts: Any = SimpleNamespace(config=self.config, log=log, seconds=0.0, verdict=Verdict(), sync=None, clips=None)

@@ -9,8 +9,8 @@ from typing import Any, get_args
 import pytest
 from report_runs import estimate, evaluation, make_run, text, written
 
-from opd.config.evaluation import BETTER, EvalConfig, Metric, WarnConfig
 from opd.config.load import load_config, resolve_model
+from opd.config.schema import BETTER, EvalConfig, Metric, WarnConfig
 from opd.report.runs import newest_warnings
 from opd.settings import UserError
 from opd.storage import run_folder as saved
