@@ -66,7 +66,7 @@ def test_sockets_have_short_paths(config: Config, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     for make in (servers.student_server, servers.teacher_server):
         assert make(config, Place("s", "student", 0, HERE, 1234)).env["VLLM_RPC_BASE_PATH"] == "/tmp"
-    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path))
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/run/short")
     assert host.sockets() == {}  # a short one that somebody chose stays
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(long))
     assert host.sockets() == {"VLLM_RPC_BASE_PATH": "/tmp"}
@@ -136,7 +136,9 @@ def test_learner_on_the_cpu(config: Config) -> None:
     config = config.changed({"teacher.kind": "server"})
     command = servers.learner(config, "r.yaml", ["optim.lr=1e-4"], layout.layout(config), 0)
     assert command is not None
-    expected = [sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2"]
+    neutral = str(Path(servers.__file__).with_name("accelerate.yaml"))
+    expected = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", neutral]
+    expected += ["--use_deepspeed", "--num_processes", "2"]
     expected += shlex.split("--num_machines 1 --machine_rank 0 --main_process_ip 127.0.0.1 --main_process_port 4321")
     expected += shlex.split("--mixed_precision no --dynamo_backend no --module opd.train r.yaml optim.lr=1e-4")
     expected += [f"run.dir={config.run.dir}"]

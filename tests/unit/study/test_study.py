@@ -15,6 +15,7 @@ from study_runs import KD, XOPD, FakeLauncher, leave, study_file, workplace
 
 from opd.config.load import load_config
 from opd.processes.commands import Command
+from opd.processes.guard import Process
 from opd.settings import UserError
 from opd.study import command
 from opd.study.command import main
@@ -274,12 +275,16 @@ def test_a_run_is_an_ordinary_launch_with_a_log(tmp_path: Path, monkeypatch: pyt
     study = Study(study_file(tmp_path))
     of_kd = study.run(study.rows["well/kd"], "select", 1e-4, 100)
     assert of_kd is not None
-    argv = command.command(of_kd).argv
-    assert argv == [sys.executable, "-m", "opd.cli", "launch", KD, *of_kd.overrides, "--plain"]
-    told = Command("told", [sys.executable, "-c", "print('told'); raise SystemExit(3)"], {})
-    monkeypatch.setattr(command, "command", lambda _: told)
+    asked: list[Command] = []
+
+    def told(launch: Command, log: Path) -> Process:
+        asked.append(launch)
+        return Process(Command("told", [sys.executable, "-c", "print('told'); raise SystemExit(3)"], {}), log)
+
+    monkeypatch.setattr(command, "Process", told)
     launcher = command.Launcher()
     started = launcher.start(of_kd)
+    assert asked[0].argv == [sys.executable, "-m", "opd.cli", "launch", KD, *of_kd.overrides, "--plain"]
     while started.code is None:
         time.sleep(0.02)
     launcher.stop([started])
