@@ -67,8 +67,6 @@ class Family(ABC):
         self.eos_ids = self.end_of_turn()
         self.check()
 
-    # ---- what the checkpoint holds --------------------------------------------------------------------------------
-
     def model_config(self, config: Any) -> Any:
         """The part of the checkpoint's config that describes the speech LLM: all of it, but for composite models."""
         return config
@@ -150,8 +148,6 @@ class Family(ABC):
     def save_other_weights(self, state: dict[str, Tensor], folder: Path) -> None:  # noqa: B027 - most have none
         """Weights in a further format, for vLLM, where it does not read the one of transformers."""
 
-    # ---- parts and names ------------------------------------------------------------------------------------------
-
     def part_of(self, name: str) -> Part:
         """Which part a parameter belongs to, by its Hugging Face name in memory."""
         return next((part for prefix, part in self.parts.items() if name.startswith(prefix)), "llm")
@@ -164,8 +160,6 @@ class Family(ABC):
     def published(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """One parameter in memory as vLLM and published checkpoints hold it: (name, tensor), several if split there."""
         yield self.to_vllm(name), tensor
-
-    # ---- inputs and forward ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def features(self, clips: list[np.ndarray]) -> dict[str, Tensor]:

@@ -80,8 +80,6 @@ class Cluster(Alone):
         self._closed = threading.Event()
         self._listener: socket.socket | None = None
 
-    # ---- what a launcher calls ------------------------------------------------------------------------------------
-
     def join(self, check: Callable[[], None]) -> None:
         """Return when the launchers of all nodes are there. `check` is called meanwhile and may raise.
 
@@ -120,8 +118,6 @@ class Cluster(Alone):
                 with contextlib.suppress(OSError):
                     s.shutdown(socket.SHUT_RDWR)
                 s.close()
-
-    # ---- connections ----------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         try:
@@ -211,8 +207,6 @@ class Cluster(Alone):
         if missing and time.monotonic() - self._told > TELL_S:
             self._told = time.monotonic()
             print(missing, file=sys.stderr, flush=True)
-
-    # ---- the hub's verdict ----------------------------------------------------------------------------------------
 
     def _heard(self, node: int | None, end: End) -> None:
         if node is not None:

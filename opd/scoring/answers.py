@@ -73,9 +73,6 @@ def check_answer(answer: str | None, match: str, choices: Sequence[str], group: 
         official.check_answer(answer, match, group)
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------------
-
-
 def tokens_match(text: str, answer: str, choices: Sequence[str]) -> bool:
     """Whether a response has all words of the answer, and none that only the other choices have.
 
@@ -91,8 +88,6 @@ def tokens_match(text: str, answer: str, choices: Sequence[str]) -> bool:
 def _tokens(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
-
-# ---- multiple choice ------------------------------------------------------------------------------------------------
 
 ALONE = re.compile(r"[\W_]*([A-Za-z])(?![+#])[\W_]*")  # C++ and C# are no letters
 # "the answer is (B)", "option b", "I choose B."
@@ -171,8 +166,6 @@ def _plain(text: str, choices: Sequence[str]) -> str:
     told = {normal(c, signs=False) for c in choices}
     return normal(text, signs=len(told) < len(choices) or any(len(t) < 2 and not t.isdigit() for t in told))
 
-
-# ---- numbers --------------------------------------------------------------------------------------------------------
 
 GAP = "[ \u00a0\u2007\u2009\u202f'’]"  # parts thousands, and nothing else
 MARKED = (

@@ -101,9 +101,6 @@ def _listed(answer: str, match: str, what: str, whole: Callable[[Any], Any], eac
     return found
 
 
-# ---- grades ---------------------------------------------------------------------------------------------------------
-
-
 def grade(match: str, text: str, answer: str, group: str, question: str) -> Grade:
     """Grade a whole response by a rule of NEEDS. Raises UserError when a library is missing or does not fit."""
     if match == "ifeval":
@@ -150,9 +147,6 @@ def _keeps(versions: list[str], asked: dict[str, Any], question: str) -> bool:
     if "prompt" in (rule.get_instruction_args() or {}):
         rule.build_description(prompt=question)
     return any(v.strip() and rule.check_following(v) for v in versions)
-
-
-# ---- the library ----------------------------------------------------------------------------------------------------
 
 
 def rating_prompt() -> str:

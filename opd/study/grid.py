@@ -77,8 +77,6 @@ class Study:
             for config in [*(select if self.selects(row) else []), *report]:
                 check_files(row.id, config, starts=row.start is not None)
 
-    # ---- what is there ----------------------------------------------------------------------------------------------
-
     def outcome(self, run: Run) -> Outcome:
         """What the run's folder holds, read once."""
         if run not in self._outcomes:
@@ -89,8 +87,6 @@ class Study:
         """Read the run's folder anew the next time."""
         self._outcomes.pop(run, None)
         self._choices.clear()
-
-    # ---- rows -------------------------------------------------------------------------------------------------------
 
     def start(self, row: Row) -> Row:
         """The row that a row goes on from."""
@@ -126,8 +122,6 @@ class Study:
         """Runs of the row in all, also of those that have no name yet."""
         select = len(self.spec.selection.seeds) * max(1, len(row.rates)) if self.selects(row) else 0
         return select + len(self.spec.report.seeds)
-
-    # ---- runs -------------------------------------------------------------------------------------------------------
 
     def run(self, row: Row, phase: runs.Phase, rate: float | None, seed: int) -> Run | None:
         """A run on the validation or the test split; None while the rate of the row that it starts from is open."""

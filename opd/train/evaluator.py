@@ -98,8 +98,6 @@ class Evaluator:
             out |= self._divergences()
         return out
 
-    # ---- accuracy -------------------------------------------------------------------------------------------------
-
     def _answers(self, prompts: list[Prompt], view: View, out: dict[str, Any]) -> list[float]:
         """The scores of a view's answers in [0, 1]; their mean and that of their lengths go into `out`."""
         self.say(f"answers in the {view} view")
@@ -142,8 +140,6 @@ class Evaluator:
                 right[i] = grade.score or 0.0
             self._teacher_right = all_reduce(right, "sum").tolist()
         return self._teacher_right
-
-    # ---- divergences ----------------------------------------------------------------------------------------------
 
     def _divergences(self, groups: dict[str, dict[str, Estimate]] | None = None) -> dict[str, Estimate]:
         """Misalignment KL(student|text || student|speech), forgetting KL(teacher|text || student|text), in nats per
@@ -218,8 +214,6 @@ class Evaluator:
         for (i, _), v in zip(chunk, values.tolist(), strict=True):
             if i >= 0:
                 into[i] += v
-
-    # ---- sharing --------------------------------------------------------------------------------------------------
 
     def _mine(self, prompts: list[Prompt], size: int) -> list[list[tuple[int, Prompt]]]:
         mine = list(enumerate(prompts))[self.learner.rank :: self.learner.world]

@@ -69,8 +69,6 @@ class Learner:
         if self.model.adapter_trained and not self.model.tower_trained:
             self._silence = self.call("encode", features=self._silent_clip)
 
-    # ---- one step -------------------------------------------------------------------------------------------------
-
     def step(self, batch: Batch, step: int, teacher: Any = None) -> StepResult:
         """One gradient step on the batches of all ranks.
 
@@ -123,8 +121,6 @@ class Learner:
                 stats.add(f"reverse_kl/{view}", kl, counted & of_view[:, None].expand_as(real)[real])
         for name, values in found.items():
             stats.add(name, values, counted & ~values.isnan())
-
-    # ---- forward --------------------------------------------------------------------------------------------------
 
     def encode(self, clips: Clips, samples: list[Sample]) -> dict[str, Tensor]:
         """Run what is frozen of the audio path once per clip; the same number of calls on every rank."""
@@ -180,8 +176,6 @@ class Learner:
 
     def _features(self, waves: list[np.ndarray]) -> dict[str, Tensor]:
         return {k: v.to(self.device) for k, v in self.family.features(waves).items()}
-
-    # ---- weights --------------------------------------------------------------------------------------------------
 
     def gathered(self, trainable_only: bool = True, device: torch.device | str = "cpu") -> Weights:
         """(Hugging Face name, full tensor on rank 0's `device`, None on other ranks), few parameters at a time.

@@ -231,9 +231,6 @@ def _details(name: str, split: Split) -> Iterator[Details]:
             yield Details(f"{name}: {title}{LONGER.get(title, '')}", ["\n".join([*lines[:SHOWN], *more])])
 
 
-# ---- README.md --------------------------------------------------------------------------------------------------
-
-
 def readme(content: dict[str, Any], out: Path) -> str:
     """A dataset card: front matter that the Hub reads, then the numbers."""
     from huggingface_hub import DatasetCardData
