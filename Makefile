@@ -32,8 +32,8 @@ lint: setup ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy opd
 
-unit: setup ## the quick tests: two to three minutes
-	.venv/bin/pytest tests/unit -m "not processes" -n 3 --dist loadfile
+unit: setup ## the quick tests: two minutes
+	.venv/bin/pytest tests/unit -m "not processes" -n 2 --dist loadfile
 
 clean: ## remove .venv, caches and build leftovers; keeps data/ and runs/
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -92,7 +92,8 @@ def read(source: Source, name: str = "", start: float = 0.0, stop: float = math.
     if not peak < math.inf:
         raise BadAudio(f"{name}: contains NaN or infinite samples")
     if peak > LOUDEST:
-        raise BadAudio(f"{name}: samples up to {peak:.0f} in a float file: expected within ±1; divide by 32768")
+        cure = "; divide by 32768" if 16384 < peak <= 32768 else ""  # 16-bit integers
+        raise BadAudio(f"{name}: samples up to {peak:.0f} in a float file: expected within ±1{cure}")
     return sound
 
 

@@ -17,7 +17,7 @@ from opd.types import Match, Prompt
 
 MATCHES: tuple[str, ...] = get_args(Match)
 NO_ANSWER = ("voicebench_refusal", "rating")  # compared with nothing of the record's
-HAIR = 1e-9  # of rounding, relative, on top of a tolerance
+HAIR = 1e-14  # of rounding, relative; whole numbers have none
 
 
 def correct(prompt: Prompt, text: str, match: Match | None = None, tolerance: float | None = None) -> bool:
@@ -39,9 +39,11 @@ def correct(prompt: Prompt, text: str, match: Match | None = None, tolerance: fl
         return choice_of(text, prompt.choices) == key_of(prompt.answer, prompt.choices)
     if kind == "number":
         found, wanted = number_of(text), number_of(prompt.answer)
-        assert wanted is not None, "check_answer refuses an answer without a number"
+        if found is None or wanted is None:
+            return False
         allowed = (prompt.tolerance if prompt.tolerance is not None else tolerance) or 0.0
-        return found is not None and abs(found - wanted) <= allowed + HAIR * max(1.0, abs(wanted))
+        hair = 0.0 if found % 1 == wanted % 1 == 0 else HAIR * abs(wanted)
+        return abs(found - wanted) <= allowed + hair
     assert kind == "exact", kind
     return unicodedata.normalize("NFC", text).strip() == unicodedata.normalize("NFC", prompt.answer).strip()
 
@@ -65,7 +67,7 @@ def check_answer(answer: str | None, match: str, choices: Sequence[str], group: 
             raise ValueError(f"choices: expected 2 to {len(ascii_uppercase)} options, found {len(choices)}")
         told = [_plain(c, choices) for c in choices]
         if len(set(told)) < len(told) or not all(told):
-            raise ValueError("choices: expected options that differ in their words or signs")
+            raise ValueError("choices: expected options that differ")
         if key_of(answer, choices) is None:
             expected = f"one of {', '.join(map(repr, choices))}, or its letter" if choices else "a letter"
             raise ValueError(f"answer: match choice needs {expected}, found {answer!r}")
@@ -81,8 +83,7 @@ def tokens_match(text: str, answer: str, choices: Sequence[str]) -> bool:
     the answer shares with another choice do not count against it.
     """
     said, wanted = _tokens(text), _tokens(answer)
-    others = set().union(*map(_tokens, choices)) - wanted
-    return bool(said) and wanted <= said and not said & others
+    return bool(said) and wanted <= said and not said & set().union(*map(_tokens, choices)) - wanted
 
 
 def _tokens(text: str) -> set[str]:
@@ -105,6 +106,7 @@ LETTER = regex.compile(r"(?<![\p{Latin}\p{M}\d_'’])([B-HJ-Z])(?![\p{Latin}\p{M
 def key_of(answer: str, choices: Sequence[str]) -> str | None:
     """The letter of an answer that is a letter ("B", "(b)") or the text of an option; None for anything else."""
     texts, said = [_plain(c, choices) for c in choices], _plain(answer, choices)
+    said = said if said in texts else said.removesuffix(" .")
     if said in texts:
         return ascii_uppercase[texts.index(said)]
     alone = ALONE.fullmatch(answer.strip())
@@ -162,24 +164,32 @@ def _letters(choices: Sequence[str]) -> str:
 
 
 def _plain(text: str, choices: Sequence[str]) -> str:
-    """Words and numbers in small letters, one space between; with signs where options need them: +, C++ and C#."""
+    """Words and numbers in small letters; where options need it with signs (C++, C#), or else as written (H₂O, H2O)."""
     told = {normal(c, signs=False) for c in choices}
-    return normal(text, signs=len(told) < len(choices) or any(len(t) < 2 and not t.isdigit() for t in told))
+    if len(told) == len(choices) and all(len(t) > 1 or t.isdigit() for t in told):
+        return normal(text, signs=False)
+    if len({normal(c) for c in choices}) == len(choices):
+        return normal(text)
+    return " ".join(regex.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFC", text)))
 
 
-GAP = "[ \u00a0\u2007\u2009\u202f'’]"  # parts thousands, and nothing else
+GAP = "[ \u00a0\u2007\u2009\u202f'’_]"  # parts thousands, and nothing else
 MARKED = (
     rf"(?P<whole>\d{{1,3}}(?:{GAP}\d{{3}})+)(?:[.,](?P<part>\d+))?",  # 1 234,5
-    r"(?P<whole>\d{1,3}(?:\.\d{3})+),(?P<part>\d+)|(?P<whole>\d{1,3}(?:\.\d{3}){2,})",  # 1.234,5 and 1.234.567
+    r"(?P<whole>\d{1,3}(?:\.\d{3})+),(?P<part>\d+)",  # 1.234,5
+    r"(?P<whole>\d{1,3}(?:\.\d{3}){2,}|\d{1,2}(?:\.\d\d)+\.\d{3})(?:,(?P<part>\d+))?",  # 1.234.567 and 12.34.567
     r"(?P<whole>[1-9]\d{0,2}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?:\.(?P<part>\d+))?",  # 1,234.5 and 12,34,567
     r"(?P<whole>\d+)[.,](?P<part>\d+)",
 )
+COMMA = r"(?<![^\s=+-]|\d\s),"  # that begins a number
 NUMBER = regex.compile(
     r"(?:(?<![\w.,)])(?P<sign>[-+]))?(?:\p{Sc}\s?(?P<sign>-)?)?(?:(?P<units>\d+)[ \u00a0\u202f](?=\d{1,2}\s?/\s?\d))?"
-    rf"(?<!\d)(?:(?<!\d[.,])(?:{'|'.join(MARKED)})(?![.,]?\d)|(?P<whole>\d+)(?!\d)|\.(?P<part>\d+)(?!\d))"
+    rf"(?<!\d)(?:(?<!\d[.,])(?:{'|'.join(MARKED)})(?![.,]?\d)|(?P<whole>\d+)(?!\d)|(?:\.|{COMMA})(?P<part>\d+)(?!\d))"
     r"(?P<power>[eE][-+]?\d+)?(?:\s?/\s?(?P<under>\d+(?:\.\d+)?))?"
 )
-ALIKE = str.maketrans("\u2212\u2044\u066b\u066c", "-/.,")  # minus, fraction slash, Arabic marks
+ALIKE = str.maketrans("\u2013\u2212\u2044\u066b\u066c", "--/.,")  # dash, minus, fraction slash, Arabic marks
+WIDE = regex.compile(r"[¼-¾⅐-⅞﹐-﹫！-～￠-￦]")
+APART = regex.compile(r"(?<![\d)]\s*|\b\p{L}\s)(?:\u2212\s|[-\u2013][\u00a0\u202f])(?=[\d.,])")  # a sign and a space
 
 
 def number_of(text: str) -> float | None:
@@ -189,15 +199,20 @@ def number_of(text: str) -> float | None:
     12,34,567). Where there are commas and points, the last is the decimal mark. A single comma before exactly three
     digits parts thousands (1,500 is 1500), unless it follows a zero; any other comma, and a single point, is the
     decimal mark (1,5 is 1.5, and 1.500 too). What fits none of this are numbers by themselves (1,2,3 ends in 3).
-    Numbers in words are not read. A hyphen after a word or a digit is no sign: the last number of "10-12" is 12.
+    Digits are those of any script. Numbers in words are not read, nor fractions over zero. A hyphen or dash after a
+    word or a digit is no sign: the last number of "10-12" is 12. Whole numbers in digits alone are exact, as int.
     """
     text = regex.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
-    text = regex.sub(r"[¼-¾⅐-⅞]", lambda m: unicodedata.normalize("NFKC", m[0]), text).translate(ALIKE)
+    text = WIDE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), APART.sub("-", text)).translate(ALIKE)
+    text = regex.sub(r"\d", lambda m: str(unicodedata.decimal(m[0])), text)
     for m in reversed([*NUMBER.finditer(text)]):
         whole = regex.sub(r"\D", "", m["whole"] or "0")
         value = float(f"{whole}.{m['part'] or 0}{m['power'] or ''}")
-        value /= float(m["under"] or 1) or 1.0
-        value += float(m["units"] or 0) * (value < 1)
-        if math.isfinite(value):
-            return -value if m["sign"] == "-" else value
+        under = float(m["under"] or 1)
+        if not math.isfinite(value) or not under:
+            continue
+        value = value / under + float(m["units"] or 0) * (value < under)
+        if not any(m[part] for part in ("part", "power", "under", "units")):
+            value = int(whole)
+        return -value if m["sign"] == "-" else value
     return None

@@ -18,7 +18,9 @@ HYPHEN = (
     r"(?<!\w\p{L}\p{M}*)-(?=\s*\d)|(?<=\d\s*)-(?!\p{L}\p{L})|(?<=\b\p{L}\s*)-(?=\s*\p{L}\b)"  # 12 - 7, x - y
     r"|(?<![^\s(\[{])-(?=\w)|(?<=^\s*)-(?=\s*$)"  # -x, and a text that is no more
 )
-SIGN = rf"[\p{{S}}--`]|(?<!\*)\*(?!\*)|[/#%&@\\]|(?<=\d)!|[()\[\]{{}}](?=\d)|(?<=\d)[()\[\]{{}}]|{HYPHEN}"
+POWER = r"(?<=\w)\*\*(?=\d)|(?<=\w )\*\*(?= \d)"  # 2**3; others are emphasis
+NOT = r"(?<=\d)!|!(?==)|(?<![^\s(\[{!&|])!(?=\w)"  # 5!, x != y, !p
+SIGN = rf"[\p{{S}}--`]|(?<!\*)\*(?!\*)|[/#%&@\\]|{POWER}|{NOT}|[()\[\]{{}}](?=\d)|(?<=\d)[()\[\]{{}}]|{HYPHEN}"
 WORDS = regex.compile(rf"(?V1)(?:(?<![\w.,)])-)?\d+(?:[.,]\d+)*|{LONE}|{LETTER}+")
 WORDS_AND_SIGNS = regex.compile(rf"(?V1){LONE}|(?:{LETTER}|[\d_]|(?<=\d)[.,](?=\d))+|{SIGN}")
 
@@ -27,9 +29,10 @@ def normal(text: str, signs: bool = True) -> str:
     """What tells a text from another: its words in small letters, a space between; equal texts ask the same.
 
     A word is a run of digits and letters with their marks (vowel signs, accents, tones); in scripts that are written
-    without spaces every letter is one. Signs are words too: symbols (+ = < $ ° ^, emoji), * / # % & @ \\, brackets and
-    exclamation marks that touch a number, and a hyphen or minus beside a number, between single letters or before a
-    word. Other punctuation, what nobody sees, and letters' width and composition (NFKC, case folding) tell nothing.
+    without spaces every letter is one. Signs are words too: symbols (+ = < $ ° ^, emoji), * ** / # % & @ \\, brackets
+    beside a number, ! of 5!, != and !p, and a hyphen or minus beside a number, between single letters or before a word.
+    Other punctuation, what nobody sees, and letters' width and composition (NFKC, case folding) tell nothing:
+    [a,b) and (a,b], f'(x) and f(x), a:b and a;b are alike.
     Not `signs`: of signs there is only the minus of a number, in one word with it; letters and digits are words apart.
     """
     text = regex.sub(r"[\p{Default_Ignorable_Code_Point}'’]", "", text)

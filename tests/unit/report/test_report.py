@@ -12,6 +12,8 @@ from report_runs import EVIL, Page, estimate, evaluation, make_run, sample, stag
 
 from opd.report.runs import chain, phases, read_run, read_runs, summarise
 
+pytestmark = pytest.mark.processes
+
 # ---- what is compared with what ---------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ from opd.cli import main
 from opd.report.page import write_report
 from opd.settings import UserError
 
+pytestmark = pytest.mark.processes
+
 
 def error_of(*args: Path | str, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["report", *map(str, args)]) == 2

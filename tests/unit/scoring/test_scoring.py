@@ -64,6 +64,10 @@ def test_choices_of_signs_and_of_scripts_without_spaces() -> None:
         ("-5", "7"): {"it is 5": None, "it is -5": "A"},
         ("दिन", "दान"): {"यह दान है": "B", "दिन": "A", "यह दन है": None},
         ("北京", "上海"): {"答案是上海。": "B", "选择B。": "B", "上": None},
+        ("H2O", "H₂O"): {"it is H₂O.": "B", "H2O.": "A", "h2o": None},
+        ("10^2", "10²"): {"10².": "B", "= 10^2": "A"},
+        ("A", "a"): {"a": "B", "a.": "B", "it is A": "A"},
+        ("X!", "x"): {"X!": "A", "x": "B"},
         ("caf\u00e9", "cafe"): {"a cafe\u0301": "A", "a cafe": "B"},
     }.items():
         check_answer(options[1], "choice", options)
@@ -95,7 +99,25 @@ def test_gold_choices(answer: str, right: bool) -> None:
         ("$ 7", 7.0),
         ("2e-5", 2e-5),
         ("3/4", 0.75),
-        ("8/0", 8.0),
+        ("8/0", None),
+        ("2 or 8/0", 2.0),
+        ("\u0661\u066c\u0660\u0660\u0660", 1000.0),
+        ("\u0661\u066c\u0662\u0663\u0664\u066b\u0665", 1234.5),
+        ("１，５", 1.5),
+        ("１，０００", 1000.0),
+        ("－５．５", -5.5),
+        ("5²", 5.0),
+        ("it is –5", -5.0),
+        ("10–12", 12.0),
+        ("it is −\u00a05", -5.0),
+        ("−\u00a0,5", -0.5),
+        ("12 −\u00a07", 7.0),
+        ("yes - 5", 5.0),
+        ("is ,5", 0.5),
+        ("yes,5 and 3 ,5", 5.0),
+        ("1_000", 1000.0),
+        ("1.00.000", 100000.0),
+        ("9007199254740993", 9007199254740993),
         ("12%", 12.0),
         ("10-12", 12.0),
         ("x = .5", 0.5),
@@ -141,6 +163,24 @@ def test_numbers_within_a_tolerance() -> None:
     assert not correct(prompt, "none")
 
 
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("5551234567", "5,551,234,567.0", "5551234568"),
+        ("9007199254740993", "9007199254740993", "9007199254740992"),
+        ("1e-10", "0.0000000001", "2e-10"),
+        ("1/3", "2/6", "0.3333"),
+        ("123456789012.34", "123,456,789,012.34", "123456789012.35"),
+        ("0", "-0.0", "1e-12"),
+    ],
+)
+def test_numbers_without_a_tolerance(answer: str, right: str, wrong: str) -> None:
+    prompt = Prompt("p", (), answer=answer, match="number")
+    assert correct(prompt, right) and not correct(prompt, wrong)
+    assert correct(Prompt("p", (), answer="5551234567", match="number", tolerance=1), "5551234568")
+    assert not correct(Prompt("p", (), answer="5551234567", match="number", tolerance=1), "5551234569")
+
+
 def test_match_of_all_stands_in_for_the_records() -> None:
     prompt = Prompt("p", (), answer="7")
     assert not correct(prompt, "it is 7.0") and correct(prompt, "it is 7.0", "number")
@@ -157,7 +197,10 @@ def test_match_of_all_stands_in_for_the_records() -> None:
         ),
         ({"match": "choice", "answer": "yes"}, "answer: match choice needs a letter, found 'yes'"),
         ({"match": "choice", "answer": "A", "choices": ["x"]}, "choices: expected 2 to 26 options, found 1"),
-        ({"match": "choice", "answer": "A", "choices": ["X!", "x"]}, "choices: expected options that differ"),
+        (
+            {"match": "choice", "answer": "A", "choices": ["x ", "x"]},
+            "choices: expected options that differ",
+        ),
         ({"answer": "A", "choices": "xy"}, "choices: expected a list of strings, found 'xy'"),
         ({"match": "number", "answer": "five"}, "answer: match number needs one with a number in digits, found 'five'"),
         ({"match": "regex", "answer": "("}, "answer: expected a regular expression, found '('"),

@@ -23,6 +23,8 @@ from opd.study.results import interval, paired, summarise
 from opd.study.runs import Run
 from opd.study.tables import blocks, charts
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize(
     ("df", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]

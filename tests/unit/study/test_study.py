@@ -23,6 +23,8 @@ from opd.study.grid import Study, choose
 from opd.study.runs import Run
 from opd.study.spec import SelectionSpec
 
+pytestmark = pytest.mark.processes
+
 KD_BEST = 4e-4
 
 
