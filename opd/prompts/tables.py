@@ -130,14 +130,10 @@ def _datasets(path: str, streaming: bool, check: Callable[[list[str]], None]) ->
             yield f"{path}:{i + 1}", {key: _as_written(value) for key, value in row.items()}
     except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
         cause = e.__cause__ or e
-        remedy = _of_cache(getattr(cause, "filename", None), datasets.config.HF_DATASETS_CACHE)
+        file, cache = str(getattr(cause, "filename", None) or "-"), datasets.config.HF_DATASETS_CACHE
+        ours = Path(file).is_relative_to(cache) or Path(cache).is_relative_to(file)
+        remedy = "; HF_HOME or HF_DATASETS_CACHE names another folder for its cache" if ours else ""
         raise UserError(f"{path}: `datasets` cannot read it: {first_line(cause)[:300]}{remedy}") from e
-
-
-def _of_cache(file: Any, cache: Path | str) -> str:
-    """For a message on a file: how to move the cache, if the file is of it, or a folder that it lies in."""
-    ours = isinstance(file, str) and (Path(file).is_relative_to(cache) or Path(cache).is_relative_to(file))
-    return "; HF_HOME or HF_DATASETS_CACHE names another folder for its cache" if ours else ""
 
 
 def _undecoded(data: Any) -> Any:

@@ -94,7 +94,8 @@ def _folder(path: Path, columns: dict[str, str], beside: Callable[[list[Path]], 
     left = list(_left_over([file for file in files if file not in lists]))
     if not lists and not left and not any(_beside_it(file) for file in found):
         raise UserError(f"{path}: {len(found)} recordings ({', '.join(AUDIO)}), no transcript; looked for: {LAYOUTS}")
-    yield from itertools.chain(beside(found), left)
+    yield from beside(found)
+    yield from left
 
 
 def _reader(name: str, columns: dict[str, str]) -> Callable[[Path], Rows] | None:
