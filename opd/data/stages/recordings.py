@@ -165,9 +165,10 @@ def _table(source: str | Path, columns: dict[str, str]) -> Rows:
 
 
 def _told_by(root: Path, columns: dict[str, str], row: Row) -> Row:
+    _object(row)
     made: Row = {}
     for what, usual in COLUMNS.items():
-        names = [columns[what]] if what in columns else [n for n in usual if n in _object(row)]
+        names = [columns[what]] if what in columns else [n for n in usual if n in row]
         if what in ("audio", "transcript") and not names or what in columns and names[0] not in row:
             raise NoColumn(f"no column {columns.get(what, what)}, only {', '.join(row)[:200]}; say columns.{what}=NAME")
         made |= {what: next((row[n] for n in names if row[n] is not None), None)} if names else {}

@@ -76,6 +76,7 @@ def test_bad_first_lines_of_a_manifest_are_rows(tmp_path: Path) -> None:
     assert told(rows) == [("a", "said")]
     assert "no column transcript, only audio" in dropped[0]
     assert [d.partition("expected ")[2] for d in dropped[1:]] == ["an object, found str", "an object, found list"]
+    assert len(run(source, tmp_path / "n/m.jsonl", columns={"audio": "audio"})[2]) == 3
     source.write_text('[1]\n{"audio": "a.wav"}\n')
     with pytest.raises(UserError, match="m.jsonl: no column transcript, only audio; say columns.transcript=NAME"):
         run(source, tmp_path / "p/m.jsonl")
