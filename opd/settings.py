@@ -135,6 +135,8 @@ def attempt(make: Callable[..., T], *args: Any) -> T | ValueError:
         raise
     except UnicodeEncodeError:
         return ValueError("half a surrogate pair, which is no text")
+    except UnicodeDecodeError as e:
+        return ValueError(f"not valid {e.encoding.upper()} at byte {e.start + 1}")
     except Exception as e:
         device = type(e).__name__ in ("OutOfMemoryError", "AcceleratorError")  # torch's, which is not imported here
         if device or isinstance(e, OSError) and e.errno in MACHINE:

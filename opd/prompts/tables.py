@@ -15,6 +15,7 @@ from opd.settings import UserError, attempt, first_line, open_text, read_text, r
 Rows = Iterator[tuple[str, Any]]  # (place, row), a ValueError for a row that cannot be read
 HUB = "hf://datasets/"
 COMMON_VOICE = {"path", "sentence"}  # columns of its tables
+AUDIO_COLUMNS = ("audio", "file_name", "audio_filepath", "path")  # names of the column of recordings
 LJSPEECH = "file_name|raw_text|normalized_text\n"  # which its table does not say
 
 
@@ -69,10 +70,12 @@ def _separated(path: str) -> Rows:
     """Quotes are read by the rules of CSV, but in tables of Common Voice and LJSpeech, where they are text."""
     with open_text(path, "manifest", newline="") as f:
         f.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]  # a row that is no UTF-8 is bad alone
-        first, sign = f.readline(), "\t" if Path(path).suffix.lower() == ".tsv" else ","
+        first = f.readline()
+        sign = "\t" if path.lower().endswith(".tsv") else next((s for s in ",;\t" if s in first), ",")
         head = [first]
-        if "|" in first and Path(path).name == "metadata.csv":
-            sign, head = "|", [LJSPEECH, first]
+        if "|" in first and Path(path).name.lower() == "metadata.csv":
+            sign = "|"
+            head = [first] if {*first.strip().split("|")} & {*AUDIO_COLUMNS} else [LJSPEECH, first]
         quoting: Any = (
             csv.QUOTE_NONE if sign == "|" or set(first.strip().split("\t")) >= COMMON_VOICE else csv.QUOTE_MINIMAL
         )
@@ -126,7 +129,11 @@ def _datasets(path: str, streaming: bool, check: Callable[[list[str]], None]) ->
             row |= {n: names[row[n]] for n, names in labels.items() if row[n] in range(len(names))}
             yield f"{path}:{i + 1}", {key: _as_written(value) for key, value in row.items()}
     except Exception as e:  # pyarrow, pandas, the hub's client: each with errors of its own
-        raise UserError(f"{path}: `datasets` cannot read it: {first_line(e.__cause__ or e)[:300]}") from e
+        cause = e.__cause__ or e
+        file, cache = str(getattr(cause, "filename", None) or "-"), datasets.config.HF_DATASETS_CACHE
+        ours = Path(file).is_relative_to(cache) or Path(cache).is_relative_to(file)
+        remedy = "; HF_HOME or HF_DATASETS_CACHE names another folder for its cache" if ours else ""
+        raise UserError(f"{path}: `datasets` cannot read it: {first_line(cause)[:300]}{remedy}") from e
 
 
 def _undecoded(data: Any) -> Any:

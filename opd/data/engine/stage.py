@@ -71,7 +71,7 @@ class ClipStore:
 
         def write(aside: Path) -> None:
             try:
-                os.link(path, aside)
+                os.link(path.resolve(), aside)  # of a link the file: a relative one leads nowhere from here
             except OSError:  # another file system, or one without links
                 shutil.copyfile(path, aside)
 

@@ -21,13 +21,13 @@ import numpy as np
 
 from opd.prompts import audio
 from opd.prompts.manifest import clip_of, folder_of, within
-from opd.prompts.tables import Rows, is_table, records, table
-from opd.settings import UserError, attempt, read_text, shown, text_lines
+from opd.prompts.tables import AUDIO_COLUMNS, Rows, is_table, records, table
+from opd.settings import UserError, attempt, plain_text, read_text, shown, text_lines
 
 AUDIO = audio.SUFFIXES
 TIMED = (".json", ".srt", ".vtt")  # transcripts with times: Whisper's JSON, subtitles
 COLUMNS = {  # what it is called, the first that is there
-    "audio": ("audio", "file_name", "audio_filepath", "path"),
+    "audio": AUDIO_COLUMNS,
     "transcript": ("transcript", "transcription", "sentence", "text", "normalized_text", "raw_text"),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "id": ("id", "utterance_id"),
@@ -68,42 +68,69 @@ def rows(source: str, columns: dict[str, str], folder_is: str | None, longest: f
     none of these.
     """
     path = Path(source)
-    if source.startswith("hub:") or path.suffix == ".parquet" or os.path.isfile(path) and path.suffix.lower() in TABLES:
+    suffix = path.suffix.lower()
+    if source.startswith("hub:") or suffix == ".parquet" or os.path.isfile(path) and suffix in TABLES:
         return _table(source, columns)
-    if os.path.isfile(path) and path.name.endswith(SHARDS):
+    if os.path.isfile(path) and path.name.lower().endswith(SHARDS):
         return _shard(path)
     if not os.path.isdir(path):
         what = f"a folder, a table ({', '.join(TABLES)}), a .tar shard, a .parquet file or hub:owner/name"
         raise UserError(f"{shown(source)}: expected {what}")
+    return _folder(path, columns, partial(_beside, path, folder_is, longest, pause))
+
+
+def _folder(path: Path, columns: dict[str, str], beside: Callable[[list[Path]], Rows]) -> Rows:
+    """What its chapters, shards and tables tell, then the recordings that none of them names."""
     files = _files(path)
-    if tables := [f for f in files if f.parent == path and f.suffix == ".tsv"]:
-        raise UserError(f"{source}: holds tables of Common Voice: name one of them, such as {tables[0]}")
-    if chapters := [file for file in files if file.name.endswith(".trans.txt")]:
-        return itertools.chain.from_iterable(map(_librispeech, chapters))
-    if shards := [file for file in files if file.name.endswith(SHARDS)]:
-        return itertools.chain.from_iterable(map(_shard, shards))
-    if tables := [file for file in files if file.name in METADATA]:
-        return itertools.chain.from_iterable(_table(str(file), columns) for file in tables)
-    found = [file for file in files if file.suffix.lower() in AUDIO]
-    left = list(_left_over(files))
-    if not left and not any(_beside_it(file) for file in found):
-        raise UserError(f"{source}: {len(found)} recordings ({', '.join(AUDIO)}), no transcript; looked for: {LAYOUTS}")
-    return itertools.chain(_beside(path, found, folder_is, longest, pause), left)
+    if tables := [f for f in files if f.parent == path and f.suffix.lower() == ".tsv"]:
+        raise UserError(f"{path}: holds tables of Common Voice: name one of them, such as {tables[0]}")
+    lists = {f: read for f in files if (read := _reader(f.name.lower(), columns))}
+    named = set()
+    for place, row in itertools.chain.from_iterable(read(file) for file, read in lists.items()):
+        if isinstance(row, dict) and "path" in row:
+            named.add(_place(row["path"]))
+        yield place, row
+    found = [file for file in files if file.suffix.lower() in AUDIO and _place(file) not in named]
+    left = list(_left_over([file for file in files if file not in lists]))
+    if not lists and not left and not any(_beside_it(file) for file in found):
+        raise UserError(f"{path}: {len(found)} recordings ({', '.join(AUDIO)}), no transcript; looked for: {LAYOUTS}")
+    yield from beside(found)
+    yield from left
+
+
+def _reader(name: str, columns: dict[str, str]) -> Callable[[Path], Rows] | None:
+    """What reads the file of this name if it tells of recordings elsewhere or holds them."""
+    if name.endswith(".trans.txt"):
+        return _librispeech
+    return _shard if name.endswith(SHARDS) else partial(_table, columns=columns) if name in METADATA else None
+
+
+def _place(file: str | Path) -> str:
+    """A file's name in its real folder, whichever links lead there; a file that is a link stays itself."""
+    return os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder. Raises UserError for one that cannot be entered."""
+    """All files below a folder, once however many links lead there. Raises UserError for one that cannot be entered."""
 
     def refuse(e: OSError) -> None:
         raise UserError(f"{e.filename}: a folder that cannot be read: {e.strerror}") from e
 
-    return sorted(Path(at, n) for at, _, names in os.walk(folder, onerror=refuse, followlinks=True) for n in names)
+    files, seen = [], set()
+    for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(at, name)), name))
+        if (real := os.path.realpath(at)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(at, name) for name in names]
+    return sorted(files)
 
 
 def _librispeech(file: Path) -> Rows:
     """A chapter: lines of `SPEAKER-CHAPTER-UTTERANCE TEXT`, recordings beside it."""
     for place, line in text_lines(file):
-        yield place, line if isinstance(line, ValueError) else attempt(_utterance, file.parent, *line.split(" ", 1))
+        yield place, line if isinstance(line, ValueError) else attempt(_utterance, file.parent, *line.split(None, 1))
 
 
 def _utterance(root: Path, name: str, text: str = "") -> Row:
@@ -121,23 +148,29 @@ class NoColumn(ValueError):
     """A table without a column that is needed; the message says which there are, and how to name one of them."""
 
 
-def _table(source: str, columns: dict[str, str]) -> Rows:
+def _table(source: str | Path, columns: dict[str, str]) -> Rows:
     """Rows that name recordings or hold them: Common Voice, an audio folder's metadata, NeMo's manifests, data sets."""
-    known = False
+    source, known, missing = str(source), False, None
     for place, row in table(source) if is_table(source) else records(source):
         made = row if isinstance(row, ValueError) else attempt(_told_by, folder_of(source), columns, row)
-        if isinstance(made, NoColumn) and not known:
-            raise UserError(f"{source}: {made}") from made
-        known = True
+        if isinstance(made, NoColumn):
+            missing = missing or made
+            if is_table(source):
+                break
+        else:
+            known = known or isinstance(row, dict)
         yield place, made
+    if missing and not known:
+        raise UserError(f"{source}: {missing}") from missing
 
 
 def _told_by(root: Path, columns: dict[str, str], row: Row) -> Row:
+    _object(row)
     made: Row = {}
     for what, usual in COLUMNS.items():
         names = [columns[what]] if what in columns else [n for n in usual if n in row]
         if what in ("audio", "transcript") and not names or what in columns and names[0] not in row:
-            raise NoColumn(f"no column {columns.get(what, what)}, only {', '.join(row)}; say columns.{what}=NAME")
+            raise NoColumn(f"no column {columns.get(what, what)}, only {', '.join(row)[:200]}; say columns.{what}=NAME")
         made |= {what: next((row[n] for n in names if row[n] is not None), None)} if names else {}
     clip, start = made.pop("audio"), row.get("offset")
     if not isinstance(clip, str) or str(root).startswith("hub:"):
@@ -160,7 +193,7 @@ def _shard(file: Path) -> Rows:
             members = (m for m in tar if m.isfile() and not os.path.basename(m.name).startswith("."))
             for name, group in itertools.groupby(members, lambda m: re.sub(r"\.[^/]*$", "", m.name)):
                 row: Row = {"id": name}
-                others = []
+                others, faults = [], []
                 for member in group:
                     suffix = Path(member.name).suffix.lower()
                     content = tar.extractfile(member)
@@ -168,13 +201,15 @@ def _shard(file: Path) -> Rows:
                         others.append(member.name)
                         continue
                     data = content.read()
-                    try:
-                        row |= {"bytes": data} if suffix in AUDIO else _told(suffix, data)
-                    except ValueError as e:
-                        row["error"] = f"{member.name}: {e}"
+                    told = {"bytes": data} if suffix in AUDIO else attempt(_told, suffix, data)
+                    if isinstance(told, ValueError):
+                        faults.append(f"{member.name}: {told}")
+                    else:
+                        row = row | told if suffix in AUDIO or _says(told.get("transcript")) else told | row
                 if "bytes" not in row:
-                    row.setdefault("error", f"{name}: {_no_recording(others)}")
-                yield f"{file}:{name}", ValueError(row["error"]) if "error" in row else row
+                    faults.append(f"{name}: {_no_recording(others)}")
+                bad = faults and not ("bytes" in row and _says(row.get("transcript")))
+                yield f"{file}:{name}", ValueError(faults[0]) if bad else row
             if tar.fileobj is not None and tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it has no end")  # which tarfile passes over where a header is cut off
     except (tarfile.TarError, EOFError, OSError) as e:
@@ -186,47 +221,53 @@ def _told(suffix: str, data: bytes) -> Row:
     text = data.decode("utf-8-sig")
     if suffix == ".txt":
         return {"transcript": text}
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError(f"expected an object, found {type(content).__name__}")
+    content = _object(json.loads(text))
     names = {what: next((n for n in usual if n in content), None) for what, usual in COLUMNS.items()}
     return {what: content[name] for what, name in names.items() if name and what not in ("audio", "id")}
 
 
-def _beside(root: Path, files: list[Path], folder_is: str | None, longest: float, pause: float) -> Rows:
+def _object(content: Any) -> Row:
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, found {type(content).__name__}")
+    return content
+
+
+def _says(transcript: object) -> bool:
+    """Whether it is a transcript: what is none hides no other one."""
+    return isinstance(transcript, str) and plain_text(transcript) != ""
+
+
+def _beside(root: Path, folder_is: str | None, longest: float, pause: float, files: list[Path]) -> Rows:
     for file in files:
         name = file.relative_to(root).with_suffix("").as_posix()
         row: Row = {"id": name, "path": os.path.abspath(file)}
         row |= {folder_is: file.parent.name} if folder_is and file.parent != root else {}
-        told = _beside_it(file)
-        try:
-            if told is None or told.suffix.lower() == ".txt":
-                yield str(file), row | {"transcript": told and read_text(told)}
-                continue
-            segments = read_segments(told)
+        told, said = _beside_it(file) or (None, None)
+        cuts: Any = []
+        if isinstance(said, list):
             seconds = attempt(audio.seconds, file)
-            if isinstance(seconds, ValueError) or seconds <= longest:  # whoever decodes a bad one says so
-                yield str(file), row | {"transcript": " ".join(s.text for s in segments)}
-                continue
-            cuts = pieces(segments, seconds, longest, partial(_pause, file, pause))
+            if not isinstance(seconds, ValueError) and seconds > longest:  # whoever decodes a bad one says so
+                cuts = attempt(list, pieces(said, seconds, longest, partial(_pause, file, pause)))
+            said = cuts if isinstance(cuts, ValueError) else " ".join(s.text for s in said)
+        if isinstance(said, ValueError):
+            yield str(file), ValueError(f"{told}: {said}")
+        elif cuts:
             for i, (start, end, text) in enumerate(cuts, 1):
                 yield f"{file}:{i}", row | {"id": f"{name}/{i}", "piece": [start, end], "transcript": text}
-        except UnicodeDecodeError as e:
-            yield str(file), ValueError(f"transcript: not valid UTF-8 at byte {e.start + 1}")
-        except ValueError as e:
-            yield str(file), ValueError(f"{told}: {e}")
+        else:
+            yield str(file), row | {"transcript": said}
 
 
-def _beside_it(file: Path) -> Path | None:
-    """The file beside a recording that tells what is said, with times if it can be; a JSON may tell other things."""
-    suffixes = [case for suffix in (*TIMED, ".txt") for case in (suffix, suffix.upper())]
-    there = [told for suffix in suffixes if (told := file.with_suffix(suffix)).is_file()]
-    return next((t for t in there if t == there[-1] or t.suffix.lower() != ".json" or _has_segments(t)), None)
-
-
-def _has_segments(file: Path) -> bool:
-    found = attempt(json.loads, attempt(read_text, file))
-    return isinstance(found, dict) and "segments" in found
+def _beside_it(file: Path) -> tuple[Path, list[Segment] | str | ValueError] | None:
+    """The file beside a recording that says something, with times if it can be, and what; else the last one there."""
+    told = None
+    for beside in (file.with_suffix(case) for suffix in (*TIMED, ".txt") for case in (suffix, suffix.upper())):
+        if beside.is_file():
+            read: Callable[[Path], Any] = read_text if beside.suffix.lower() == ".txt" else read_segments
+            told = beside, attempt(read, beside)
+            if isinstance(told[1], list) or _says(told[1]):
+                break
+    return told
 
 
 def _left_over(files: list[Path]) -> Rows:
@@ -253,9 +294,11 @@ def read_segments(file: Path) -> list[Segment]:
     if file.suffix.lower() == ".json":
         content = json.loads(text)
         try:
-            found = [Segment(float(s["start"]), float(s["end"]), str(s["text"]).strip()) for s in content["segments"]]
+            found = [Segment(float(s["start"]), float(s["end"]), s["text"]) for s in content["segments"]]
         except (KeyError, TypeError) as e:
             raise ValueError('expected {"segments": [{"start", "end", "text"}, …]}') from e
+        if other := [type(s.text).__name__ for s in found if not isinstance(s.text, str)]:
+            raise ValueError(f"text: expected a string, found {other[0]}")
     else:
         found = []
         for block in re.split(r"\n\s*\n", text):
@@ -265,7 +308,7 @@ def read_segments(file: Path) -> list[Segment]:
                 stop = int(end[0]) * 3600 + int(end[1]) * 60 + float(f"{end[2]}.{end[3]}")
                 words = re.sub(r"<[^>]*>", "", block[time.end() :].partition("\n")[2])
                 found.append(Segment(start, stop, " ".join(words.split())))
-    found = [s for s in found if s.text]
+    found = [s._replace(text=text) for s in found if (text := s.text.strip())]
     if not found:
         raise ValueError("holds no text with times")
     if not all(0 <= s.start <= s.end < math.inf for s in found) or found != sorted(found, key=lambda s: s.start):

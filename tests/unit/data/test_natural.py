@@ -43,7 +43,7 @@ def test_recordings_with_transcripts_beside_them(tmp_path: Path) -> None:
     assert summary.dropped == {"too long": 1, "bad audio": 3, "too short": 1, "not usable": 1, "no transcript": 1}
     assert "its transcript has no times to cut by" in next(d for d in dropped if d.startswith("too long"))
     assert any("truncated: 16000 bytes declared, 8956 found" in d for d in dropped)
-    assert any("transcript: not valid UTF-8 at byte 4" in d for d in dropped)
+    assert any("latin.txt: not valid UTF-8 at byte 4" in d for d in dropped)
     assert run(source, out, folder_is="speaker", max_seconds=4.0)[0].made == 0
     source.rename(
         tmp_path / "moved"
@@ -261,7 +261,7 @@ def test_a_data_set_names_no_file_outside_of_its_folder(tmp_path: Path, name: st
     parquet.write_table(table({"audio": [{"bytes": None, "path": named}], "sentence": ["one"]}), own / "in.parquet")
     (own / "in.tsv").write_text(f"path\tsentence\n{named}\tone\n")
     chapter = own / "libri"
-    save(chapter / "x.flac", noise(1))
+    chapter.mkdir()
     (chapter / "x.trans.txt").write_text(f"{named.removesuffix('.flac')} ONE\n")
     for source in (own / "in.parquet", own / "in.tsv", chapter):
         out = tmp_path / "out" / source.name
