@@ -293,7 +293,7 @@ def _frames(container: Any, file: BinaryIO, name: str, whole: bool) -> Iterator[
         cut = cut or packet.is_corrupt
     if last:  # a parser takes as many bytes as a frame's header says
         parsed = av.CodecContext.create(stream.codec.name, "r").parse(last + bytes(MP3_FRAME))
-        cut = bool(parsed) and parsed[0].size > len(last)
+        cut = cut or bool(parsed) and parsed[0].size > len(last)
     found = max(found, end)
     slack = 1e-3 if kind == "mp3" or stream.codec.name.startswith("pcm_") else PADDING_S
     if whole and found + slack < told:
