@@ -25,17 +25,17 @@ from opd.types import BadAudio, TooLong
 Source = str | Path | bytes  # a file, or what one holds
 COMMON = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".mp4", ".aac", ".3gp", ".webm", ".mka", ".amr")
 SUFFIXES = (*COMMON, ".wma", ".caf", ".aif", ".aiff", ".au", ".sph", ".w64")  # looked for; what one is, its bytes tell
-PLAIN = re.compile(b"fLaC|RIFF....WAVE|RF64|riff|FORM|caff|[.]snd", re.DOTALL)  # first bytes of what soundfile reads
+PLAIN = re.compile(b"fLaC|RIFF....WAVE|RF64|riff|FORM....AIF[FC]|caff|[.]snd", re.DOTALL)  # what soundfile reads
 CODECS = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_16", "ALAC_24")
 # libsndfile's log of a header: bytes that are declared, and that are there. Of wav, aiff and caf the sound's own chunk
 # declares them, never the file's, which is wrong in many whole files.
 CUT = re.compile(r"^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+VALID_FRAMES = re.compile(r"^ *Valid frames *: (\d+)", re.MULTILINE)  # of caf whose packets differ in size
 DEMUXERS = "wav,w64,aiff,au,caf,voc,nistsphere,flac,mp3,aac,ogg,mov,matroska,amr,asf,wv,tta"  # no list of other files
 GUESSED = ("mp3", "aac", "amr")  # whose length FFmpeg estimates
 INFO_FRAME = re.compile(rb"\xff[\xe0-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)...[\1\3\5\7\t\v\r\x0f](.{4})", re.DOTALL)
-MP3_FRAME = 1500  # bytes, at most
+MP3_FRAME = 2000  # bytes, at most
 TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between joined mp3 files
-OGG_PAGE = 27 + 255 + 255 * 255  # bytes at most
 SILENCE = 1e-4  # peak below -80 dBFS: nothing that a model could hear
 LOUDEST = 8.0  # peak of a float file; more is another scale, such as that of 16-bit integers
 CANCELLED = 0.1  # of the loudest channel's level is left in the mean of the channels
@@ -197,8 +197,8 @@ def _opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, soundfile.Sou
             if not head:
                 raise BadAudio(f"{name}: the file is empty (0 bytes)")
             plain = _plain(source, name) if PLAIN.match(head) else None
-            if head.startswith(b"OggS") and not _ogg_ends(file):
-                raise BadAudio(f"{name}: truncated: its Ogg stream has no last page")
+            if head.startswith(b"OggS") and not _ogg_whole(file):
+                raise BadAudio(f"{name}: truncated or damaged: pages of its Ogg stream are missing")
             file.seek(0)
             yield file, plain
     except BadAudio:
@@ -221,6 +221,9 @@ def _plain(source: Source, name: str) -> soundfile.SoundFile | None:
         unknown = declared % 2**31 >= 2**31 - 2**16  # pipes and killed recorders leave about all ones
         if declared > there and not unknown:
             raise BadAudio(f"{name}: truncated: {declared} bytes declared, {there} found")
+    valid = VALID_FRAMES.search(found.extra_info)
+    if valid and int(valid[1]) > found.frames:
+        raise BadAudio(f"{name}: truncated: {valid[1]} frames declared, {found.frames} found")
     return found if found.subtype in CODECS and 0 < found.frames < 2**62 else None  # a length that its header tells
 
 
@@ -268,51 +271,59 @@ def _frames(container: Any, file: BinaryIO, name: str, whole: bool) -> Iterator[
     import av
 
     stream, kind, found, cut = container.streams.audio[0], container.format.name, 0.0, False
-    end = 0.0
+    end, last = 0.0, b""
     length = stream.duration and stream.duration * stream.time_base
     if length is None and len(container.streams) == 1 and container.duration:
         length = container.duration / av.time_base
     told = 0.0 if kind in GUESSED else float(length or 0)
     for packet in container.demux(stream):
-        if kind == "mp3" and not found:
-            told = _info_frames(file, packet.pos or 0) * float((packet.duration or 0) * packet.time_base)
+        data, seconds = bytes(packet), float((packet.duration or 0) * packet.time_base)
+        if kind == "mp3":
+            info = INFO_FRAME.search(data if found else _before(file, packet.pos or 0))
+            told += (int.from_bytes(info[1], "big") + bool(found)) * seconds if info else 0  # the first is no packet
+            last = data or last
         try:
             for frame in packet.decode():
                 end = max(end, (frame.time or 0.0) + frame.samples / frame.sample_rate)
                 yield frame
         except av.FFmpegError as e:
-            data = bytes(packet)
             if kind == "mp3" and (data.startswith(TAGS) or 0 < told <= found and not any(data)):
                 continue  # what lies between joined files, or fills up the last
             raise BadAudio(f"{name}: truncated or damaged after {found:.2f} s: {e.strerror}") from e
-        found += float((packet.duration or 0) * packet.time_base)
+        found += seconds
         cut = cut or packet.is_corrupt
+    if last:  # a parser takes as many bytes as a frame's header says
+        parsed = av.CodecContext.create(stream.codec.name, "r").parse(last + bytes(MP3_FRAME))
+        cut = cut or bool(parsed) and parsed[0].size > len(last)
     found = max(found, end)
     slack = 1e-3 if kind == "mp3" or stream.codec.name.startswith("pcm_") else PADDING_S
     if whole and found + slack < told:
         raise BadAudio(f"{name}: truncated: {told:.2f} s declared, {found:.2f} s found")
-    file.seek(0)
-    if whole and cut and file.read(4) != b"RIFF":  # whose size may be unknown, and is asked before
+    if whole and cut and kind != "wav":  # whose size may be unknown, and is asked before
         raise BadAudio(f"{name}: truncated: ends amid a frame after {found:.2f} s")
 
 
-def _info_frames(file: BinaryIO, first: int) -> int:
-    """Frames of an mp3 by the info frame before its `first` byte of sound, 0 where there is none."""
-    place, before = file.tell(), max(0, first - MP3_FRAME)
-    file.seek(before)
-    match = INFO_FRAME.search(file.read(first - before))
+def _before(file: BinaryIO, first: int) -> bytes:
+    """What may hold an info frame: the bytes before the `first` byte of sound."""
+    place = file.tell()
+    data = file.read(first - file.seek(max(0, first - MP3_FRAME)))
     file.seek(place)
-    return int.from_bytes(match[1], "big") if match else 0
+    return data
 
 
-def _ogg_ends(file: BinaryIO) -> bool:
-    """Whether an Ogg file closes with a whole page that is marked as its stream's last (RFC 3533).
-
-    Decoders take the last page that they find for the end, so a cut file looks whole to them.
-    """
-    file.seek(max(0, file.seek(0, io.SEEK_END) - OGG_PAGE))
-    tail = file.read()
-    page = tail[tail.rfind(b"OggS") :]
-    if len(page) < 27 or len(page) < 27 + page[26]:
-        return False
-    return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+def _ogg_whole(file: BinaryIO) -> bool:
+    """Whether an Ogg file holds every page of its streams up to the last (RFC 3533), which decoders do not ask."""
+    following: dict[bytes, int] = {}  # page of each stream that is not at its end
+    at, size = 0, file.seek(0, io.SEEK_END)
+    while at < size:
+        file.seek(at)
+        head = file.read(27 + 255).ljust(27, b"\0")
+        if not head.startswith(b"OggS"):
+            break
+        serial, page = head[14:18], int.from_bytes(head[18:22], "little")
+        if page != following.pop(serial, 0):
+            return False
+        if not head[5] & 4:
+            following[serial] = page + 1
+        at += 27 + head[26] + sum(head[27 : 27 + head[26]])
+    return at <= size and not following

@@ -62,6 +62,40 @@ def test_what_is_cut_off_is_refused(kind: str, share: float) -> None:
         audio.seconds(cut, "x")
 
 
+def refused(content: bytes, why: str) -> None:
+    with pytest.raises(BadAudio, match=f"x: {why}"):
+        audio.read(content, "x")
+
+
+def test_an_mp3_that_ends_amid_a_frame_or_in_its_second_part_is_refused() -> None:
+    bare, whole = file("bare mp3"), file("mp3")
+    refused(bare[: len(bare) // 2 + 30], "truncated: ends amid a frame")
+    refused(bare[:-20] + b"TAG" + bytes(125), "truncated")
+    refused(whole + whole[:-1], "truncated")
+    with av.open(io.BytesIO(whole)) as container:
+        frames = [packet.pos for packet in container.demux(audio=0) if packet.size]
+    refused(whole + whole[: frames[-3]], "truncated: .* s declared")
+    assert audio.seconds(bare + b"TAG" + bytes(125)) == audio.seconds(bare)
+
+
+@pytest.mark.parametrize("kind", ["ogg", "opus"])
+def test_every_page_of_an_ogg_file_is_asked_for(kind: str) -> None:
+    whole = encoded(kind, speech(3.0))
+    refused(whole[: len(whole) // 3] + whole[len(whole) // 2 :], "truncated or damaged: pages")
+    refused(whole[: len(whole) // 2] + whole, "truncated or damaged: pages")
+    assert audio.seconds(whole * 2) == pytest.approx(6.0, abs=0.1)
+
+
+def test_a_cut_alac_is_refused_and_a_form_of_another_kind() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, WAVE, RATE, format="CAF", subtype="ALAC_16")
+    assert audio.seconds(buffer.getvalue()) == SECONDS
+    refused(buffer.getvalue()[:-3], "truncated: 16000 frames declared, 12288 found")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, WAVE, RATE, format="SVX", subtype="PCM_16")
+    refused(buffer.getvalue()[:-2000], "not readable as audio")
+
+
 @pytest.mark.parametrize("declared", [0, 0xFFFFFFFF, 0xFFFFFFFF - 36, 0x7FFFFFFF, 0x7FFFFFFF - 36, 0x7FFFF000])
 def test_an_unknown_size_means_what_is_there(declared: int) -> None:
     sound = audio.read(wav(PCM, declared, riff=0xFFFFFFFF))
