@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.nn import functional
 
-from opd.config.objective import ObjectiveConfig
+from opd.config.objective import OBJECTIVES, ObjectiveConfig
 from opd.objectives.losses import EXCLUDED, LOSSES, Tokens
 from opd.objectives.token_loss import MicroBatch, TokenLoss, chunks, summed_loss
 
@@ -239,7 +239,9 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    whole = [name for name in LOSSES if name != "uld"]  # which is TRL's own, of whole responses
+    whole = [
+        name for name, about in OBJECTIVES.items() if not about.other_tokenizer
+    ]  # that is TRL's own, of whole responses
     known = [*whole, *(f"{name},top_k" for name in BETAS)]
     parser.add_argument("--objectives", nargs="+", default=[*whole, "reverse_kl,top_k"], choices=known, metavar="NAME")
     a = parser.parse_args()
