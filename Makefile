@@ -33,7 +33,7 @@ lint: setup ## ruff and mypy
 	.venv/bin/mypy opd
 
 unit: setup ## the quick tests: two minutes
-	.venv/bin/pytest tests/unit -m "not processes" -n 2 --dist loadfile
+	.venv/bin/pytest tests/unit -m "not processes" -n 2 --dist loadfile --no-loadscope-reorder
 
 clean: ## remove .venv, caches and build leftovers; keeps data/ and runs/
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

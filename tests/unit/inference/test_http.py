@@ -31,7 +31,7 @@ def answering() -> Iterator[dict[str, bytes]]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     content["url"] = f"http://127.0.0.1:{server.server_port}".encode()
     yield content
     server.shutdown()

@@ -282,7 +282,7 @@ class Court(http.server.BaseHTTPRequestHandler):
 def court() -> Iterator[str]:
     Court.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Court)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
