@@ -239,9 +239,8 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    whole = [
-        name for name, about in OBJECTIVES.items() if not about.other_tokenizer
-    ]  # that is TRL's own, of whole responses
+    # that of other tokenizers is TRL's own, of whole responses
+    whole = [name for name, about in OBJECTIVES.items() if not about.other_tokenizer]
     known = [*whole, *(f"{name},top_k" for name in BETAS)]
     parser.add_argument("--objectives", nargs="+", default=[*whole, "reverse_kl,top_k"], choices=known, metavar="NAME")
     a = parser.parse_args()
