@@ -277,10 +277,10 @@ def _frames(container: Any, file: BinaryIO, name: str, whole: bool) -> Iterator[
         length = container.duration / av.time_base
     told = 0.0 if kind in GUESSED else float(length or 0)
     for packet in container.demux(stream):
-        data, seconds = bytes(packet), float((packet.duration or 0) * packet.time_base)
+        data, lasts = bytes(packet), float((packet.duration or 0) * packet.time_base)
         if kind == "mp3":
             info = INFO_FRAME.search(data if found else _before(file, packet.pos or 0))
-            told += (int.from_bytes(info[1], "big") + bool(found)) * seconds if info else 0  # the first is no packet
+            told += (int.from_bytes(info[1], "big") + bool(found)) * lasts if info else 0  # the first is no packet
             last = data or last
         try:
             for frame in packet.decode():
@@ -290,7 +290,7 @@ def _frames(container: Any, file: BinaryIO, name: str, whole: bool) -> Iterator[
             if kind == "mp3" and (data.startswith(TAGS) or 0 < told <= found and not any(data)):
                 continue  # what lies between joined files, or fills up the last
             raise BadAudio(f"{name}: truncated or damaged after {found:.2f} s: {e.strerror}") from e
-        found += seconds
+        found += lasts
         cut = cut or packet.is_corrupt
     if last:  # a parser takes as many bytes as a frame's header says
         parsed = av.CodecContext.create(stream.codec.name, "r").parse(last + bytes(MP3_FRAME))
